@@ -1,0 +1,24 @@
+// The CPU side of the ops, as ops.cpp registers it.
+#pragma once
+
+#include "layout.h"
+
+#include <string>
+
+namespace gatepack {
+
+Tensor fold_pack_cpu(const Tensor& w, const OptTensor& rows, const OptTensor& cols,
+                     const OptTensor& z_out, const OptTensor& z_in,
+                     std::optional<ScalarType> dtype);
+
+Tensor fold_pack_adjoint_cpu(const Tensor& g, const OptTensor& rows, const OptTensor& cols,
+                             const OptTensor& z_out, const OptTensor& z_in, int64_t O, int64_t I,
+                             std::optional<ScalarType> dtype);
+
+// The instruction set in use: "avx512", "avx2" or "scalar".
+const char* simd_level();
+
+// Uses the named instruction set from here on. Every set writes the same bytes; tests compare them.
+void set_simd_level(const std::string& name);
+
+}  // namespace gatepack

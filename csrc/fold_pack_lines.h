@@ -1,0 +1,161 @@
+// Line kernels over the Vec and Mover of the enclosing namespace. Included once per instruction set,
+// inside its namespace, with GATEPACK_TARGET and GATEPACK_ISA set: hence no include guard and no
+// includes.
+
+// dst[j] = src[j] under the gates of kept line i, for every kept lane j.
+template <class In, class Out>
+GATEPACK_TARGET void scale_line(const Job& job, int64_t i, const In* src, Out* dst) {
+  using T = compute_t<In>;
+  using V = Vec<T>;
+  const auto line = V::set1(static_cast<const T*>(job.line_gate)[i]);
+  const T* lane = static_cast<const T*>(job.lane_gate);
+  const bool lane_first = job.lane_first;
+  const auto scale = [&](auto v, int64_t j) GATEPACK_TARGET {
+    const auto z = V::load(lane + j);
+    return lane_first ? V::mul(V::mul(v, z), line) : V::mul(V::mul(v, line), z);
+  };
+  const int64_t n = job.kept_lanes;
+  int64_t j = 0;
+  for (; j + V::W <= n; j += V::W) V::store(dst + j, scale(V::load(src + j), j));
+  if (j < n) {
+    In rest[V::W] = {};
+    Out scaled[V::W];
+    std::memcpy(rest, src + j, (n - j) * sizeof(In));
+    V::store(scaled, scale(V::load(rest), j));
+    std::memcpy(dst + j, scaled, (n - j) * sizeof(Out));
+  }
+}
+
+template <class E>
+GATEPACK_TARGET void gather_line(const Job& job, const E* src, E* dst) {
+  using M = Mover<E>;
+  constexpr int W = M::kGeometry.width;
+  const E* const dst_end = dst + job.kept_lanes;
+  const uint8_t* pattern = job.patterns;
+  const Block *b = job.blocks, *const end = job.blocks_end;
+  // A whole vector is stored for each block and the next block overwrites the surplus, as long as
+  // the surplus stays inside this line: the line after it may belong to another thread.
+  for (; b != end && dst + W <= dst_end; dst += b->count, ++b, pattern += kPatternBytes) {
+    M::gather(src + b->start, pattern, dst);
+  }
+  for (; b != end; dst += b->count, ++b, pattern += kPatternBytes) {
+    E front[W];
+    M::gather(src + b->start, pattern, front);
+    std::memcpy(dst, front, b->count * sizeof(E));
+  }
+}
+
+template <class E>
+GATEPACK_TARGET void spread_line(const Job& job, const E* src, E* dst) {
+  using M = Mover<E>;
+  constexpr int W = M::kGeometry.width;
+  const E* const src_end = src + job.kept_lanes;
+  const int64_t last = job.lanes - W;
+  const uint8_t* pattern = job.patterns;
+  const Block *b = job.blocks, *const end = job.blocks_end;
+  for (; b != end && src + W <= src_end && b->start <= last;
+       src += b->count, ++b, pattern += kPatternBytes) {
+    M::spread(src, pattern, b->count, dst + b->start);
+  }
+  for (; b != end; src += b->count, ++b, pattern += kPatternBytes) {
+    E front[W] = {}, out[W];
+    std::memcpy(front, src, b->count * sizeof(E));
+    M::spread(front, pattern, b->count, out);
+    std::memcpy(dst + b->start, out, std::min<int64_t>(W, job.lanes - b->start) * sizeof(E));
+  }
+}
+
+template <class E>
+GATEPACK_TARGET void pack_moved(const Job& job, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const E* src =
+        static_cast<const E*>(job.src) + (job.line_map ? job.line_map[i] : i) * job.src_stride;
+    E* dst = static_cast<E*>(job.dst) + i * job.dst_stride;
+    if (job.blocks) gather_line(job, src, dst);
+    else std::memcpy(dst, src, job.lanes * sizeof(E));
+  }
+}
+
+template <class E>
+GATEPACK_TARGET void unpack_moved(const Job& job, int64_t begin, int64_t end) {
+  for (int64_t l = begin; l < end; ++l) {
+    const int64_t i = job.line_map ? job.line_map[l] : l;
+    const E* src = static_cast<const E*>(job.src) + i * job.src_stride;
+    E* dst = static_cast<E*>(job.dst) + l * job.dst_stride;
+    if (i < 0) std::memset(dst, 0, job.lanes * sizeof(E));
+    else if (job.blocks) spread_line(job, src, dst);
+    else std::memcpy(dst, src, job.lanes * sizeof(E));
+  }
+}
+
+// With closed lanes a line passes through a buffer that stays in cache: gathered, then scaled.
+template <class In, class Out>
+GATEPACK_TARGET void pack_scaled(const Job& job, int64_t begin, int64_t end) {
+  using E = bits_t<In>;
+  auto scratch = cache_lines(job.blocks ? job.kept_lanes * sizeof(E) : 0);
+  E* const buffer = reinterpret_cast<E*>(scratch.data());
+  for (int64_t i = begin; i < end; ++i) {
+    const In* src =
+        static_cast<const In*>(job.src) + (job.line_map ? job.line_map[i] : i) * job.src_stride;
+    if (job.blocks) {
+      gather_line(job, reinterpret_cast<const E*>(src), buffer);
+      src = reinterpret_cast<const In*>(buffer);
+    }
+    scale_line(job, i, src, static_cast<Out*>(job.dst) + i * job.dst_stride);
+  }
+}
+
+template <class In, class Out>
+GATEPACK_TARGET void unpack_scaled(const Job& job, int64_t begin, int64_t end) {
+  using E = bits_t<Out>;
+  auto scratch = cache_lines(job.blocks ? job.kept_lanes * sizeof(E) : 0);
+  E* const buffer = reinterpret_cast<E*>(scratch.data());
+  for (int64_t l = begin; l < end; ++l) {
+    const int64_t i = job.line_map ? job.line_map[l] : l;
+    const In* src = static_cast<const In*>(job.src) + i * job.src_stride;
+    Out* dst = static_cast<Out*>(job.dst) + l * job.dst_stride;
+    if (i < 0) {
+      std::memset(static_cast<void*>(dst), 0, job.lanes * sizeof(Out));
+    } else if (job.blocks) {
+      scale_line(job, i, src, reinterpret_cast<Out*>(buffer));
+      spread_line<E>(job, buffer, reinterpret_cast<E*>(dst));
+    } else {
+      scale_line(job, i, src, dst);
+    }
+  }
+}
+
+template <class In>
+Kernel choose_scaled(bool adjoint, ScalarType out) {
+  switch (out) {
+    case ScalarType::Float: return adjoint ? unpack_scaled<In, float> : pack_scaled<In, float>;
+    case ScalarType::Double: return adjoint ? unpack_scaled<In, double> : pack_scaled<In, double>;
+    case ScalarType::Half: return adjoint ? unpack_scaled<In, f16> : pack_scaled<In, f16>;
+    default: return adjoint ? unpack_scaled<In, bf16> : pack_scaled<In, bf16>;
+  }
+}
+
+inline Kernel choose_kernel(bool adjoint, bool move_only, ScalarType in, ScalarType out) {
+  switch (in) {
+    case ScalarType::Float:
+      if (move_only) return adjoint ? unpack_moved<uint32_t> : pack_moved<uint32_t>;
+      return choose_scaled<float>(adjoint, out);
+    case ScalarType::Double:
+      if (move_only) return adjoint ? unpack_moved<uint64_t> : pack_moved<uint64_t>;
+      return choose_scaled<double>(adjoint, out);
+    default:
+      if (move_only) return adjoint ? unpack_moved<uint16_t> : pack_moved<uint16_t>;
+      return in == ScalarType::Half ? choose_scaled<f16>(adjoint, out)
+                                    : choose_scaled<bf16>(adjoint, out);
+  }
+}
+
+inline Geometry geometry(size_t element_size) {
+  switch (element_size) {
+    case 2: return Mover<uint16_t>::kGeometry;
+    case 4: return Mover<uint32_t>::kGeometry;
+    default: return Mover<uint64_t>::kGeometry;
+  }
+}
+
+inline constexpr Isa kIsa = {GATEPACK_ISA, geometry, choose_kernel};

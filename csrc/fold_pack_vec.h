@@ -1,0 +1,321 @@
+// What a line kernel needs from an instruction set, for three of them, chosen at run time (a build
+// never needs -march):
+//   Vec<T>    W lanes of the compute type: load with widening, multiply, store with one rounding
+//   Mover<E>  W elements of a width in bytes: gather open lanes to the front, or spread them out
+#pragma once
+
+#include "layout.h"
+
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__)
+#define GATEPACK_X86 1
+#include <immintrin.h>
+#endif
+
+namespace gatepack {
+
+// One vector of a line whose lanes are partly closed. Pack: `count` open lanes among those from
+// `start` go to the front of the next compact vector. Adjoint: the next `count` compact lanes are
+// spread over the vector at `start`, zero between them.
+struct Block {
+  int32_t start;
+  int32_t count;
+};
+
+// How a Mover wants its shuffle patterns: for each lane of the result `per_lane` entries of `unit`
+// bytes, entry e = lane of the source * per_lane + e, all ones for zero. No pattern when unit is 0.
+struct Geometry {
+  int width;  // lanes of the result
+  int span;   // lanes read by a gather
+  int unit;
+  int per_lane;
+};
+constexpr int kPatternBytes = 64;
+
+// Scratch in whole cache lines: an unaligned 64-byte access costs two.
+struct alignas(64) CacheLine {
+  uint8_t bytes[64];
+};
+inline std::vector<CacheLine> cache_lines(size_t bytes) {
+  return std::vector<CacheLine>(bytes / sizeof(CacheLine) + 1);
+}
+
+struct Job {
+  const void* src;
+  void* dst;
+  int64_t src_stride, dst_stride;  // elements between lines
+  int64_t lanes, kept_lanes;
+  const int64_t* line_map;  // pack: kept line -> line; adjoint: line -> kept line or -1; null: same
+  const Block* blocks;      // null: every lane is kept
+  const Block* blocks_end;
+  const uint8_t* patterns;  // kPatternBytes for each block
+  const void* line_gate;    // compute type, one per kept line
+  const void* lane_gate;    // compute type, one per kept lane, padded to a full vector
+  bool lane_first;
+};
+
+using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
+
+struct Isa {
+  const char* name;
+  Geometry (*geometry)(size_t element_size);
+  Kernel (*choose)(bool adjoint, bool move_only, ScalarType in, ScalarType out);
+};
+
+inline float widen(float v) { return v; }
+inline double widen(double v) { return v; }
+inline float widen(bf16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+inline float widen(f16 v) {
+  return torch::headeronly::Half(v.bits, torch::headeronly::Half::from_bits());
+}
+
+// fp64 reaches a 16-bit type through fp32, as torch does.
+inline void narrow(double v, double& out) { out = v; }
+inline void narrow(double v, float& out) { out = static_cast<float>(v); }
+inline void narrow(float v, double& out) { out = v; }
+inline void narrow(float v, float& out) { out = v; }
+inline void narrow(float v, bf16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  out.bits = std::isnan(v) ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+inline void narrow(float v, f16& out) { out.bits = torch::headeronly::Half(v).x; }
+inline void narrow(double v, bf16& out) { narrow(static_cast<float>(v), out); }
+inline void narrow(double v, f16& out) { narrow(static_cast<float>(v), out); }
+
+template <class In>
+using compute_t = std::conditional_t<std::is_same_v<In, double>, double, float>;
+template <class T>
+using bits_t = std::conditional_t<sizeof(T) == 2, uint16_t,
+                                  std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+
+namespace scalar {
+#define GATEPACK_TARGET
+#define GATEPACK_ISA "scalar"
+template <class T>
+struct Vec {
+  using Reg = T;
+  static constexpr int W = 1;
+  template <class In>
+  static Reg load(const In* p) { return widen(*p); }
+  template <class Out>
+  static void store(Out* p, Reg v) { narrow(v, *p); }
+  static Reg set1(T v) { return v; }
+  static Reg mul(Reg a, Reg b) { return a * b; }
+};
+
+template <class E>
+struct Mover {
+  static constexpr Geometry kGeometry = {1, 1, 0, 0};
+  static void gather(const E* src, const uint8_t*, E* dst) { *dst = *src; }
+  static void spread(const E* src, const uint8_t*, int count, E* dst) { *dst = count ? *src : 0; }
+};
+#include "fold_pack_lines.h"
+#undef GATEPACK_TARGET
+#undef GATEPACK_ISA
+}  // namespace scalar
+
+#if GATEPACK_X86
+
+namespace avx2 {
+#define GATEPACK_TARGET __attribute__((target("avx2,f16c")))
+#define GATEPACK_ISA "avx2"
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  using Reg = __m256;
+  static constexpr int W = 8;
+  GATEPACK_TARGET static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  GATEPACK_TARGET static Reg load(const bf16* p) {
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+  }
+  GATEPACK_TARGET static Reg load(const f16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  GATEPACK_TARGET static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }
+  GATEPACK_TARGET static void store(double* p, Reg v) {
+    _mm256_storeu_pd(p, _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
+    _mm256_storeu_pd(p + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+  }
+  GATEPACK_TARGET static void store(bf16* p, Reg v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x88);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  GATEPACK_TARGET static void store(f16* p, Reg v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  GATEPACK_TARGET static Reg set1(float v) { return _mm256_set1_ps(v); }
+  GATEPACK_TARGET static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+};
+
+template <>
+struct Vec<double> {
+  using Reg = __m256d;
+  static constexpr int W = 4;
+  GATEPACK_TARGET static Reg load(const double* p) { return _mm256_loadu_pd(p); }
+  GATEPACK_TARGET static void store(double* p, Reg v) { _mm256_storeu_pd(p, v); }
+  GATEPACK_TARGET static void store(float* p, Reg v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
+  template <class Out>
+  GATEPACK_TARGET static void store(Out* p, Reg v) {
+    float lanes[W];
+    store(lanes, v);
+    for (int k = 0; k < W; ++k) narrow(lanes[k], p[k]);
+  }
+  GATEPACK_TARGET static Reg set1(double v) { return _mm256_set1_pd(v); }
+  GATEPACK_TARGET static Reg mul(Reg a, Reg b) { return _mm256_mul_pd(a, b); }
+};
+
+template <class E>
+struct Mover {
+  static constexpr Geometry kGeometry = {32 / sizeof(E), 32 / sizeof(E), 4, sizeof(E) / 4};
+  GATEPACK_TARGET static __m256i shuffle(const E* src, __m256i pattern) {
+    return _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)),
+                                       pattern);
+  }
+  GATEPACK_TARGET static void gather(const E* src, const uint8_t* pattern, E* dst) {
+    const __m256i p = _mm256_load_si256(reinterpret_cast<const __m256i*>(pattern));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), shuffle(src, p));
+  }
+  GATEPACK_TARGET static void spread(const E* src, const uint8_t* pattern, int, E* dst) {
+    const __m256i p = _mm256_load_si256(reinterpret_cast<const __m256i*>(pattern));
+    const __m256i closed = _mm256_srai_epi32(p, 31);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst),
+                        _mm256_andnot_si256(closed, shuffle(src, p)));
+  }
+};
+
+// Bytes: a set top bit makes pshufb write zero, which is what a closed lane asks for.
+template <>
+struct Mover<uint16_t> {
+  static constexpr Geometry kGeometry = {8, 8, 1, 2};
+  GATEPACK_TARGET static void gather(const uint16_t* src, const uint8_t* pattern, uint16_t* dst) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src));
+    const __m128i p = _mm_load_si128(reinterpret_cast<const __m128i*>(pattern));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm_shuffle_epi8(v, p));
+  }
+  GATEPACK_TARGET static void spread(const uint16_t* src, const uint8_t* pattern, int,
+                                     uint16_t* dst) {
+    gather(src, pattern, dst);
+  }
+};
+#include "fold_pack_lines.h"
+#undef GATEPACK_TARGET
+#undef GATEPACK_ISA
+}  // namespace avx2
+
+namespace avx512 {
+#define GATEPACK_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c")))
+#define GATEPACK_ISA "avx512"
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  using Reg = __m512;
+  static constexpr int W = 16;
+  GATEPACK_TARGET static Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  GATEPACK_TARGET static Reg load(const bf16* p) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+  }
+  GATEPACK_TARGET static Reg load(const f16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  GATEPACK_TARGET static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
+  GATEPACK_TARGET static void store(double* p, Reg v) {
+    _mm512_storeu_pd(p, _mm512_cvtps_pd(_mm512_castps512_ps256(v)));
+    _mm512_storeu_pd(p + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
+  }
+  GATEPACK_TARGET static void store(bf16* p, Reg v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i words = _mm512_mask_set1_epi32(rounded, nan, 0x7fc0);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
+  }
+  GATEPACK_TARGET static void store(f16* p, Reg v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  GATEPACK_TARGET static Reg set1(float v) { return _mm512_set1_ps(v); }
+  GATEPACK_TARGET static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+};
+
+template <>
+struct Vec<double> {
+  using Reg = __m512d;
+  static constexpr int W = 8;
+  GATEPACK_TARGET static Reg load(const double* p) { return _mm512_loadu_pd(p); }
+  GATEPACK_TARGET static void store(double* p, Reg v) { _mm512_storeu_pd(p, v); }
+  GATEPACK_TARGET static void store(float* p, Reg v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
+  template <class Out>
+  GATEPACK_TARGET static void store(Out* p, Reg v) {
+    float lanes[W];
+    store(lanes, v);
+    for (int k = 0; k < W; ++k) narrow(lanes[k], p[k]);
+  }
+  GATEPACK_TARGET static Reg set1(double v) { return _mm512_set1_pd(v); }
+  GATEPACK_TARGET static Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
+};
+
+// A gather shuffles two vectors of the line at once: down to half the lanes open, every store is a
+// full and aligned one. Compress instructions move one vector and leave the store to straddle.
+template <class E>
+struct Mover {
+  static constexpr Geometry kGeometry = {64 / sizeof(E), 128 / sizeof(E), sizeof(E), 1};
+  GATEPACK_TARGET static void gather(const E* src, const uint8_t* pattern, E* dst) {
+    const __m512i p = _mm512_load_si512(pattern);
+    const __m512i a = _mm512_loadu_si512(src), b = _mm512_loadu_si512(src + kGeometry.width);
+    __m512i v;
+    if constexpr (sizeof(E) == 2) v = _mm512_permutex2var_epi16(a, p, b);
+    else if constexpr (sizeof(E) == 4) v = _mm512_permutex2var_epi32(a, p, b);
+    else v = _mm512_permutex2var_epi64(a, p, b);
+    _mm512_storeu_si512(dst, v);
+  }
+  GATEPACK_TARGET static void spread(const E* src, const uint8_t* pattern, int, E* dst) {
+    const __m512i p = _mm512_load_si512(pattern);
+    const __m512i a = _mm512_loadu_si512(src);
+    __m512i v;
+    if constexpr (sizeof(E) == 2) {
+      v = _mm512_maskz_permutexvar_epi16(~_mm512_movepi16_mask(p), p, a);
+    } else if constexpr (sizeof(E) == 4) {
+      v = _mm512_maskz_permutexvar_epi32(~_mm512_movepi32_mask(p), p, a);
+    } else {
+      v = _mm512_maskz_permutexvar_epi64(~_mm512_movepi64_mask(p), p, a);
+    }
+    _mm512_storeu_si512(dst, v);
+  }
+};
+#include "fold_pack_lines.h"
+#undef GATEPACK_TARGET
+#undef GATEPACK_ISA
+}  // namespace avx512
+
+#endif  // GATEPACK_X86
+
+}  // namespace gatepack

@@ -1,0 +1,61 @@
+// Every op schema of gatepack._C, and the CPU registration. Importing the module runs this.
+#include "fold_pack_cpu.h"
+
+#include <Python.h>
+
+#define GATEPACK_TEXT(...) #__VA_ARGS__
+#define GATEPACK_EXPAND(...) GATEPACK_TEXT(__VA_ARGS__)
+
+namespace gatepack {
+namespace {
+
+std::string build_info() {
+  std::ostringstream json;
+#if defined(__clang__)
+  json << R"({"compiler": "clang )" << __clang_version__;
+#elif defined(__GNUC__)
+  json << R"({"compiler": "gcc )" << __VERSION__;
+#else
+  json << R"({"compiler": "unknown)";
+#endif
+  json << R"(", "cxx": )" << __cplusplus << R"(, "flags": ")" << GATEPACK_EXPAND(GATEPACK_FLAGS)
+       << R"(", "simd": ")" << simd_level() << R"(", "threads": "torch", "num_threads": )"
+       << torch::stable::get_num_threads() << R"(, "cuda_archs": )";
+#ifdef GATEPACK_CUDA_ARCHS
+  json << '"' << GATEPACK_EXPAND(GATEPACK_CUDA_ARCHS) << '"';
+#else
+  json << "null";
+#endif
+  json << "}";
+  return json.str();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(gatepack, m) {
+  m.def(
+      "fold_pack(Tensor w, Tensor? rows, Tensor? cols, Tensor? z_out, Tensor? z_in, "
+      "ScalarType? dtype) -> Tensor");
+  m.def(
+      "fold_pack_adjoint(Tensor g, Tensor? rows, Tensor? cols, Tensor? z_out, Tensor? z_in, "
+      "SymInt O, SymInt I, ScalarType? dtype) -> Tensor");
+  m.def("build_info() -> str");
+  m.def("set_simd_level(str level) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gatepack, CPU, m) {
+  m.impl("fold_pack", TORCH_BOX(&fold_pack_cpu));
+  m.impl("fold_pack_adjoint", TORCH_BOX(&fold_pack_adjoint_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gatepack, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
+  m.impl("set_simd_level", TORCH_BOX(&set_simd_level));
+}
+
+}  // namespace gatepack
+
+extern "C" PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&definition);
+}

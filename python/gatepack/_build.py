@@ -1,0 +1,84 @@
+"""What gatepack._C is compiled from and how: one answer for setup.py and for the first use.
+
+setup.py runs this file by path, before gatepack is importable: nothing of the package is imported.
+"""
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+# The stable parallel_for, const_data_ptr and string returns begin with 2.10.
+OLDEST_TORCH = (2, 10)
+
+# -ffp-contract=off: products are rounded one by one, in the order that csrc/layout.h states.
+CXX_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA"]
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+
+CXX_SOURCES = ["ops.cpp", "fold_pack_cpu.cpp"]
+CUDA_SOURCES = ["fold_pack_cuda.cu"]
+
+
+def cuda_archs(cuda: str) -> str:
+    """TORCH_CUDA_ARCH_LIST, else every architecture of note, with PTX for what comes later.
+
+    The device is never asked: it may be absent where the wheel is built.
+    """
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if chosen:
+        return chosen.replace(" ", ";")
+    if tuple(int(part) for part in cuda.split(".")[:2]) >= (12, 8):
+        return "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+    return "8.0;8.6;8.9;9.0+PTX"
+
+
+def gencode(archs: str) -> list[str]:
+    """nvcc flags for "9.0;12.0+PTX"; explicit, so that torch's helper does not ask the device."""
+    flags = []
+    for arch in archs.split(";"):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def plan() -> dict:
+    """Sources and flags for the torch at hand; raises RuntimeError where none can work."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < OLDEST_TORCH:
+        raise RuntimeError(f"gatepack._C needs torch >= 2.10, got {torch.__version__}")
+    archs = cuda_archs(torch.version.cuda) if CUDA_HOME and torch.version.cuda else None
+    # The preprocessor turns these into text: commas, because spaces would need quoting.
+    defines = [*DEFINES, "-DGATEPACK_FLAGS=" + ",".join(CXX_FLAGS)]
+    if archs:
+        defines.append("-DGATEPACK_CUDA_ARCHS=" + archs.replace(";", ","))
+    return {
+        "sources": CXX_SOURCES + (CUDA_SOURCES if archs else []),
+        "cxx": CXX_FLAGS + defines,
+        "nvcc": NVCC_FLAGS + DEFINES + (gencode(archs) if archs else []),
+        "cuda": archs is not None,
+    }
+
+
+def compile_cuda() -> None:
+    """Compile csrc/*.cu to objects for every default architecture: a check that needs no GPU."""
+    import torch
+    from torch.utils.cpp_extension import include_paths
+
+    csrc = Path(__file__).resolve().parent / "csrc"
+    includes = [f"-I{path}" for path in include_paths()]
+    flags = NVCC_FLAGS + DEFINES + gencode(cuda_archs(torch.version.cuda or "12.8"))
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in CUDA_SOURCES:
+            command = ["nvcc", *flags, *includes, "-Xcompiler", "-fPIC", "-c", str(csrc / name)]
+            subprocess.run([*command, "-o", str(Path(scratch) / "out.o")], check=True)
+            print(f"nvcc compiled {name}", flush=True)
+
+
+if __name__ == "__main__":
+    compile_cuda()

@@ -1,0 +1,33 @@
+"""Every environment variable that gatepack reads; nothing else looks at os.environ.
+
+GATEPACK_SKIP_EXT=1           use plain torch in place of gatepack._C; at install, do not build it
+GATEPACK_CACHE_DIR=PATH       where an extension built on first use is kept
+                              (default $XDG_CACHE_HOME/gatepack, else ~/.cache/gatepack)
+GATEPACK_SIMD=avx512|avx2|scalar
+                              cap the CPU instruction set of gatepack._C (default: the best present)
+GATEPACK_BACKEND=folded|triton
+                              force the path of gated modules (default: by shape and device)
+"""
+
+import os
+from pathlib import Path
+
+
+def skip_ext() -> bool:
+    return os.environ.get("GATEPACK_SKIP_EXT", "0") not in ("", "0")
+
+
+def cache_dir() -> Path:
+    chosen = os.environ.get("GATEPACK_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "gatepack"
+
+
+def simd() -> str | None:
+    return os.environ.get("GATEPACK_SIMD") or None
+
+
+def backend() -> str | None:
+    return os.environ.get("GATEPACK_BACKEND") or None

@@ -1,0 +1,119 @@
+"""gatepack._C: when it is loaded, built and rebuilt, and what happens without it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gatepack import _build, _ext
+
+ROOT = Path(__file__).resolve().parent.parent
+PACK = """
+import warnings, torch
+from gatepack import _ext
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        w = torch.arange(12.0).view(3, 4).requires_grad_()
+        out = _ext.fold_pack(w, torch.tensor([0, 2]), None, torch.tensor([1.0, 0.5]))
+        out.backward(torch.ones(2, 4))
+assert torch.equal(out, torch.tensor([[0.0, 1, 2, 3], [4, 4.5, 5, 5.5]])), out
+assert torch.equal(w.grad[:, 0], torch.tensor([1.0, 0, 0.5])), w.grad
+print(_ext.backend().name, len([c for c in caught if "gatepack" in str(c.message)]))
+"""
+# As if no extension were installed beside the sources.
+HIDE_INSTALLED = """
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "gatepack._C" else find_spec(name, *a)
+"""
+
+
+def run(code, **env):
+    full = {**os.environ, "PYTHONPATH": str(ROOT / "python"), **env}
+    full["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), full["PATH"]))
+    done = subprocess.run([sys.executable, "-c", code], env=full, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_skip_ext_runs_plain_torch_with_one_warning():
+    assert run(PACK, GATEPACK_SKIP_EXT="1") == ["torch", "1"]
+
+
+def test_failed_build_runs_plain_torch_with_one_warning(tmp_path):
+    assert run(HIDE_INSTALLED + PACK, CXX="false", GATEPACK_CACHE_DIR=str(tmp_path)) == [
+        "torch",
+        "1",
+    ]
+
+
+def test_import_loads_and_builds_nothing(tmp_path):
+    code = """
+import sys, torch
+import gatepack, gatepack._ext
+assert not torch.cuda.is_initialized()
+assert gatepack._ext._backend is None
+print([m for m in sys.modules if m == "gatepack._C" or "cpp_extension" in m])
+"""
+    assert run(code, GATEPACK_CACHE_DIR=str(tmp_path)) == ["[]"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_backend_names_its_reason():
+    backend = _ext.backend()
+    assert backend.name in ("cuda", "cpp", "torch")
+    assert backend.reason
+
+
+def test_build_info_lists_what_was_built():
+    if _ext.backend().name == "torch":
+        pytest.skip(_ext.backend().reason)
+    info = _ext.build_info()
+    assert info["simd"] in ("scalar", "avx2", "avx512")
+    assert "-ffp-contract=off" in info["flags"]
+    assert (info["cuda_archs"] is not None) == (_ext.backend().name == "cuda")
+
+
+def test_simd_level_can_be_capped():
+    if _ext.backend().name == "torch":
+        pytest.skip(_ext.backend().reason)
+    code = "from gatepack import _ext; _ext.backend(); print(_ext.build_info()['simd'])"
+    assert run(code, GATEPACK_SIMD="scalar") == ["scalar"]
+
+
+def test_arch_list_is_explicit(monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert _build.cuda_archs("12.6").endswith("9.0+PTX")
+    assert _build.cuda_archs("13.0").endswith("12.0+PTX")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX")
+    assert _build.gencode(_build.cuda_archs("13.0")) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+
+
+@pytest.mark.slow
+def test_first_use_builds_and_a_damaged_entry_is_rebuilt(tmp_path):
+    def entry():
+        (library,) = tmp_path.glob("*/_C.so")
+        return library
+
+    env = {"GATEPACK_CACHE_DIR": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0"}
+    name, warned = run(HIDE_INSTALLED + PACK, **env)
+    assert name in ("cpp", "cuda") and warned == "0"
+    built = entry().read_bytes()
+    first = entry().stat().st_mtime_ns
+    run(HIDE_INSTALLED + PACK, **env)
+    assert entry().stat().st_mtime_ns == first, "a sound entry was built again"
+
+    # What an interrupted build or a full disk leaves.
+    entry().write_bytes(built[: len(built) // 2])
+    (entry().parent / "build-interrupted").mkdir()
+    name, warned = run(HIDE_INSTALLED + PACK, **env)
+    assert name in ("cpp", "cuda") and warned == "0"
+    assert len(entry().read_bytes()) == len(built)
+    assert not list(tmp_path.glob("*/build-*"))
