@@ -1,0 +1,432 @@
+import collections
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gatepack.kernels import (
+    GatedLinearConfig,
+    Tile,
+    gated_linear_fn,
+    gated_linear_ref,
+    open_set_fn,
+)
+from gatepack.kernels.column_sums import ROWS, column_sums
+from gatepack.kernels.open_sets import Axis
+from gatepack.testing import MODEL_SHAPES, assert_close_to_fp64, poisoned_empty
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GATES = ["open", "closed", "one", "mixed", "fractional"]
+T, N, K, RANK = 5, 40, 48, 3
+SMALL_TILES = GatedLinearConfig(*[Tile(16, 16, 16, num_warps=1, num_stages=1, group_m=2)] * 3)
+
+
+def ids(value):
+    return str(value).removeprefix("torch.")
+
+
+def make_gate(kind, size, seed=0):
+    """fp32 gate [size]: open = all 1, closed = all 0, one = a single 1, mixed = 0 or 1,
+    fractional = 0 for two in five, else in (0, 1]."""
+    random = torch.Generator().manual_seed(seed)
+    z = torch.ones(size)
+    if kind == "closed":
+        z.zero_()
+    elif kind == "one":
+        z.zero_()[size // 2] = 1.0
+    elif kind in ("mixed", "fractional"):
+        if kind == "fractional":
+            z = 1.0 - torch.rand(size, generator=random)
+        z[torch.rand(size, generator=random) < 0.4] = 0.0
+    return z
+
+
+def make_inputs(
+    dtype,
+    t=T,
+    n=N,
+    k=K,
+    rank=RANK,
+    z_in="fractional",
+    z_out="fractional",
+    group_in=1,
+    group_out=1,
+    seed=0,
+):
+    """CPU tensors for gated_linear_fn; z_in and z_out name a kind of gate, or None."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random).to(dtype)
+
+    inputs = {"x": normal(t, k), "w": normal(n, k) / k**0.5, "bias": normal(n)}
+    if z_in is not None:
+        inputs["z_in"] = make_gate(z_in, k // group_in, seed + 1)
+    if z_out is not None:
+        inputs["z_out"] = make_gate(z_out, n // group_out, seed + 2)
+    if rank:
+        inputs["lora_a"], inputs["lora_b"] = normal(rank, k) / k**0.5, normal(n, rank)
+    return inputs
+
+
+def run(fn, inputs, dy, **settings):
+    """{"y": ..., "dx": ..., "dw": ...} of fn, with the upstream gradient dy."""
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    y = fn(**leaves, **settings)
+    grads = torch.autograd.grad(y, leaves.values(), dy.to(y))
+    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
+def check(inputs, device, dy=None, **settings):
+    """Forward and every gradient, from poisoned memory, against fp64 and torch's own error."""
+    inputs = {name: t.to(device) for name, t in inputs.items()}
+    if dy is None:
+        random = torch.Generator().manual_seed(7)
+        shape = (*inputs["x"].shape[:-1], inputs["w"].shape[0])
+        dy = torch.randn(*shape, generator=random).to(inputs["x"].dtype)
+    dy = dy.to(device)
+    settings = {"scale": 0.7, **settings}
+    config = settings.pop("config", None)
+    truth = run(gated_linear_ref, {k: t.double() for k, t in inputs.items()}, dy, **settings)
+    theirs = run(gated_linear_ref, inputs, dy, **settings)
+    with poisoned_empty():
+        ours = run(gated_linear_fn, inputs, dy, config=config, **settings)
+    for name, got in ours.items():
+        factor = 2 if name == "y" else 3
+        terms = summed_terms(name, inputs, truth, dy.double())
+        dtype = inputs["x"].dtype
+        assert_close_to_fp64(name, got, theirs[name], truth[name], factor, dtype, terms)
+    check_closed_lanes_are_zero(inputs, ours, settings)
+    return ours
+
+
+def summed_terms(name, inputs, truth, dy):
+    """The largest sum of |terms| behind one gate gradient, from dz_out = sum dy * y / z_out."""
+    if name == "dz_out":
+        terms, z = dy * truth["y"], inputs["z_out"]
+    elif name == "dz_in":
+        terms, z = inputs["x"] * truth["dx"], inputs["z_in"]
+    else:
+        return 0.0
+    if terms.numel() == 0:
+        return 0.0
+    per_lane = terms.abs().reshape(-1, terms.shape[-1]).sum(0)
+    per_unit = per_lane.view(len(z), -1).sum(1)
+    return torch.where(z != 0, per_unit / z, 0.0).max().item()
+
+
+def check_closed_lanes_are_zero(inputs, results, settings):
+    for gate, outputs in (("z_in", ("dx",)), ("z_out", ("y",))):
+        if gate in inputs:
+            group = settings.get(gate.replace("z_", "group_"), 1)
+            closed = (inputs[gate] == 0).repeat_interleave(group)
+            for name in outputs:
+                assert (results[name][..., closed] == 0).all(), f"{name}: closed lanes are not 0"
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_gates(dtype, gates, device):
+    check(make_inputs(dtype, z_in=gates, z_out=gates), device)
+
+
+@pytest.mark.parametrize("t", [1, 16, 19])
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_tokens(dtype, t, device):
+    check(make_inputs(dtype, t=t), device)
+
+
+@pytest.mark.parametrize(("z_in", "z_out"), [("closed", "mixed"), ("one", "closed")])
+def test_sides_closed_apart(z_in, z_out, device):
+    check(make_inputs(torch.float32, z_in=z_in, z_out=z_out), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize(
+    ("group_in", "group_out"), [(64, 1), (1, 64), (64, 64), (4, 10), (16, 20), (80, 16)]
+)
+def test_groups(group_in, group_out, dtype, device):
+    settings = {"group_in": group_in, "group_out": group_out}
+    inputs = make_inputs(dtype, n=3 * group_out, k=2 * group_in, **settings)
+    inputs["z_in"] = torch.tensor([0.0, 0.8])
+    inputs["z_out"] = torch.tensor([0.3, 0.0, 1.0])
+    check(inputs, device, **settings)
+
+
+@pytest.mark.parametrize("present", list(itertools.product([True, False], repeat=4)), ids=ids)
+def test_optional_arguments(present, device):
+    inputs = make_inputs(torch.float32)
+    optional = (("bias",), ("z_in",), ("z_out",), ("lora_a", "lora_b"))
+    for keep, names in zip(present, optional, strict=True):
+        if not keep:
+            for name in names:
+                del inputs[name]
+    check(inputs, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize("layout", ["channel_major", "sliced", "every_second"])
+def test_strides(layout, dtype, device):
+    inputs = make_inputs(dtype)
+    for name in ("x", "w", "lora_a", "lora_b", "bias", "z_in"):
+        tensor = inputs[name]
+        if layout == "every_second":
+            wide = tensor.repeat_interleave(2, dim=-1)
+            inputs[name] = wide[..., ::2]
+        elif tensor.dim() == 2 and layout == "channel_major":
+            inputs[name] = tensor.t().contiguous().t()
+        elif tensor.dim() == 2:
+            inputs[name] = F.pad(tensor, (3, 5))[:, 3:-5]
+    results = check(inputs, device)
+    if layout == "channel_major":
+        assert results["dw"].stride() == inputs["w"].stride()
+
+
+@pytest.mark.parametrize("shape", [(K,), (2, 3, K)], ids=ids)
+def test_leading_dimensions(shape, device):
+    inputs = make_inputs(torch.float32)
+    inputs["x"] = torch.randn(*shape)
+    assert check(inputs, device)["y"].shape == (*shape[:-1], N)
+
+
+def test_leading_dimensions_that_do_not_collapse(device):
+    inputs = make_inputs(torch.float32)
+    inputs["x"] = torch.randn(3, 2, K).transpose(0, 1)
+    check(inputs, device, dy=torch.randn(N).expand(2, 3, N))
+
+
+@pytest.mark.parametrize("rank", [1, 16, 70])
+def test_ranks(rank, device):
+    check(make_inputs(torch.bfloat16, rank=rank), device)
+
+
+def test_rows_beyond_one_program_of_the_column_sums(device):
+    y, z = torch.randn(ROWS + 3, 8), torch.tensor([0.5, 0.0, 1.0, 0.0, 0.2, 1.0, 0.7, 0.0])
+    axis = Axis(8, z.to(device), open_set_fn(z.to(device)))
+    with poisoned_empty():
+        total, product = column_sums(y.to(device), y.to(device), axis)
+    torch.testing.assert_close(total.cpu(), torch.where(z != 0, y.sum(0), 0.0))
+    torch.testing.assert_close(product.cpu(), torch.where(z != 0, y.square().sum(0), 0.0))
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_many_small_tiles(gates, device):
+    inputs = make_inputs(torch.float32, t=19, z_in=gates, z_out=gates)
+    check(inputs, device, config=SMALL_TILES)
+
+
+@pytest.mark.parametrize("groups", [(16, 20), (48, 8), (24, 40)], ids=ids)
+def test_small_tiles_in_groups(groups, device):
+    settings = {"group_in": groups[0], "group_out": groups[1]}
+    inputs = make_inputs(torch.bfloat16, **settings)
+    check(inputs, device, config=SMALL_TILES, **settings)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_all_ones_is_linear(dtype, device):
+    inputs = make_inputs(dtype, rank=0, z_in="open", z_out="open")
+    inputs = {name: t.to(device) for name, t in inputs.items()}
+    x, w, bias = inputs["x"], inputs["w"], inputs["bias"]
+    y = gated_linear_fn(**inputs)
+    assert torch.equal(y, gated_linear_fn(x, w, bias))
+    truth = F.linear(x.double(), w.double(), bias.double())
+    assert_close_to_fp64("y", y, F.linear(x, w, bias), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids)
+def test_rounding_errors_are_no_larger_than_those_of_torch(dtype, device):
+    """Pooled over seeds, the mean square error of y and of every gradient."""
+    ours, theirs = collections.Counter(), collections.Counter()
+    for seed in range(3):
+        inputs = to(make_inputs(dtype, t=16, seed=seed), device)
+        dy = torch.randn(16, N, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+        truth = run(gated_linear_ref, {k: t.double() for k, t in inputs.items()}, dy)
+        for errors, fn in ((ours, gated_linear_fn), (theirs, gated_linear_ref)):
+            for name, got in run(fn, inputs, dy).items():
+                errors[name] += (got.double() - truth[name]).square().sum().item()
+    for name in theirs:
+        assert ours[name] <= theirs[name], name
+
+
+def test_tiny_gates_keep_their_gradient_in_fp16(device):
+    inputs = make_inputs(torch.float16)
+    inputs["z_out"] = inputs["z_out"] * 1e-6
+    check(inputs, device)
+
+
+@pytest.mark.parametrize("group", [1, 16])
+def test_closed_lanes_are_never_read(group, device):
+    inputs = make_inputs(torch.float32, n=48, group_in=group, group_out=group)
+    inputs["z_in"][0] = inputs["z_out"][0] = 0.0
+    closed_in = (inputs["z_in"] == 0).repeat_interleave(group)
+    closed_out = (inputs["z_out"] == 0).repeat_interleave(group)
+    settings = {"group_in": group, "group_out": group}
+    dy = torch.randn(T, 48)
+    clean = run(gated_linear_fn, to(inputs, device), dy.to(device), **settings)
+    inputs["x"][:, closed_in] = float("nan")
+    inputs["w"][:, closed_in] = float("nan")
+    inputs["w"][closed_out] = float("nan")
+    inputs["bias"][closed_out] = float("nan")
+    inputs["lora_a"][:, closed_in] = float("nan")
+    inputs["lora_b"][closed_out] = float("nan")
+    dy[:, closed_out] = float("nan")
+    dirty = run(gated_linear_fn, to(inputs, device), dy.to(device), **settings)
+    for name, tensor in clean.items():
+        assert torch.equal(tensor, dirty[name]), name
+
+
+def to(inputs, device):
+    return {name: t.to(device) for name, t in inputs.items()}
+
+
+def test_a_nan_token_stays_in_its_row_and_out_of_closed_columns(device):
+    inputs = to(make_inputs(torch.float32), device)
+    inputs["x"][2] = float("nan")
+    y = gated_linear_fn(**inputs)
+    is_open = inputs["z_out"] != 0
+    assert y[2, is_open].isnan().all() and not y[:2].isnan().any() and not y[3:].isnan().any()
+    assert (y[:, ~is_open] == 0).all()
+
+
+def test_deterministic(device):
+    inputs, dy = to(make_inputs(torch.bfloat16, t=33), device), torch.randn(33, N, device=device)
+    first, second = (run(gated_linear_fn, inputs, dy) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"t": 0}, {"n": 0}, {"k": 0}, {"rank": 0}, {"t": 0, "n": 0, "k": 0}], ids=ids
+)
+def test_zero_sizes(sizes, device):
+    check(make_inputs(torch.float32, **sizes), device)
+
+
+def test_lora_of_rank_zero(device):
+    inputs = make_inputs(torch.float32, rank=0)
+    inputs["lora_a"], inputs["lora_b"] = torch.zeros(0, K), torch.zeros(N, 0)
+    check(inputs, device)
+
+
+@pytest.mark.parametrize("name", ["x", "w", "bias", "z_in", "z_out", "lora_a", "lora_b"])
+def test_one_gradient_at_a_time(name, device):
+    inputs, dy = to(make_inputs(torch.float32), device), torch.randn(T, N, device=device)
+    everything = run(gated_linear_fn, inputs, dy)
+    inputs[name].requires_grad_()
+    (alone,) = torch.autograd.grad(gated_linear_fn(**inputs), [inputs[name]], dy)
+    assert torch.equal(alone, everything[f"d{name}"])
+
+
+def test_only_what_the_backward_needs_is_kept(device):
+    inputs = to(make_inputs(torch.float32, z_in=None, rank=0), device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        gated_linear_fn(**inputs | {"x": inputs["x"].clone().requires_grad_()})
+    assert not any(t.dim() == 2 and t.shape[0] == T for t in kept)
+
+
+def operator_arguments(inputs):
+    names = ("x", "w", "bias", "z_in", "z_out", "lora_a", "lora_b")
+    return tuple(inputs.get(name) for name in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=ids)
+def test_opcheck_forward(dtype, device):
+    inputs = to(make_inputs(dtype), device)
+    arguments = [t.requires_grad_() for t in operator_arguments(inputs)]
+    keep_h = dtype == torch.float16
+    operator = torch.ops.gatepack.gated_linear.default
+    torch.library.opcheck(operator, (*arguments, 0.5, 1, 1, keep_h, []))
+
+
+def test_opcheck_backward(device):
+    x, w, bias, z_in, z_out, a, b = operator_arguments(to(make_inputs(torch.float32), device))
+    y, _, u, open_in, open_out = torch.ops.gatepack.gated_linear(
+        x, w, bias, z_in, z_out, a, b, 0.5, 1, 1, False, []
+    )
+    saved = (x, w, z_in, z_out, open_in, open_out, a, b, y, u)
+    arguments = (torch.randn_like(y), *saved, 0.5, 1, 1, True, [True] * 7, [])
+    torch.library.opcheck(torch.ops.gatepack.gated_linear_backward.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=ids)
+def test_compiles_into_one_graph(dtype, device):
+    inputs, dy = to(make_inputs(dtype), device), torch.randn(T, N, device=device)
+    compiled = torch.compile(gated_linear_fn, fullgraph=True, backend="aot_eager")
+    expected = run(gated_linear_fn, inputs, dy, config=SMALL_TILES)
+    got = run(compiled, inputs, dy, config=SMALL_TILES)
+    for name in expected:
+        assert torch.equal(expected[name], got[name]), name
+
+
+def test_second_derivative_is_refused(device):
+    x, w = torch.randn(T, K, device=device, requires_grad=True), torch.randn(N, K, device=device)
+    y = gated_linear_fn(x, w)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y).requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="gated_linear has no second derivative"):
+        dx.sum().backward()
+
+
+REFUSED = [
+    ({"x": torch.zeros(T, K, dtype=torch.float64)}, "x: expected dtype float32, bfloat16 or"),
+    ({"x": torch.zeros(())}, "x: expected at least one dimension, got a scalar"),
+    ({"x": torch.zeros(T, K + 1)}, rf"x: expected shape \({T}, {K}\), got \({T}, {K + 1}\)"),
+    ({"w": torch.zeros(K)}, rf"w: expected two dimensions, got shape \({K},\)"),
+    ({"w": torch.zeros(N, K).half()}, "w: expected dtype torch.float32, got torch.float16"),
+    ({"bias": torch.zeros(N, 1)}, rf"bias: expected shape \({N},\), got \({N}, 1\)"),
+    ({"bias": torch.zeros(N).half()}, "bias: expected dtype torch.float32, got torch.float16"),
+    ({"z_in": torch.ones(K).half()}, "z_in: expected dtype torch.float32, got torch.float16"),
+    ({"z_in": torch.ones(K - 1)}, rf"z_in: expected shape \({K},\), got \({K - 1},\)"),
+    ({"z_out": torch.ones(N // 8)}, rf"z_out: expected shape \({N},\), got \({N // 8},\)"),
+    ({"z_in": torch.ones(3), "group_in": 7}, "group_in: expected a divisor of 48, got 7"),
+    ({"group_out": 0}, "group_out: expected a divisor of 40, got 0"),
+    ({"lora_b": None}, "lora_b: expected a tensor beside the other LoRA factor, got None"),
+    ({"lora_a": torch.zeros(RANK, N)}, rf"lora_a: expected shape \({RANK}, {K}\)"),
+    ({"lora_b": torch.zeros(N, RANK + 1)}, rf"lora_b: expected shape \({N}, {RANK}\)"),
+    ({"bias": torch.zeros(N, device="meta")}, r"bias: expected device .* \(that of x\), got meta"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_refusals(change, message, device):
+    arguments = to(make_inputs(torch.float32), device)
+    for name, value in change.items():
+        is_local = isinstance(value, torch.Tensor) and value.device.type != "meta"
+        arguments[name] = value.to(device) if is_local else value
+    with pytest.raises(ValueError, match=message):
+        gated_linear_fn(**arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+def test_head_gates_of_smollm2(dtype, device):
+    shape = MODEL_SHAPES["smollm2-135m"]
+    settings = {"group_in": shape.head_dim}
+    inputs = make_inputs(dtype, t=17, n=shape.hidden, k=shape.hidden, z_out=None, **settings)
+    check(inputs, device, **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("unit", ["heads", "channels", "rows"])
+def test_llama_3_8b(unit, dtype, device):
+    shape = MODEL_SHAPES["llama-3-8b"]
+    sizes, gates, settings = {
+        "heads": ((shape.hidden, shape.hidden), ("fractional", None), {"group_in": shape.head_dim}),
+        "channels": ((shape.hidden, shape.mlp), ("fractional", None), {}),
+        "rows": ((shape.mlp, shape.hidden), (None, "fractional"), {}),
+    }[unit]
+    inputs = make_inputs(dtype, 1025, *sizes, rank=16, z_in=gates[0], z_out=gates[1], **settings)
+    check(inputs, device, **settings)
+
+
+@pytest.mark.gpu
+def test_no_host_synchronisation(device):
+    inputs, dy = to(make_inputs(torch.bfloat16), device), torch.randn(T, N, device=device)
+    run(gated_linear_fn, inputs, dy)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(gated_linear_fn, inputs, dy)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

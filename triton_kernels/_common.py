@@ -1,0 +1,71 @@
+"""Stage 2, kernels: what two or more kernel files share.
+
+`INTERPRET` is fixed when Triton is imported: with TRITON_INTERPRET=1 every `@triton.jit` function
+becomes a NumPy program that runs on CPU tensors, which is how the tests run without a GPU.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRET = knobs.runtime.interpret
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_device(op: str, tensor: torch.Tensor) -> None:
+    """Refuse tensors that no compiled kernel can read, instead of computing them some other way."""
+    if tensor.device.type == "cuda" or INTERPRET:
+        return
+    raise ValueError(
+        f"{op}: expected tensors on a CUDA or ROCm device, got {tensor.device}. "
+        f"Use {op}_ref on this device, or set TRITON_INTERPRET=1 before triton is imported "
+        "to run the kernel in Triton's interpreter (slow, for tests)"
+    )
+
+
+@functools.cache
+def arch_of(device: torch.device) -> str:
+    """The chip a kernel is built for: "sm_90", "gfx942", or "cpu" under the interpreter."""
+    if device.type == "cpu":
+        return "cpu"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def fp32_precision() -> str:
+    """Triton's `input_precision` for fp32 operands, following torch's own matmul setting.
+
+    "highest" (torch's default) gives IEEE fp32 products, as cuBLAS does then; "high" and "medium"
+    give TF32. ROCm always gets IEEE fp32, which its matrix cores compute natively.
+    """
+    exact = torch.version.hip or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc + a b in fp32. The interpreter multiplies bf16 bit patterns: give it fp32 operands."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x fp32 rounded to the nearest value of dtype, ties to even.
+
+    The interpreter truncates fp32 to bf16, so there the low half is rounded away beforehand.
+    """
+    if INTERPRETED:
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
