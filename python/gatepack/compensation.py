@@ -1,0 +1,166 @@
+"""Stage 4, methods: repair what closing units broke, layer by layer, by least squares on calibration text."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from gatepack.families import family_of
+from gatepack.gates import GateSet
+from gatepack.hf import Layer, gates_of, hf_model, layers_of
+from gatepack.importance import DAMPING
+from gatepack.modules import base_linear, is_conv1d
+
+
+class _Stop(Exception):
+    """Ends a layer's forward once the tensor that was wanted has been seen."""
+
+
+@torch.no_grad()
+def close_and_compensate(
+    model: nn.Module,
+    masks: Mapping[str, torch.Tensor],
+    batches: list[torch.Tensor],
+    damping: float = DAMPING,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Closes the units that masks (gate name -> bool [size]) leave out and repairs the linears that read them.
+
+    Layer by layer, with the pruned layers before it: the kept columns of each out and down projection get
+    W' = W + R^T X (X^T X + damping * mean(diag) * I)^-1, where X are their inputs in the pruned model and R is what the
+    dense model's residual stream has and the pruned one lacks (Fang et al. 2023 and SlimGPT, arXiv 2412.18110, repair
+    one layer at a time; following the dense stream also takes back what earlier layers lost). batches: token ids
+    [B, S] each. Writes base weights in place, adapters stay; all gates must be 1 before. progress is called with the
+    number of layers done. Raises ValueError for post-norm models (BERT), whose stream is not a sum.
+    """
+    root = hf_model(model)
+    gates = gates_of(model)
+    if family_of(root.config).post_norm:
+        raise ValueError(f"{type(root).__name__} normalises its residual stream: close without compensation")
+    was_training = root.training
+    root.eval()
+    layers = layers_of(root)
+    try:
+        dense, calls = _first_inputs(root, layers, batches)
+        pruned = [x.clone() for x in dense]
+        for index, layer in enumerate(layers):
+            dense = _compensate_layer(gates, layer, masks, dense, pruned, calls[index], damping)
+            if progress is not None:
+                progress(index + 1)
+    finally:
+        root.train(was_training)
+
+
+def _first_inputs(root, layers: list[Layer], batches):
+    """Hidden states entering the first layer, one [B, S, D] per batch, and every layer's other arguments."""
+    first: list[torch.Tensor] = []
+    calls: list[list] = [[] for _ in layers]
+
+    def recorder(index):
+        def hook(module, args, kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if index == 0:
+                first.append(hidden.clone())
+            others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            calls[index].append((args[1:], others))
+
+        return hook
+
+    handles = [
+        layer.module.register_forward_pre_hook(recorder(index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        for ids in batches:
+            root.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return first, calls
+
+
+def _compensate_layer(gates: GateSet, layer: Layer, masks, dense, pruned, calls, damping: float):
+    """Advances both streams through one layer; returns the dense one, updates the pruned one in place."""
+    out, down = (layer.module.get_submodule(path) for path in (layer.family.out, layer.family.down))
+    after_out, after_layer = [], []
+    for x, call in zip(dense, calls, strict=True):
+        seen: dict = {}
+        with _watching(out, seen, "out"):
+            after_layer.append(_run(layer, x, call))
+        after_out.append(x + seen["out"][1])
+    names = (f"{layer.heads_name}:heads", f"{layer.channels_name}:channels")
+    gates.set_open({name: masks[name] for name in names if name in masks})
+    _refresh(gates)
+    inputs, residuals = [], []
+    for x, target, call in zip(pruned, after_out, calls, strict=True):
+        seen = {}
+        with _watching(out, seen, "out", stop=True):
+            _run(layer, x, call)
+        inputs.append(seen["out"][0])
+        residuals.append(target - x - seen["out"][1])
+    if names[0] in masks:
+        _repair(out, gates, names[0], inputs, residuals, damping)
+    inputs, residuals = [], []
+    for i, (x, target, call) in enumerate(zip(pruned, after_layer, calls, strict=True)):
+        seen = {}
+        with _watching(down, seen, "down"):
+            pruned[i] = _run(layer, x, call)
+        inputs.append(seen["down"][0])
+        residuals.append(target - pruned[i])
+    if names[1] in masks:
+        change = _repair(down, gates, names[1], inputs, residuals, damping)
+        for i, x in enumerate(inputs):
+            pruned[i] += (x.float() @ change.t()).reshape(pruned[i].shape).to(pruned[i].dtype)
+    return after_layer
+
+
+def _refresh(gates: GateSet) -> None:
+    """Makes the layer's attention and linears see the open sets just written."""
+    gates.attachment.before_forward(None, None)
+
+
+def _run(layer: Layer, x: torch.Tensor, call) -> torch.Tensor | None:
+    args, kwargs = call
+    try:
+        output = layer.module(x, *args, **kwargs)
+    except _Stop:
+        return None
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _watching:
+    """Records the input and output of a linear in seen[key]; with stop, ends the forward there."""
+
+    def __init__(self, linear: nn.Module, seen: dict, key: str, stop: bool = False):
+        def hook(module, args, output):
+            seen[key] = (args[0], output)
+            if stop:
+                raise _Stop
+
+        self.handle = linear.register_forward_hook(hook)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.handle.remove()
+
+
+def _repair(linear: nn.Module, gates: GateSet, name: str, inputs, residuals, damping: float) -> torch.Tensor:
+    """Adds the least-squares correction to the open columns of a linear; returns it, fp32 [N, |C|]."""
+    moment = cross = None
+    for x, r in zip(inputs, residuals, strict=True):
+        x = x.reshape(-1, x.shape[-1]).float()
+        r = r.reshape(-1, r.shape[-1]).float()
+        moment = x.t() @ x if moment is None else moment + x.t() @ x
+        cross = r.t() @ x if cross is None else cross + r.t() @ x
+    moment.diagonal().add_(damping * moment.diagonal().mean().clamp_min(1e-12))
+    change = torch.linalg.solve(moment, cross.t()).t()
+    lanes = gates[name].open().lanes
+    base = base_linear(linear)
+    matrix = base.weight.t() if is_conv1d(base) else base.weight
+    if lanes is None:
+        matrix += change.to(matrix.dtype)
+    else:
+        matrix.index_add_(1, lanes, change.to(matrix.dtype))
+    return change

@@ -1,0 +1,102 @@
+"""Stage 3, modules: the torch backend, fold-pack once and then plain matmuls on the small shapes."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from gatepack._ext import fold_pack, fold_pack_adjoint
+
+
+def column_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """sum_t a[t, n] * b[t, n] -> [n], at least fp32; a, b [T, n]."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
+    return (a * b).sum(0)
+
+
+def lane_values(z: torch.Tensor | None, lanes: int) -> torch.Tensor | None:
+    """Gate values per unit [n] -> per lane [n * lanes]."""
+    return z if z is None or lanes == 1 else z.repeat_interleave(lanes)
+
+
+class FoldedLinear(torch.autograd.Function):
+    """y = z_out * (W[R, C] (z_in * x) + b[R]) on compact lanes, gates folded into the packed weight.
+
+    x [*, |C|] and y [*, |R|] hold open lanes only; w [N, K] and bias [N] are full; rows R and cols C are sorted
+    unique int64 lane indices or None for all; z_in and z_out are fp32 per open unit, in_lanes and out_lanes lanes
+    each, or None for 1. dtype is that of the matmul (x's). Gradients: x, w, bias, z_in, z_out; those of the gates come
+    from dz_in = colsum(x * dx) / z_in and dz_out = colsum(dy * y) / z_out, so neither a weight gradient nor an ungated
+    tensor is kept for them; a unit with z = 0 gets 0, as a clamped gate has no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, bias, z_in, z_out, rows, cols, in_lanes, out_lanes):
+        lane_in = lane_values(z_in, in_lanes)
+        lane_out = lane_values(z_out, out_lanes)
+        packed = fold_pack(w, rows, cols, lane_out, lane_in, x.dtype)
+        packed_bias = None
+        if bias is not None:
+            packed_bias = bias if rows is None else bias.index_select(0, rows)
+            packed_bias = (packed_bias if lane_out is None else packed_bias * lane_out).to(x.dtype)
+        y = F.linear(x, packed, packed_bias)
+        wants_z_in = z_in is not None and ctx.needs_input_grad[3]
+        wants_z_out = z_out is not None and ctx.needs_input_grad[4]
+        wants_w = ctx.needs_input_grad[1]
+        ctx.save_for_backward(
+            x if wants_z_in or wants_w else None, packed, z_in, z_out, y if wants_z_out else None, rows, cols
+        )
+        ctx.shape, ctx.w_dtype, ctx.lanes = w.shape, w.dtype, (in_lanes, out_lanes)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, packed, z_in, z_out, y, rows, cols = ctx.saved_tensors
+        in_lanes, out_lanes = ctx.lanes
+        needs_x, needs_w, needs_b, needs_z_in, needs_z_out, *_ = ctx.needs_input_grad
+        dy2 = _tokens(dy)
+        x2 = None if x is None else _tokens(x)
+        dx = dw = db = dz_in = dz_out = None
+        if needs_x or (needs_z_in and z_in is not None):
+            dx2 = dy2 @ packed
+            dx = dx2.reshape(*dy.shape[:-1], dx2.shape[-1]) if needs_x else None
+            if needs_z_in and z_in is not None:
+                dz_in = _unit_gradient(column_dot(x2, dx2), z_in, in_lanes)
+        if needs_z_out and z_out is not None:
+            dz_out = _unit_gradient(column_dot(dy2, _tokens(y)), z_out, out_lanes)
+        lane_out = lane_values(z_out, out_lanes)
+        if needs_w:
+            lane_in = lane_values(z_in, in_lanes)
+            dw = fold_pack_adjoint(dy2.t() @ x2, rows, cols, lane_out, lane_in, *ctx.shape, ctx.w_dtype)
+        if needs_b:
+            db = dy2.sum(0)
+            db = (db if lane_out is None else db * lane_out).to(ctx.bias_dtype)
+            if rows is not None:
+                db = db.new_zeros(ctx.shape[0]).index_copy_(0, rows, db)
+        return dx, dw, db, dz_in, dz_out, None, None, None, None
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _unit_gradient(per_lane: torch.Tensor, z: torch.Tensor, lanes: int) -> torch.Tensor:
+    per_unit = per_lane.reshape(-1, lanes).sum(1)
+    return torch.where(z > 0, per_unit / z, 0.0).to(z.dtype)
+
+
+def low_rank(x, a, b, scaling, z_in, z_out, rows, cols, in_lanes, out_lanes) -> torch.Tensor:
+    """s * z_out * (B[R] (A[:, C] (z_in * x))) on compact lanes, gates folded into the factors.
+
+    x [*, |C|], a [r, K], b [N, r] -> [*, |R|]. Plain autograd: the gates' gradients need the r-row factors only.
+    """
+    a = a if cols is None else a.index_select(1, cols)
+    b = b if rows is None else b.index_select(0, rows)
+    if z_in is not None:
+        a = (a * lane_values(z_in, in_lanes)).to(a.dtype)
+    if z_out is not None:
+        b = (b * lane_values(z_out, out_lanes)[:, None]).to(b.dtype)
+    return F.linear(F.linear(x, a), b * scaling)

@@ -1,0 +1,423 @@
+"""Stage 1, gates: one flat vector of logits for all gates of a model, sampled once per forward.
+
+No module knows about estimators or budgets: it reads the current sample (gate values and open set) of its Gate.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gatepack.budget import BudgetController, Costs, Plan, plan
+from gatepack.config import GateConfig
+from gatepack.estimators import ESTIMATORS
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """What one gate vector multiplies and what its units cost.
+
+    size: units G. lanes: width of a unit on the gated axis (head_dim for heads, 1 for channels).
+    unit_cost: parameters that go with one unit. shared_size units share shared_cost parameters, which go when all
+    of them are closed (the query heads of one key/value head). kind: "heads" or "channels".
+    """
+
+    kind: str
+    size: int
+    lanes: int = 1
+    unit_cost: int = 1
+    shared_size: int = 1
+    shared_cost: int = 0
+
+
+class Gate:
+    """One gate vector of a GateSet: a handle that modules hold and read.
+
+    name: module path and unit, "model.layers.0.mlp:channels". size: units. lanes: lanes a unit covers.
+    """
+
+    def __init__(self, gates: "GateSet", name: str, spec: GateSpec, start: int):
+        self._set = gates
+        self.name = name
+        self.spec = spec
+        self.start = start
+
+    kind = property(lambda self: self.spec.kind)
+    size = property(lambda self: self.spec.size)
+    lanes = property(lambda self: self.spec.lanes)
+
+    def values(self) -> torch.Tensor:
+        """Gate values of the current sample, fp32 [size], differentiable in the logits while training."""
+        return self._set.sample().values[self.name]
+
+    def open(self) -> "Open":
+        """The open set of the current sample."""
+        return self._set.sample().open(self)
+
+    def __repr__(self):
+        return f"Gate({self.name!r}, {self.kind}, size={self.size}, lanes={self.lanes})"
+
+
+class Open:
+    """The open set of one gate in one sample: which units run, and their values.
+
+    units: sorted unique int64 [n], or None when all run. values: fp32 [n], differentiable. ones: every running
+    gate is exactly 1, so that multiplying by it can be left out where no gradient is wanted. A head gate whose units
+    are all closed keeps one unit with value 0: attention has no zero-head form, and 0 contributes nothing.
+    """
+
+    def __init__(self, gate: Gate, values: torch.Tensor, units: torch.Tensor | None, ones: bool):
+        if units is not None and units.numel() == 0 and gate.kind == "heads":
+            units = torch.zeros(1, dtype=torch.int64, device=values.device)
+            ones = False
+        self.gate = gate
+        self.units = units
+        self.values = values if units is None else values.index_select(0, units)
+        self.ones = ones
+
+    @property
+    def count(self) -> int:
+        return self.gate.size if self.units is None else self.units.numel()
+
+    @functools.cached_property
+    def lanes(self) -> torch.Tensor | None:
+        """Lane indices of the running units on the gated axis, int64 [n * lanes], or None for all."""
+        return None if self.units is None else lane_indices(self.units, self.gate.lanes)
+
+    @functools.cached_property
+    def shared(self) -> torch.Tensor | None:
+        """Indices of the shared blocks (key/value heads) with a running unit, int64 sorted unique, or None for all."""
+        if self.units is None:
+            return None
+        blocks = torch.unique(self.units // self.gate.spec.shared_size)
+        return None if blocks.numel() * self.gate.spec.shared_size == self.gate.size else blocks
+
+    @functools.cached_property
+    def shared_lanes(self) -> torch.Tensor | None:
+        """Lane indices of the shared blocks on their own axis, int64, or None for all."""
+        return None if self.shared is None else lane_indices(self.shared, self.gate.lanes)
+
+    @property
+    def shared_count(self) -> int:
+        spec = self.gate.spec
+        return spec.size // spec.shared_size if self.shared is None else self.shared.numel()
+
+    @functools.cached_property
+    def shared_of_unit(self) -> torch.Tensor | None:
+        """Per running unit the position of its block among the running blocks, int64 [n].
+
+        None when the blocks keep equally many units, so that the usual repetition by groups is right.
+        """
+        if self.units is None:
+            return None
+        blocks = self.units // self.gate.spec.shared_size
+        _, position, counts = torch.unique(blocks, return_inverse=True, return_counts=True)
+        return None if bool((counts == counts[0]).all()) else position
+
+
+class Sample:
+    """Values and open sets of all gates, drawn at one time."""
+
+    def __init__(self, gates: "GateSet", key: tuple, flat: torch.Tensor):
+        self.key = key
+        self.flat = flat
+        handles = list(gates.gates.values())
+        parts = torch.split(flat, [gate.size for gate in handles])
+        self.values = dict(zip(gates.gates, parts, strict=True))
+        detached = flat.detach()
+        is_open = detached > 0
+        # Three counts per gate cross to the host in one copy; everything else stays on the device.
+        sizes = torch.tensor([gate.size for gate in handles], device=flat.device)
+        segments = torch.repeat_interleave(torch.arange(len(handles), device=flat.device), sizes)
+        counts = torch.zeros(2, len(handles), dtype=torch.int64, device=flat.device)
+        counts[0].index_add_(0, segments, is_open.long())
+        counts[1].index_add_(0, segments, (is_open & (detached == 1)).long())
+        open_counts, one_counts = counts.tolist()
+        indices = torch.split(is_open.nonzero().squeeze(1), open_counts)
+        self._open = {}
+        for gate, index, n_open, n_one in zip(handles, indices, open_counts, one_counts, strict=True):
+            units = None if n_open == gate.size else index - gate.start
+            self._open[gate.name] = Open(gate, self.values[gate.name], units, n_one == n_open)
+
+    def open(self, gate: Gate) -> Open:
+        return self._open[gate.name]
+
+
+class GateSet(nn.Module):
+    """All gates of a model.
+
+    config: GateConfig. specs: name -> GateSpec, in model order. fixed_cost: parameters that the budget counts and no
+    gate can remove. Logits are one fp32 parameter [N]; a forward of the model draws one sample (values, open sets)
+    that all its modules read, also when gradient checkpointing runs them again.
+    """
+
+    def __init__(self, config: GateConfig, specs: Mapping[str, GateSpec], fixed_cost: int = 0):
+        super().__init__()
+        if not specs:
+            raise ValueError("specs must hold at least one gate, got none")
+        self.config = config
+        self.estimator = ESTIMATORS[config.estimator](sigma=config.noise)
+        self.gates: dict[str, Gate] = {}
+        start = 0
+        for name, spec in specs.items():
+            self.gates[name] = Gate(self, name, spec, start)
+            start += spec.size
+        init = self.estimator.default_logit if config.init_logit is None else config.init_logit
+        self.logits = nn.Parameter(torch.full((start,), float(init)))
+        self.register_buffer("closed", torch.zeros(start, dtype=torch.bool))
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        self.costs = Costs({name: gate.spec for name, gate in self.gates.items()}, fixed_cost)
+        self.controller = BudgetController(config.target)
+        self.frozen = False
+        self._draws = 0
+        self._sample: Sample | None = None
+
+    def _apply(self, fn, recurse=True):
+        # Logits stay fp32, bit for bit, when a model is cast: bf16 loses updates just above 1.0.
+        def move(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        self._sample = None
+        return self
+
+    def __getstate__(self):
+        # A sample may carry an autograd graph, which neither deepcopy nor pickle can copy.
+        return {**self.__dict__, "_sample": None}
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.sync_from_buffers()
+
+    def sync_from_buffers(self) -> None:
+        """Re-reads host-side copies of loaded buffers; call it after writing to them directly."""
+        self._draws = int(self.draws)
+        self._sample = None
+
+    def items(self) -> Iterable[tuple[str, Gate]]:
+        return self.gates.items()
+
+    def __getitem__(self, name: str) -> Gate:
+        if name not in self.gates:
+            raise ValueError(f"no gate named {name!r}; the first of {len(self.gates)} is {next(iter(self.gates))!r}")
+        return self.gates[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.gates)
+
+    def __len__(self) -> int:
+        return len(self.gates)
+
+    @property
+    def noisy(self) -> bool:
+        return self.training and not self.frozen and self.config.noise > 0
+
+    def deterministic_values(self) -> torch.Tensor:
+        """Noiseless gate values, fp32 [N], closed ones exactly 0."""
+        return self.estimator.values(self.logits).masked_fill(self.closed, 0.0)
+
+    def draw(self) -> Sample:
+        """Draws the sample of this forward: new noise while training, else the noiseless values."""
+        if self.training and not self.frozen and torch.is_grad_enabled() and not self.logits.requires_grad:
+            raise RuntimeError(
+                "the gate logits have requires_grad=False in training mode. get_peft_model freezes every parameter "
+                "that is not an adapter's: call gates.unfreeze() after it and before building the optimizer, "
+                "or gates.freeze() if the gates are meant to stay as they are"
+            )
+        wants_grad = torch.is_grad_enabled() and self.logits.requires_grad
+        key = self._key()
+        if self._sample is not None and self._sample.key == key and not wants_grad and not self.noisy:
+            return self._sample
+        if self.noisy:
+            generator = torch.Generator(self.logits.device)
+            generator.manual_seed(_mix(self.config.seed, self._draws))
+            noise = self.estimator.noise_like(self.logits.detach(), generator)
+            self._draws += 1
+            self.draws.fill_(self._draws)
+            flat = self.estimator.values(self.logits, noise).masked_fill(self.closed, 0.0)
+        else:
+            flat = self.deterministic_values()
+        if flat.requires_grad:
+            flat.retain_grad()
+        self._sample = Sample(self, key, flat)
+        return self._sample
+
+    def _key(self) -> tuple:
+        """What a sample depends on, besides noise."""
+        return (
+            self.logits._version,
+            self.closed._version,
+            self.training,
+            self.frozen,
+            torch.is_inference_mode_enabled(),
+        )
+
+    def sample(self) -> Sample:
+        """The current sample; draws one if there is none yet or logits, closed units or mode changed since."""
+        wants_grad = torch.is_grad_enabled() and self.logits.requires_grad
+        current = self._sample
+        if current is None or current.key != self._key() or (wants_grad and not current.flat.requires_grad):
+            return self.draw()
+        return current
+
+    def value_grads(self) -> torch.Tensor:
+        """dL/dz of the last backward, fp32 [N]; 0 for units that were closed, because nothing ran for them."""
+        grad = None if self._sample is None else self._sample.flat.grad
+        if grad is None:
+            raise RuntimeError("no gate gradient yet: run a training forward and backward first")
+        return grad
+
+    def slices(self) -> Iterator[tuple[Gate, slice]]:
+        """Each gate with its range in the flat vectors."""
+        for gate in self.gates.values():
+            yield gate, slice(gate.start, gate.start + gate.size)
+
+    def split(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A flat vector [N] as name -> [size]."""
+        return {gate.name: flat[where] for gate, where in self.slices()}
+
+    def open_masks(self) -> dict[str, torch.Tensor]:
+        """Per gate which units are open without noise, bool [size] on the CPU."""
+        with torch.no_grad():
+            return self.split((self.deterministic_values() > 0).cpu())
+
+    def open_fraction(self, name: str | None = None) -> float:
+        """Fraction of units that are open without noise, of one gate or of all."""
+        masks = self.open_masks()
+        chosen = masks.values() if name is None else [masks[self[name].name]]
+        return sum(int(mask.sum()) for mask in chosen) / sum(mask.numel() for mask in chosen)
+
+    def kept_fraction(self) -> float:
+        """Fraction of the budgeted parameters that the units open without noise keep, counted on exact zeros."""
+        return self.costs.kept_fraction(self.open_masks())
+
+    def penalty(self) -> torch.Tensor:
+        """Budget term, a scalar to add to the loss: augmented Lagrangian of the kept fraction.
+
+        (multiplier + rho * violation) * expected kept fraction, where violation is measured on exact zeros and the
+        expectation, through the estimator's open probability, carries the gradient.
+        """
+        probability = self.estimator.open_probability(self.logits).masked_fill(self.closed, 0.0)
+        return self.controller.penalty(self.costs.expected(probability), self.kept_fraction())
+
+    def step(self) -> None:
+        """Advances the budget: call it after each optimizer step (GateCallback does)."""
+        self.controller.step(self.kept_fraction())
+
+    def close(self, name: str, indices) -> None:
+        """Closes units of a gate: exactly 0 until reopened."""
+        self._set_closed(name, indices, True)
+
+    def reopen(self, name: str, indices) -> None:
+        """Undoes close; where the logit itself is shut, it is set back to its initial value."""
+        index = self._set_closed(name, indices, False)
+        init = self.config.init_logit
+        with torch.no_grad():
+            shut = self.estimator.values(self.logits[index]) <= 0
+            self.logits[index[shut]] = float(self.estimator.default_logit if init is None else init)
+
+    def _set_closed(self, name: str, indices, value: bool) -> torch.Tensor:
+        gate = self[name]
+        index = torch.as_tensor(indices).reshape(-1).to(self.closed.device)
+        if index.numel() and (index.dtype == torch.bool or index.is_floating_point()):
+            raise ValueError(f"indices of {name!r} must be integers, got {index.dtype}")
+        index = index.long()
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= gate.size):
+            raise ValueError(
+                f"indices of {name!r} must be in [0, {gate.size}), got {int(index.min())}..{int(index.max())}"
+            )
+        index = index + gate.start
+        self.closed[index] = value
+        return index
+
+    @torch.no_grad()
+    def set_open(self, masks: Mapping[str, torch.Tensor]) -> None:
+        """Closes exactly the units that masks (name -> bool [size]) leave out and opens the others' mask bits."""
+        for name, mask in masks.items():
+            gate = self[name]
+            if mask.dtype != torch.bool or mask.shape != (gate.size,):
+                raise ValueError(
+                    f"masks[{name!r}] must be bool [{gate.size}], got {mask.dtype} {list(mask.shape)}"
+                )
+            self.closed[gate.start : gate.start + gate.size] = ~mask.to(self.closed.device)
+
+    def plan(self, scores: Mapping[str, torch.Tensor]) -> Plan:
+        """The units to keep for config.target, given name -> fp [size], how much each unit is worth; closes nothing."""
+        return plan(self.costs, {name: s.float().cpu() for name, s in scores.items()}, self.config)
+
+    @torch.no_grad()
+    def snap(self, scores: Mapping[str, torch.Tensor] | None = None) -> float:
+        """Closes the least valuable units so that the kept fraction meets config.target within 0.5 %.
+
+        scores: name -> fp [size], how much each unit is worth, additive over units of all gates; None takes the
+        noiseless gate values. Shapes follow width_multiple, equal_layers, q_per_kv_uniform and tp_divisor. Units that
+        stay and had a closed logit are reopened. Returns the kept fraction; raises ValueError if no shape fits.
+        """
+        if scores is None:
+            scores = self.split(self.deterministic_values())
+        chosen = self.plan(scores)
+        self.set_open(chosen.masks)
+        kept = ~self.closed
+        shut = kept & (self.estimator.values(self.logits) <= 0)
+        if shut.any():
+            # A unit that the rounding keeps must run: give it the gate value it would have had just above 0.
+            self.logits[shut] = self.estimator.logits_of(torch.full_like(self.logits[shut], 0.05))
+        return chosen.kept_fraction
+
+    def freeze(self) -> None:
+        """Makes the gates deterministic and stops training them."""
+        self.frozen = True
+        self.logits.requires_grad_(False)
+
+    def unfreeze(self) -> None:
+        """Undoes freeze, and undoes what get_peft_model does to parameters that are not its own."""
+        self.frozen = False
+        self.logits.requires_grad_(True)
+
+    def summary(self) -> "GateSummary":
+        """Per gate: kind, size, open and fractional units without noise; prints as a table."""
+        with torch.no_grad():
+            values = self.split(self.deterministic_values().cpu())
+        rows = [
+            (
+                name,
+                gate.kind,
+                gate.size,
+                int((values[name] > 0).sum()),
+                int(((values[name] > 0) & (values[name] < 1)).sum()),
+            )
+            for name, gate in self.gates.items()
+        ]
+        return GateSummary(tuple(rows), self.open_fraction(), self.kept_fraction())
+
+
+@dataclass(frozen=True)
+class GateSummary:
+    """rows: (name, kind, size, open, fractional) per gate; fractions over all gates."""
+
+    rows: tuple[tuple[str, str, int, int, int], ...]
+    open_fraction: float
+    kept_fraction: float
+
+    def __str__(self):
+        width = max(len(row[0]) for row in self.rows)
+        lines = [f"{'gate':<{width}}  {'kind':<8}  {'size':>6}  {'open':>6}  {'fractional':>10}"]
+        lines += [f"{n:<{width}}  {k:<8}  {s:>6}  {o:>6}  {f:>10}" for n, k, s, o, f in self.rows]
+        lines.append(f"open units {self.open_fraction:.1%}, kept parameters {self.kept_fraction:.1%}")
+        return "\n".join(lines)
+
+
+def _mix(seed: int, draw: int) -> int:
+    """One 64-bit generator seed from both numbers; the CPU generator reads its low 32 bits only."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{draw}".encode(), digest_size=8).digest(), "little")
+
+
+def lane_indices(units: torch.Tensor, lanes: int) -> torch.Tensor:
+    """Units [n] -> the lanes they cover, int64 [n * lanes]."""
+    if lanes == 1:
+        return units
+    return (units[:, None] * lanes + torch.arange(lanes, device=units.device)).reshape(-1)

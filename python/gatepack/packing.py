@@ -1,0 +1,403 @@
+"""Stage 5, pack: remove closed units physically, and put zeros back in their place."""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from gatepack._ext import fold_pack, fold_pack_adjoint
+from gatepack.families import Family
+from gatepack.gates import GateSpec, lane_indices
+from gatepack.hf import (
+    GATES_NAME,
+    Layer,
+    detach,
+    gated_sites,
+    gates_of,
+    hf_model,
+    layers_of,
+    linear_shape,
+    set_head_counts,
+)
+from gatepack.modules import PackedLinear, base_linear, is_conv1d, why_not_sliced
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What pack removed.
+
+    rows: (gate name, kind, units before, units kept) per gate. params and bytes: of the whole model, (before, after).
+    block_params: of the blocks' linears. padded: units that were closed and stayed, as zeros, because engines want
+    equally many query heads per key/value head.
+    """
+
+    rows: tuple[tuple[str, str, int, int], ...]
+    params: tuple[int, int]
+    block_params: tuple[int, int]
+    bytes: tuple[int, int]
+    padded: int
+
+    @property
+    def kept_fraction(self) -> float:
+        """Kept fraction of the blocks' linear weights."""
+        return self.block_params[1] / self.block_params[0]
+
+    def to_dict(self) -> dict:
+        return {
+            "layers": [dict(zip(("gate", "kind", "before", "kept"), row, strict=True)) for row in self.rows],
+            "params": list(self.params),
+            "block_params": list(self.block_params),
+            "bytes": list(self.bytes),
+            "padded_units": self.padded,
+            "kept_fraction": self.kept_fraction,
+        }
+
+    def __str__(self):
+        width = max(len(row[0]) for row in self.rows)
+        lines = [f"{'gate':<{width}}  {'before':>6}  {'kept':>6}"]
+        lines += [f"{name:<{width}}  {before:>6}  {kept:>6}" for name, _, before, kept in self.rows]
+        for what, (before, after) in (("parameters", self.params), ("in blocks", self.block_params)):
+            lines.append(f"{what} {before:,} -> {after:,} ({after / before:.1%})")
+        lines.append(f"bytes {self.bytes[0]:,} -> {self.bytes[1]:,}")
+        return "\n".join(lines)
+
+
+class _Fixed:
+    """A gate whose open set is fixed: what gated_sites needs to name the lanes of a packed layer."""
+
+    def __init__(self, name: str, spec: GateSpec, mask: torch.Tensor):
+        self.name, self.spec, self.mask = name, spec, mask
+        self.size, self.lanes, self.kind = spec.size, spec.lanes, spec.kind
+
+    def kept_lanes(self, shared: bool = False) -> torch.Tensor:
+        mask = self.mask.reshape(-1, self.spec.shared_size).any(1) if shared else self.mask
+        return lane_indices(mask.nonzero().squeeze(1), self.lanes)
+
+
+def physical_mask(kind: str, shared_size: int, mask: torch.Tensor) -> torch.Tensor:
+    """The units that stay in memory for an open mask, bool [size]: the open ones and what the layout needs.
+
+    Heads: at least one, and equally many per remaining key/value head. Channels: just the open ones.
+    """
+    if kind != "heads":
+        return mask
+    mask = mask.clone()
+    if not mask.any():
+        mask[0] = True
+    grid = mask.reshape(-1, shared_size)
+    most = int(grid.sum(1).max())
+    for row in grid:
+        closed = (~row).nonzero().squeeze(1)
+        if 0 < int(row.sum()) < most:
+            row[closed[: most - int(row.sum())]] = True
+    return grid.reshape(-1)
+
+
+@torch.no_grad()
+def pack(model: nn.Module) -> PackReport:
+    """Removes closed units from a gated model, in place, and folds fractional gates into the weights.
+
+    What is closed is what the noiseless gates say (eval mode): packed logits equal gated logits in eval mode up to
+    rounding. LoRA factors are sliced with their weights and go on training; merge them first for a plain model. The
+    gates are taken off and config.gatepack records which units stayed, for unpack and from_pretrained. Raises
+    ValueError if the model has no gates or an adapter that cannot be sliced; then nothing has changed.
+    """
+    root = hf_model(model)
+    gates = gates_of(root)
+    layers = layers_of(root)
+    _refuse_opaque(layers)
+    values = gates.split(gates.deterministic_values().clone())
+    open_masks = gates.open_masks()
+    masks, rows, padded = {}, [], 0
+    for name, gate in gates.items():
+        masks[name] = physical_mask(gate.kind, gate.spec.shared_size, open_masks[name])
+        padded += int(masks[name].sum()) - int(open_masks[name].sum())
+        rows.append((name, gate.kind, gate.size, int(masks[name].sum())))
+    before = _sizes(root, layers, gates)
+    specs = {name: gate.spec for name, gate in gates.items()}
+    detach(root)
+    record = _kept_record(root.config, masks)
+    _apply_masks(layers, specs, masks, values)
+    root.config.gatepack = {**(getattr(root.config, "gatepack", None) or {}), **record}
+    after = _sizes(root, layers, None)
+    return PackReport(
+        tuple(rows), (before[0], after[0]), (before[1], after[1]), (before[2], after[2]), padded
+    )
+
+
+def _kept_record(config, masks: Mapping[str, torch.Tensor]) -> dict:
+    """What config.gatepack says of a packed model; masks of units that an earlier pack kept are put in terms of it."""
+    kept = dict((getattr(config, "gatepack", None) or {}).get("kept", {}))
+    for name, mask in masks.items():
+        if name in kept:
+            whole = decode_mask(kept[name])
+            whole[whole.clone()] = mask
+            mask = whole
+        kept[name] = encode_mask(mask)
+    return {"format": FORMAT_VERSION, "kept": kept}
+
+
+def _refuse_opaque(layers: list[Layer]) -> None:
+    for layer in layers:
+        for path in layer.family.linears:
+            reason = why_not_sliced(layer.module.get_submodule(path))
+            if reason:
+                raise ValueError(
+                    f"{layer.name}.{path} cannot be packed: {reason}. Merge it first (model.merge_and_unload())"
+                )
+
+
+def _sizes(root: nn.Module, layers: list[Layer], gates: nn.Module | None) -> tuple[int, int, int]:
+    own = set() if gates is None else {id(p) for p in gates.parameters()}
+    parameters = [p for p in root.parameters() if id(p) not in own]
+    block = sum(layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears)
+    return (
+        sum(p.numel() for p in parameters),
+        block,
+        sum(p.numel() * p.element_size() for p in parameters),
+    )
+
+
+def _apply_masks(layers, specs, masks, values) -> None:
+    """Packs every gated linear to masks, folding values (name -> [size]) unless they are None."""
+    for layer in layers:
+        family = layer.family
+        heads = _fixed(specs, masks, f"{layer.heads_name}:heads")
+        channels = _fixed(specs, masks, f"{layer.channels_name}:channels")
+        for path, site in gated_sites(family, heads, channels):
+            folds = values is not None and site.in_gate is not None
+            _pack_linear(layer, path, site, values[site.in_gate.name] if folds else None)
+        if heads is not None:
+            kept = heads.kept_lanes().numel() // heads.lanes
+            blocks = heads.kept_lanes(shared=True).numel() // heads.lanes
+            attention = layer.module.get_submodule(family.attention)
+            set_head_counts(attention, family, kept, blocks, heads.lanes)
+
+
+def _fixed(specs, masks, name: str) -> _Fixed | None:
+    return _Fixed(name, specs[name], masks[name]) if name in masks else None
+
+
+def _lane_indices(site, device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    rows = cols = None
+    if site.rows_gate is not None:
+        parts = [site.rows_gate.kept_lanes(block.shared) + block.offset for block in site.row_blocks]
+        rows = torch.cat(parts).to(device)
+    if site.in_gate is not None:
+        cols = site.in_gate.kept_lanes().to(device)
+    return rows, cols
+
+
+def _pack_linear(layer: Layer, path: str, site, z: torch.Tensor | None) -> None:
+    module = layer.module.get_submodule(path)
+    rows, cols = _lane_indices(site, base_linear(module).weight.device)
+    z_in = None
+    if cols is not None and z is not None:
+        lanes = z if site.in_gate.lanes == 1 else z.repeat_interleave(site.in_gate.lanes)
+        lanes = lanes.to(cols.device)[cols]
+        z_in = None if bool((lanes == 1).all()) else lanes
+    base = _packed_twin(base_linear(module), rows, cols, z_in)
+    if hasattr(module, "base_layer"):
+        _pack_tuner(module, base, rows, cols, z_in)
+    else:
+        parent_path, _, name = path.rpartition(".")
+        setattr(layer.module.get_submodule(parent_path), name, base)
+
+
+def _packed_twin(linear: nn.Module, rows, cols, z_in) -> nn.Module:
+    if linear.weight.is_meta:
+        out, inner = linear_shape(linear)
+        shape = (out if rows is None else rows.numel(), inner if cols is None else cols.numel())
+        weight = linear.weight.new_empty(shape)
+        bias = None if linear.bias is None else linear.bias.new_empty(shape[0])
+    else:
+        matrix = linear.weight.t() if is_conv1d(linear) else linear.weight
+        weight = fold_pack(matrix.detach(), rows, cols, None, z_in)
+        bias = linear.bias if linear.bias is None or rows is None else linear.bias.detach()[rows]
+    return _with_operands(linear, weight, bias)
+
+
+def _with_operands(linear: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """linear with new operands: a PackedLinear, or for GPT-2 the same Conv1D resized in place."""
+    trains = linear.weight.requires_grad
+    if bias is not None:
+        bias = nn.Parameter(bias.detach(), requires_grad=linear.bias.requires_grad)
+    if is_conv1d(linear):
+        linear.weight = nn.Parameter(weight.t().contiguous(), requires_grad=trains)
+        linear.bias = bias
+        linear.nx, linear.nf = linear.weight.shape
+        return linear
+    return PackedLinear.from_linear(linear, nn.Parameter(weight.contiguous(), requires_grad=trains), bias)
+
+
+def _pack_tuner(module: nn.Module, base: nn.Module, rows, cols, z_in) -> None:
+    while hasattr(module.base_layer, "base_layer"):
+        module = module.base_layer
+    module.base_layer = base
+    module.out_features, module.in_features = linear_shape(base)
+    for factor in module.lora_A.values():
+        _replace_weight(factor, fold_pack(factor.weight.detach(), None, cols, None, z_in))
+    for factor in module.lora_B.values():
+        _replace_weight(factor, fold_pack(factor.weight.detach(), rows))
+
+
+def _replace_weight(linear: nn.Linear, weight: torch.Tensor) -> None:
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=linear.weight.requires_grad)
+    linear.out_features, linear.in_features = weight.shape
+
+
+def shrink(model: nn.Module, kept: Mapping[str, Mapping]) -> None:
+    """Gives a dense transformers model the shapes of a packed one; weights of closed units are dropped.
+
+    kept: config.gatepack["kept"]. Works on meta tensors. Raises ValueError where a name or size does not fit.
+    """
+    layers = layers_of(model)
+    specs = _dense_specs(layers)
+    masks = {}
+    for name, record in kept.items():
+        if name not in specs:
+            raise ValueError(f"config.gatepack names gate {name!r}, which this architecture does not have")
+        mask = decode_mask(record)
+        if mask.numel() != specs[name].size:
+            raise ValueError(
+                f"config.gatepack has {mask.numel()} units for {name!r}, the architecture has {specs[name].size}"
+            )
+        if not torch.equal(physical_mask(specs[name].kind, specs[name].shared_size, mask), mask):
+            raise ValueError(
+                f"config.gatepack keeps unequally many query heads per key/value head of {name!r}, or none at all"
+            )
+        masks[name] = mask
+    _apply_masks(layers, specs, masks, None)
+
+
+def _dense_specs(layers: list[Layer]) -> dict[str, GateSpec]:
+    specs = {}
+    for layer in layers:
+        ratio = layer.queries // layer.kv_heads
+        specs[f"{layer.heads_name}:heads"] = GateSpec(
+            "heads", layer.queries, layer.head_dim, shared_size=ratio
+        )
+        width = linear_shape(layer.linear(layer.family.down))[1]
+        specs[f"{layer.channels_name}:channels"] = GateSpec("channels", width)
+    return specs
+
+
+@torch.no_grad()
+def unpack(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Puts a packed model back into its dense shape, zeros where units were removed, in place.
+
+    Returns name -> bool [size] of the units that hold weights; to go on training with them closed, attach gates and
+    call gates.set_open with it. Raises ValueError if the model is not packed.
+    """
+    root = hf_model(model)
+    if hasattr(root, GATES_NAME):
+        raise ValueError("model has gates: pack or detach them first")
+    record = dict(getattr(root.config, "gatepack", None) or {})
+    if "kept" not in record:
+        raise ValueError("model is not packed: its config has no gatepack record of kept units")
+    masks = {name: decode_mask(mask) for name, mask in record.pop("kept").items()}
+    record.pop("format")
+    layers = layers_of(root)
+    _refuse_opaque(layers)
+    for layer in layers:
+        family = layer.family
+        specs = _specs_from_masks(layer, masks, root.config)
+        heads = _fixed(specs, masks, f"{layer.heads_name}:heads")
+        channels = _fixed(specs, masks, f"{layer.channels_name}:channels")
+        for path, site in gated_sites(family, heads, channels):
+            _unpack_linear(layer, path, site)
+        if heads is not None:
+            attention = layer.module.get_submodule(family.attention)
+            blocks = heads.size // heads.spec.shared_size
+            set_head_counts(attention, family, heads.size, blocks, heads.lanes)
+    root.config.gatepack = record
+    if not record:
+        del root.config.gatepack
+    return masks
+
+
+def _specs_from_masks(layer: Layer, masks, config) -> dict[str, GateSpec]:
+    specs = {}
+    name = f"{layer.heads_name}:heads"
+    if name in masks:
+        size = masks[name].numel()
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        ratio = config.num_attention_heads // kv_heads
+        specs[name] = GateSpec("heads", size, layer.head_dim, shared_size=ratio)
+    name = f"{layer.channels_name}:channels"
+    if name in masks:
+        specs[name] = GateSpec("channels", masks[name].numel())
+    return specs
+
+
+def _unpack_linear(layer: Layer, path: str, site) -> None:
+    module = layer.module.get_submodule(path)
+    base = base_linear(module)
+    rows, cols = _lane_indices(site, base.weight.device)
+    out, inner = linear_shape(base)
+    if rows is not None:
+        gate = site.rows_gate
+        out = sum(
+            gate.lanes * (gate.size // gate.spec.shared_size if block.shared else gate.size)
+            for block in site.row_blocks
+        )
+    if cols is not None:
+        inner = site.in_gate.size * site.in_gate.lanes
+    matrix = base.weight.t() if is_conv1d(base) else base.weight
+    weight = fold_pack_adjoint(matrix.detach(), rows, cols, None, None, out, inner)
+    bias = base.bias
+    if bias is not None and rows is not None:
+        bias = bias.new_zeros(out).index_copy_(0, rows, bias.detach())
+    dense = _dense_twin(base, weight, bias)
+    if not hasattr(module, "base_layer"):
+        parent_path, _, name = path.rpartition(".")
+        setattr(layer.module.get_submodule(parent_path), name, dense)
+        return
+    while hasattr(module.base_layer, "base_layer"):
+        module = module.base_layer
+    module.base_layer = dense
+    module.out_features, module.in_features = out, inner
+    for factor in module.lora_A.values():
+        _replace_weight(
+            factor, fold_pack_adjoint(factor.weight.detach(), None, cols, None, None, factor.out_features, inner)
+        )
+    for factor in module.lora_B.values():
+        _replace_weight(
+            factor, fold_pack_adjoint(factor.weight.detach(), rows, None, None, None, out, factor.in_features)
+        )
+
+
+def _dense_twin(base: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    twin = _with_operands(base, weight, bias)
+    if isinstance(twin, PackedLinear):
+        plain = nn.Linear.__new__(nn.Linear)
+        plain.__dict__.update(twin.__dict__)
+        del plain.dense_shape
+        return plain
+    return twin
+
+
+def encode_mask(mask: torch.Tensor) -> dict:
+    """bool [size] -> {"size", "kept", "bits"}: bits are packed little-endian, base64."""
+    bits = np.packbits(mask.cpu().numpy(), bitorder="little").tobytes()
+    return {"size": mask.numel(), "kept": int(mask.sum()), "bits": base64.b64encode(bits).decode()}
+
+
+def decode_mask(record: Mapping) -> torch.Tensor:
+    """The inverse of encode_mask; ValueError for a record that contradicts itself."""
+    try:
+        raw = np.frombuffer(base64.b64decode(record["bits"], validate=True), dtype=np.uint8)
+        size, kept = int(record["size"]), int(record["kept"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"config.gatepack holds an unreadable open set: {error!r}") from error
+    bits = np.unpackbits(raw, bitorder="little")
+    if bits.size < size or bits.size - size >= 8 or bits[size:].any() or int(bits.sum()) != kept:
+        raise ValueError(
+            f"config.gatepack holds an open set of {kept} of {size} units that its bits contradict"
+        )
+    return torch.from_numpy(bits[:size].astype(bool))

@@ -1,0 +1,247 @@
+"""Stage 4, methods: the default recipe: price units, close and repair, train LoRA through what stays open."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from gatepack.compensation import close_and_compensate
+from gatepack.data import batches
+from gatepack.gates import GateSet
+from gatepack.hf import GATES_NAME, gates_of, layers_of
+from gatepack.importance import calibrate, unit_scores
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Lengths in steps and tokens, learning rate of Adam's cosine schedule, LoRA rank (alpha = rank), seed."""
+
+    steps: int = 40
+    batch_size: int = 4
+    window: int = 256
+    learning_rate: float = 4e-3
+    lora_rank: int = 16
+    calibration_batches: int = 8
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("steps", "batch_size", "lora_rank", "calibration_batches"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be >= 1, got {getattr(self, field)}")
+        if self.window < 2:
+            raise ValueError(f"window must be >= 2 tokens, got {self.window}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
+
+
+class Interrupted(Exception):
+    """Training stopped on request after a whole step; everything up to it is on disk."""
+
+
+def close_to_budget(
+    model: nn.Module,
+    windows: torch.Tensor,
+    config: TrainConfig,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> float:
+    """Closes a gated model's units down to its target and repairs what reads them; returns the kept fraction.
+
+    windows: training token ids [n, length]; config.calibration_batches batches of them are used. progress is called
+    with (phase, done, total).
+    """
+
+    def reporter(phase: str, total: int):
+        return None if progress is None else lambda done: progress(phase, done, total)
+
+    gates = gates_of(model)
+    order = batches(windows, config.batch_size, config.calibration_batches, config.seed + 1)
+    chosen = [windows[rows] for rows in order]
+    moments = calibrate(
+        model, [{"input_ids": ids, "labels": ids} for ids in chosen], reporter("calibrating", len(chosen))
+    )
+    scores = unit_scores(gates, moments, progress=reporter("pricing units", len(gates)))
+    chosen_plan = gates.plan(scores)
+    layers = len(layers_of(gates.attachment.root))
+    close_and_compensate(model, chosen_plan.masks, chosen, progress=reporter("closing and repairing", layers))
+    return gates.kept_fraction()
+
+
+def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """A PEFT model with LoRA on every linear of the blocks; ImportError with the pip line if peft is missing."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("LoRA needs peft: pip install peft") from error
+    family = layers_of(model)[0].family
+    targets = sorted({path.rpartition(".")[2] for path in family.linears})
+    torch.manual_seed(config.seed)
+    wrapped = get_peft_model(
+        model, LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=targets)
+    )
+    if hasattr(model, GATES_NAME):
+        gates_of(model).freeze()
+    return wrapped
+
+
+class FineTuning:
+    """A resumable run: Adam with a cosine schedule over a model's trainable parameters, next-token loss.
+
+    Step i's batch depends on seed and i only, so a run that is cut off and resumed goes on as if it had not been.
+    folder: where a checkpoint is kept, or None. Trainable parameters are saved by name, as safetensors.
+    """
+
+    def __init__(self, model: nn.Module, windows: torch.Tensor, config: TrainConfig, folder: Path | None = None):
+        self.model, self.windows, self.config, self.folder = model, windows, config, folder
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("model has no trainable parameter: add LoRA or unfreeze something first")
+        self.order = batches(windows, config.batch_size, config.steps, config.seed)
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.learning_rate)
+        self.losses: list[float] = []
+        if folder is not None and (folder / "run.safetensors").is_file():
+            self._load()
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    def run(self, on_step: Callable[["FineTuning"], None] | None = None) -> list[float]:
+        """Trains to the last step and returns the losses; a first Ctrl-C saves and raises Interrupted."""
+        self.model.train()
+        with _interrupt_flag() as interrupted:
+            while self.step < self.config.steps:
+                self._train_step()
+                if on_step is not None:
+                    on_step(self)
+                if interrupted():
+                    self.save()
+                    raise Interrupted
+        self.save()
+        return self.losses
+
+    def _train_step(self) -> None:
+        rate = 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * rate
+        ids = self.windows[self.order[self.step]]
+        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.step}: lower the learning rate ({self.config.learning_rate})"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        self.losses.append(loss.item())
+
+    def save(self) -> None:
+        """Writes the run so far, whole or not at all; does nothing without a folder."""
+        if self.folder is None:
+            return
+        tensors = {f"parameter.{name}": p.detach() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}.{name}"] = value
+        metadata = {"config": json.dumps(asdict(self.config)), "losses": json.dumps(self.losses)}
+        write_safetensors(self.folder / "run.safetensors", tensors, metadata)
+
+    def _load(self) -> None:
+        path = self.folder / "run.safetensors"
+        tensors, metadata = read_safetensors(path)
+        if json.loads(metadata["config"]) != asdict(self.config):
+            raise ValueError(f"{path} belongs to a run with other settings; remove {self.folder} to start over")
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(tensors[f"parameter.{name}"])
+            self.optimizer.state[parameter] = {
+                key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        self.losses = json.loads(metadata["losses"])
+
+
+def save_gated_base(gates: GateSet, folder: Path) -> None:
+    """Saves what close_to_budget changed: the gates' buffers and the repaired weights."""
+    write_safetensors(folder / "closed.safetensors", _gated_base(gates), {})
+
+
+def load_gated_base(gates: GateSet, folder: Path) -> bool:
+    """The inverse of save_gated_base on a freshly gated model; False if nothing was saved."""
+    path = folder / "closed.safetensors"
+    if not path.is_file():
+        return False
+    tensors, _ = read_safetensors(path)
+    with torch.no_grad():
+        for name, tensor in _gated_base(gates).items():
+            tensor.copy_(tensors[name])
+    gates.sync_from_buffers()
+    return True
+
+
+def _gated_base(gates: GateSet) -> dict[str, torch.Tensor]:
+    tensors = {"gates.logits": gates.logits.data, "gates.closed": gates.closed}
+    for layer in layers_of(gates.attachment.root):
+        for path in (layer.family.out, layer.family.down):
+            tensors[f"{layer.name}.{path}"] = layer.linear(path).weight.data
+    return tensors
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes beside the target, then renames: an interruption leaves the previous file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_suffix(".tmp")
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, staging, metadata=metadata)
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Writes beside the target, then renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_suffix(".tmp")
+    try:
+        staging.write_text(json.dumps(value, indent=2), encoding="utf-8")
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors, metadata); ValueError naming the file if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove {path.parent} to start over") from error
+
+
+@contextmanager
+def _interrupt_flag():
+    """Turns the first Ctrl-C into a flag, so that a step is finished; a second one interrupts at once."""
+    seen = []
+
+    def handle(signum, frame):
+        seen.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        previous = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # only the main thread may set handlers
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, previous)

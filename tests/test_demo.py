@@ -1,0 +1,169 @@
+"""The main job from end to end: on a tiny model in seconds, on SmolLM2 when asked for slow tests."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from tiny import tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import gatepack as gp
+from gatepack import demo, training
+from gatepack.cli import app
+from gatepack.demo import DemoConfig, ParityError
+from gatepack.training import Interrupted, TrainConfig
+
+TRAIN = TrainConfig(steps=3, batch_size=2, window=16, lora_rank=2, calibration_batches=2, learning_rate=1e-3)
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A checkpoint of a tiny Llama with a tokenizer of one token per printable ASCII character."""
+    characters = ["<eos>", "\n", *(chr(code) for code in range(32, 127))][:97]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    folder = tmp_path / "tiny"
+    tiny_model("llama", torch.float32).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"Document {i} speaks of {i * i} things. " * 6}) for i in range(18)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(model_folder, text_file, tmp_path):
+    return DemoConfig(
+        model=str(model_folder),
+        text=str(text_file),
+        target=0.7,
+        out=tmp_path / "out",
+        width_multiple=8,
+        eval_windows=4,
+        prompt_tokens=8,
+        new_tokens=3,
+        repeats=2,
+        train=TRAIN,
+    )
+
+
+def test_runs_from_text_to_a_packed_model(config):
+    said = []
+    report = demo.run(config, said.append)
+    assert abs(report["pack"]["kept_fraction"] - 0.7) <= 0.005
+    assert report["parity"]["max_abs_difference"] <= report["parity"]["bound"]
+    assert report["reload_identical"] is True
+    assert set(report["perplexity"]) == {"base", "lora", "packed"}
+    assert report["speed"]["ratios"].keys() == {"prefill", "decode"}
+    assert report["bytes_on_disk"]["packed"] < report["bytes_on_disk"]["base"]
+    assert json.loads((config.out / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert (config.out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert not (config.out / demo.STATE).exists()
+    model = gp.from_pretrained(config.out)
+    total = sum(p.numel() for p in model.parameters())
+    assert total == report["pack"]["params"][1]
+
+
+def test_interrupted_demo_goes_on_to_the_same_result(config, tmp_path, monkeypatch):
+    def result(report):
+        return report["perplexity"], report["pack"], report["samples"]
+
+    whole = demo.run(config, lambda text: None)
+    calls = []
+    real_step = training.FineTuning._train_step
+
+    def interrupting_step(self):
+        real_step(self)
+        calls.append(self.step)
+        if len(calls) == TRAIN.steps + 2:  # the second step of the gated run
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(training.FineTuning, "_train_step", interrupting_step)
+    again = DemoConfig(**{**vars(config), "out": tmp_path / "again"})
+    with pytest.raises(Interrupted):
+        demo.run(again, lambda text: None)
+    assert (again.out / demo.STATE / "gated" / "run.safetensors").is_file()
+    resumed = demo.run(again, lambda text: None)
+    assert len(calls) == 2 * TRAIN.steps
+    assert result(resumed) == result(whole)
+
+
+def test_other_settings_do_not_resume(config):
+    demo.State.open(config, ["text"])
+    other = DemoConfig(**{**vars(config), "target": 0.6})
+    with pytest.raises(ValueError, match="another target; pass --restart"):
+        demo.State.open(other, ["text"])
+    with pytest.raises(ValueError, match="another text_sha256"):
+        demo.State.open(config, ["other text"])
+
+
+def test_parity_failure_is_an_error(config, monkeypatch):
+    monkeypatch.setattr(demo, "max_logit_difference", lambda *args: 1.0)
+    with pytest.raises(ParityError, match="differ by 1"):
+        demo.run(config, lambda text: None)
+    assert not (config.out / "config.json").exists()
+
+
+def test_failed_run_leaves_an_earlier_result(config, monkeypatch):
+    demo.run(config, lambda text: None)
+    before = (config.out / "model.safetensors").read_bytes()
+    monkeypatch.setattr(demo, "max_logit_difference", lambda *args: float("nan"))
+    with pytest.raises(ParityError):
+        demo.run(config, lambda text: None)
+    assert (config.out / "model.safetensors").read_bytes() == before
+    gp.from_pretrained(config.out)
+
+
+def test_command_line_runs_the_demo(config):
+    options = ["--steps", "2", "--batch-size", "2", "--window", "16", "--lora-rank", "2", "--eval-windows", "4"]
+    options += ["--target", "0.7", "--width-multiple", "8", "--out", str(config.out)]
+    result = CliRunner().invoke(app, ["demo", "--model", config.model, "--text", config.text, *options])
+    assert result.exit_code == 0, result.output
+    for words in ("held-out perplexity", "parity: packed and gated", "prefill, tokens/s"):
+        assert words in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "1.5"], "target must be a kept fraction in (0, 1), got 1.5"),
+        (["--steps", "0"], "steps must be >= 1, got 0"),
+        (["--learning-rate", "-1"], "learning_rate must be a positive number"),
+        (["--text", "no/such/file.txt"], "no/such/file.txt"),
+        (["--model", "./no/such/model"], "no/such/model"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_1(options, message, text_file, tmp_path):
+    arguments = ["demo", "--text", str(text_file), "--out", str(tmp_path / "out"), *options]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_version():
+    assert CliRunner().invoke(app, ["--version"]).output.strip() == gp.__version__
+
+
+@pytest.mark.slow
+def test_smollm2_gate_three_steps_pack_reload(tmp_path):
+    train = TrainConfig(steps=3, batch_size=2, window=64, calibration_batches=4)
+    report = demo.run(
+        DemoConfig(out=tmp_path / "out", eval_windows=4, prompt_tokens=16, new_tokens=2, repeats=1, train=train),
+        print,
+    )
+    assert abs(report["pack"]["kept_fraction"] - 0.8) <= 0.005
+    assert report["parity"]["max_abs_difference"] <= report["parity"]["bound"]
+    assert report["reload_identical"]
+    assert 1 < report["perplexity"]["base"] < 60

@@ -1,0 +1,257 @@
+"""FoldedLinear and low_rank against the dense masked computation, forward and every gradient."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gatepack.functional import FoldedLinear, column_dot, lane_values, low_rank
+
+N, K = 12, 16
+SETS = {
+    "all": (None, None),
+    "rows": ([0, 3, 4, 9], None),
+    "cols": (None, [1, 2, 3, 8, 15]),
+    "both": ([0, 3, 4, 9], [1, 2, 3, 8, 15]),
+    "no rows": ([], None),
+    "no cols": (None, []),
+    "one": ([11], [0]),
+}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def index(units):
+    return None if units is None else torch.tensor(units, dtype=torch.int64)
+
+
+def lanes_of(units, lanes):
+    if units is None:
+        return None
+    return torch.tensor([u * lanes + i for u in units for i in range(lanes)], dtype=torch.int64)
+
+
+def gate(count, dtype=torch.float32):
+    return (torch.rand(count, generator=generator(7)) * 0.9 + 0.05).to(dtype).requires_grad_()
+
+
+def leaves(x_shape, dtype, bias):
+    x = random(*x_shape, dtype=dtype, seed=1).requires_grad_()
+    w = random(N, K, dtype=dtype, seed=2).requires_grad_()
+    b = random(N, dtype=dtype, seed=3).requires_grad_() if bias else None
+    return x, w, b
+
+
+def masked_dense(x, w, b, z_in, z_out, rows, cols, in_lanes, out_lanes):
+    """The same function by autograd in x's precision: full width with zeros, then narrowed to open rows."""
+    full = x if cols is None else x.new_zeros(*x.shape[:-1], K).index_copy(-1, cols, x)
+    if z_in is not None:
+        z = lane_values(z_in, in_lanes).to(x.dtype)
+        z = z if cols is None else z.new_zeros(K).index_copy(0, cols, z)
+        full = full * z
+    y = full @ w.t()
+    y = y if b is None else y + b
+    y = y if rows is None else y.index_select(-1, rows)
+    return y if z_out is None else y * lane_values(z_out, out_lanes).to(y.dtype)
+
+
+def compare(inputs, x_shape, rows, cols, in_lanes=1, out_lanes=1):
+    x, w, b, z_in, z_out = inputs
+    where = (rows, cols, in_lanes, out_lanes)
+    got = FoldedLinear.apply(x, w, b, z_in, z_out, *where)
+    expected = masked_dense(x, w, b, z_in, z_out, *where)
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    assert torch.allclose(got, expected, rtol=0, atol=1e-13)
+    wanted = [leaf for leaf in inputs if leaf is not None]
+    upstream = random(*expected.shape, seed=9)
+    got_grads = torch.autograd.grad(got, wanted, upstream)
+    expected_grads = torch.autograd.grad(expected, wanted, upstream)
+    for leaf, mine, theirs in zip(wanted, got_grads, expected_grads, strict=True):
+        assert mine.dtype == leaf.dtype and mine.shape == leaf.shape
+        tolerance = 1e-12 if leaf.dtype == torch.float64 else 1e-6 * max(1.0, float(theirs.abs().max()))
+        assert float((mine - theirs).abs().max()) <= tolerance if mine.numel() else True
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("gate_in", "gate_out"), list(itertools.product([False, True], repeat=2)), ids=str
+)
+@pytest.mark.parametrize("where", list(SETS))
+def test_equals_masked_dense(where, gate_in, gate_out, bias):
+    rows, cols = map(index, SETS[where])
+    x_shape = (2, 5, K if cols is None else cols.numel())
+    x, w, b = leaves(x_shape, torch.float64, bias)
+    z_in = gate(x_shape[-1]) if gate_in else None
+    z_out = gate(N if rows is None else rows.numel()) if gate_out else None
+    compare((x, w, b, z_in, z_out), x_shape, rows, cols)
+
+
+@pytest.mark.parametrize("heads", [None, [1], [0, 1]])
+def test_groups_of_eight_input_lanes(heads):
+    cols = lanes_of(heads, 8)
+    x_shape = (6, K if cols is None else cols.numel())
+    x, w, b = leaves(x_shape, torch.float64, True)
+    compare((x, w, b, gate(x_shape[-1] // 8), None), x_shape, None, cols, in_lanes=8)
+
+
+@pytest.mark.parametrize("groups", [None, [0, 2]])
+def test_groups_of_four_output_rows(groups):
+    rows = lanes_of(groups, 4)
+    x, w, b = leaves((6, K), torch.float64, True)
+    z_out = gate((N if rows is None else rows.numel()) // 4)
+    compare((x, w, b, None, z_out), (6, K), rows, None, out_lanes=4)
+
+
+@pytest.mark.parametrize("tokens", [(), (1,), (0,), (2, 3), (2, 0, 3)], ids=str)
+def test_shapes_of_x(tokens):
+    rows, cols = map(index, SETS["both"])
+    x_shape = (*tokens, cols.numel())
+    x, w, b = leaves(x_shape, torch.float64, True)
+    compare((x, w, b, gate(cols.numel()), gate(rows.numel())), x_shape, rows, cols)
+
+
+def test_strided_operands():
+    rows, cols = map(index, SETS["both"])
+    x = random(cols.numel(), 6, seed=1).t().requires_grad_()
+    w = random(K, N, seed=2).t().requires_grad_()
+    compare((x, w, None, gate(cols.numel()), gate(rows.numel())), (6, cols.numel()), rows, cols)
+
+
+def test_expanded_upstream_gradient():
+    x, w, b = leaves((6, K), torch.float64, True)
+    z = gate(K)
+    y = FoldedLinear.apply(x, w, b, z, None, None, None, 1, 1)
+    expected = masked_dense(x, w, b, z, None, None, None, 1, 1)
+    upstream = torch.tensor(0.7, dtype=torch.float64).expand(6, N)
+    for mine, theirs in zip(
+        torch.autograd.grad(y, (x, w, b), upstream),
+        torch.autograd.grad(expected, (x, w, b), upstream),
+        strict=True,
+    ):
+        assert (mine - theirs).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=5)))
+def test_any_set_of_wanted_gradients(wanted):
+    rows, cols = map(index, SETS["both"])
+    x, w, b = leaves((3, cols.numel()), torch.float64, True)
+    inputs = (x, w, b, gate(cols.numel()), gate(rows.numel()))
+    for leaf, wants in zip(inputs, wanted, strict=True):
+        leaf.requires_grad_(wants)
+    y = FoldedLinear.apply(*inputs, rows, cols, 1, 1)
+    assert y.requires_grad == any(wanted)
+    chosen = [leaf for leaf in inputs if leaf.requires_grad]
+    if chosen:
+        upstream = random(*y.shape, seed=9)
+        expected = masked_dense(*inputs, rows, cols, 1, 1)
+        for mine, theirs in zip(
+            torch.autograd.grad(y, chosen, upstream),
+            torch.autograd.grad(expected, chosen, upstream),
+            strict=True,
+        ):
+            assert (mine - theirs).abs().max() <= 1e-6
+
+
+def test_zero_gate_gets_zero_gradient():
+    x, w, b = leaves((4, K), torch.float64, True)
+    z = torch.zeros(2, requires_grad=True)
+    y = FoldedLinear.apply(x, w, b, z, None, None, None, 8, 1)
+    assert torch.equal(y, b.expand(4, N))
+    grad_x, grad_z = torch.autograd.grad(y, (x, z), random(4, N))
+    assert torch.equal(grad_x, torch.zeros_like(x)) and grad_z.tolist() == [0.0, 0.0]
+
+
+def test_saves_no_token_tensor_when_only_x_needs_a_gradient():
+    x, w, b = leaves((64, K), torch.float64, True)
+    w.requires_grad_(False), b.requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+        FoldedLinear.apply(x, w, b, gate(K).detach(), None, None, None, 1, 1)
+    assert all(64 not in shape for shape in kept)
+    assert (N, K) in kept
+
+
+def test_double_backward_is_refused():
+    x, w, b = leaves((4, K), torch.float64, True)
+    y = FoldedLinear.apply(x, w, b, gate(K), None, None, None, 1, 1)
+    (grad,) = torch.autograd.grad(y, x, random(4, N), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|differentiating twice"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_error_is_near_torchs_own(dtype):
+    t, n, k = 96, 64, 80
+    cols = torch.arange(k)[torch.rand(k, generator=generator(4)) > 0.4]
+    rows = torch.arange(n)[torch.rand(n, generator=generator(5)) > 0.4]
+    values = {
+        "x": random(t, cols.numel(), seed=1).to(dtype),
+        "w": (random(n, k, seed=2) / 8).to(dtype),
+        "b": random(n, seed=3).to(dtype),
+    }
+    z_in, z_out = gate(cols.numel()).detach(), gate(rows.numel()).detach()
+    upstream = random(t, rows.numel(), seed=6).to(dtype)
+
+    def dense(x, w, b, z_in, z_out):
+        return (F.linear(x * z_in.to(x.dtype), w[rows][:, cols], b[rows])) * z_out.to(x.dtype)
+
+    def run(function, cast):
+        inputs = [cast(v).requires_grad_() for v in (*values.values(), z_in, z_out)]
+        y = function(*inputs)
+        return [y.detach(), *torch.autograd.grad(y, inputs, upstream.to(y.dtype))]
+
+    exact = run(dense, lambda v: v.double())
+    theirs = run(dense, lambda v: v.clone())
+    mine = run(lambda *args: FoldedLinear.apply(*args, rows, cols, 1, 1), lambda v: v.clone())
+    for name, truth, torchs, ours in zip(
+        ("y", "x", "w", "b", "z_in", "z_out"), exact, theirs, mine, strict=True
+    ):
+        assert ours.dtype == torchs.dtype
+        allowed = 2 if name == "y" else 3
+        own = (torchs.double() - truth).norm()
+        assert (ours.double() - truth).norm() <= allowed * own + 1e-12, name
+
+
+def test_column_dot_accumulates_in_fp32():
+    a, b = (random(4096, 3, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
+    got = column_dot(a, b)
+    assert got.dtype == torch.float32
+    exact = (a.double() * b.double()).sum(0)
+    assert (got - exact).abs().max() <= 1e-4
+    assert column_dot(a.double(), b.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("where", ["all", "both"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_low_rank_equals_masked_dense(where, gated):
+    rows, cols = map(index, SETS[where])
+    r = 3
+    a = random(r, K, seed=1).requires_grad_()
+    b = random(N, r, seed=2).requires_grad_()
+    x = random(5, K if cols is None else cols.numel(), seed=3).requires_grad_()
+    z_in = gate(x.shape[-1], torch.float64) if gated else None
+    z_out = gate(N if rows is None else rows.numel(), torch.float64) if gated else None
+    got = low_rank(x, a, b, 0.25, z_in, z_out, rows, cols, 1, 1)
+    expected = 0.25 * masked_dense(x, b @ a, None, z_in, z_out, rows, cols, 1, 1)
+    assert (got - expected).abs().max() <= 1e-13
+    wanted = [leaf for leaf in (x, a, b, z_in, z_out) if leaf is not None]
+    upstream = random(*got.shape, seed=4)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, wanted, upstream),
+        torch.autograd.grad(expected, wanted, upstream),
+        strict=True,
+    ):
+        assert (mine - theirs).abs().max() <= 1e-12
+
+
+def test_lane_values():
+    z = torch.tensor([0.5, 1.0])
+    assert lane_values(None, 4) is None and lane_values(z, 1) is z
+    assert lane_values(z, 2).tolist() == [0.5, 0.5, 1.0, 1.0]

@@ -1,0 +1,112 @@
+"""Pricing of units: moments against explicit sums, prices against the optimal repair they stand for."""
+
+import pytest
+import torch
+from tiny import tiny_model, token_ids
+
+import gatepack as gp
+from gatepack.importance import Moments, _greedy, _prices, calibrate, damped_inverse, unit_scores
+
+CONFIG = gp.GateConfig(noise=0.0, target=0.7, width_multiple=4)
+
+
+def random_problem(seed: int = 0):
+    torch.manual_seed(seed)
+    x = torch.randn(200, 24, dtype=torch.float64) @ torch.randn(24, 24, dtype=torch.float64)
+    gradient = torch.randn(90, 10, dtype=torch.float64)
+    weight = torch.randn(10, 24, dtype=torch.float64)
+    return weight, Moments(x.t() @ x, gradient.t() @ gradient)
+
+
+def damage_after_best_repair(weight, moments, closed, damping):
+    """Half tr(F dW G dW^T) at the least-squares repair of the other columns, by solving for it."""
+    g = moments.inputs + damping * moments.inputs.diagonal().mean() * torch.eye(len(moments.inputs), dtype=torch.float64)
+    kept = torch.tensor([i for i in range(weight.shape[1]) if i not in closed.tolist()])
+    change = torch.zeros_like(weight)
+    change[:, closed] = -weight[:, closed]
+    across = weight[:, closed] @ g[closed][:, kept]
+    change[:, kept] = torch.linalg.solve(g[kept][:, kept], across.t()).t()
+    return torch.trace(moments.gradients @ change @ g @ change.t()) / 2
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_price_is_damage_after_best_repair(lanes):
+    weight, moments = random_problem()
+    prices = _prices(weight, damped_inverse(moments.inputs, 0.1), moments.gradients @ weight, lanes)
+    for unit in range(24 // lanes):
+        closed = torch.arange(unit * lanes, (unit + 1) * lanes)
+        expected = damage_after_best_repair(weight, moments, closed, 0.1)
+        torch.testing.assert_close(prices[unit], expected, rtol=1e-9, atol=0)
+
+
+def test_greedy_scores_add_up_to_the_joint_damage():
+    weight, moments = random_problem(1)
+    scores, order = _greedy(weight, moments, lanes=1, block=1, damping=0.1).sort()
+    # Scores never fall along the order of closing; where the raw damage does, the sum is an upper bound.
+    assert bool((scores[:3].diff() > 0).all())
+    joint = damage_after_best_repair(weight, moments, order[:3], 0.1)
+    torch.testing.assert_close(scores[:3].sum(), joint, rtol=1e-9, atol=0)
+
+
+def test_unused_channel_is_cheapest_and_essential_one_dearest():
+    weight, moments = random_problem(2)
+    weight[:, 5] = 0
+    weight[:, 11] *= 100
+    scores = _greedy(weight, moments, lanes=1, block=1, damping=0.1)
+    assert scores.argmin() == 5
+    assert scores.max() == scores[11]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_calibrate_sums_second_moments(model_type):
+    model = tiny_model(model_type)
+    gates = gp.attach(model, CONFIG)
+    ids = [token_ids(seed=seed) for seed in (1, 2)]
+    moments = calibrate(model, [{"input_ids": i, "labels": i} for i in ids])
+    assert moments.keys() == gates.gates.keys()
+    name = next(name for name in gates if name.endswith(":channels"))
+    parent, child, _ = next(s for s in gates.attachment.sites if s[2].in_gate is gates[name])
+    linear = parent._modules[child]
+    inputs, gradients = [], []
+
+    def record(module, args, output):
+        inputs.append(args[0].reshape(-1, args[0].shape[-1]))
+        output.retain_grad()
+        gradients.append(output)
+
+    handle = linear.register_forward_hook(record)
+    model.eval()
+    for batch in ids:
+        (model(batch, labels=batch).loss * batch.numel()).backward()
+    handle.remove()
+    x = torch.cat(inputs).detach()
+    g = torch.cat([y.grad.reshape(-1, y.shape[-1]) for y in gradients])
+    torch.testing.assert_close(moments[name].inputs, x.t() @ x, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(moments[name].gradients, g.t() @ g, rtol=1e-5, atol=1e-7 * float((g.t() @ g).abs().max()))
+    scores = unit_scores(gates, moments, block=8)
+    assert {name: len(score) for name, score in scores.items()} == {n: g.size for n, g in gates.items()}
+    assert all(bool((score >= 0).all()) and bool(torch.isfinite(score).all()) for score in scores.values())
+
+
+def test_calibrate_leaves_the_model_as_it_was():
+    model = tiny_model("llama").train()
+    gp.attach(model, CONFIG)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    ids = token_ids()
+    calibrate(model, [{"input_ids": ids, "labels": ids}])
+    assert model.training
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None, name
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_calibrate_refuses_closed_units():
+    model = tiny_model("llama")
+    gates = gp.attach(model, CONFIG)
+    name = next(name for name in gates if name.endswith(":channels"))
+    gates.close(name, [0, 3])
+    ids = token_ids()
+    with pytest.raises(ValueError, match="every unit open"):
+        calibrate(model, [{"input_ids": ids, "labels": ids}])

@@ -1,0 +1,137 @@
+"""The report's picture: its size, what it shows, and what it leaves alone."""
+
+import struct
+import sys
+
+import pytest
+import torch
+from tiny import tiny_model
+
+import gatepack as gp
+from gatepack import plots
+from gatepack.plots import draw_report
+
+pytest.importorskip("matplotlib")
+
+
+def rate(median):
+    return {"median": median, "p20": 0.9 * median, "p80": 1.2 * median}
+
+
+def a_report(layers=30):
+    rows = []
+    for i in range(layers):
+        name = f"model.layers.{i}"
+        rows.append({"gate": f"{name}.self_attn:heads", "kind": "heads", "before": 9, "kept": 6})
+        kept = 1536 - 64 * (i % 9)
+        rows.append(
+            {"gate": f"{name}.mlp:channels", "kind": "channels", "before": 1536, "kept": kept}
+        )
+    return {
+        "pack": {"layers": rows, "kept_fraction": 0.8013},
+        "speed": {
+            "model": {"prefill": rate(900.0), "decode": rate(31.5)},
+            "dense": {"prefill": rate(640.0), "decode": rate(24.0)},
+            "ratios": {"prefill": 900 / 640, "decode": 31.5 / 24},
+        },
+        "perplexity": {"base": 17.9, "lora": 12.1, "packed": 13.9},
+        "model": "SmolLM2-135M-Instruct",
+        "target": 0.8,
+    }
+
+
+def draw(report, tmp_path, monkeypatch):
+    """Draws a report and returns its axes by the first word of their titles."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda self, *args, **kwargs: figures.append(self) or save(self, *args, **kwargs),
+    )
+    draw_report(report, tmp_path / "report.png")
+    return {axes.get_title("left"): axes for axes in figures[0].axes}
+
+
+def test_png_has_the_promised_size_and_global_state_stays(tmp_path):
+    import matplotlib
+
+    backend = matplotlib.rcParams._get("backend")
+    draw_report(a_report(), tmp_path / "report.png")
+    content = (tmp_path / "report.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", content[16:24]) == (1200, 800)
+    assert matplotlib.rcParams._get("backend") is backend
+
+
+def test_bars_are_the_reports_numbers(tmp_path, monkeypatch):
+    report = a_report()
+    axes = draw(report, tmp_path, monkeypatch)
+    assert sorted(axes) == [
+        "Decode: 1.31x",
+        "Kept channels",
+        "Kept heads",
+        "Perplexity on held-out text (lower is better)",
+        "Prefill: 1.41x",
+    ]
+    heights = {title: [bar.get_height() for bar in each.patches] for title, each in axes.items()}
+    channels = [row for row in report["pack"]["layers"] if row["kind"] == "channels"]
+    assert heights["Kept channels"] == [row["kept"] for row in channels] + [1536] * 30
+    assert heights["Kept heads"] == [6] * 30 + [9] * 30
+    assert heights["Prefill: 1.41x"] == [640.0, 900.0]
+    assert heights["Decode: 1.31x"] == [24.0, 31.5]
+    assert heights["Perplexity on held-out text (lower is better)"] == [17.9, 12.1, 13.9]
+    whiskers = axes["Prefill: 1.41x"].collections[0].get_segments()
+    assert [list(segment[:, 1]) for segment in whiskers] == [[576.0, 768.0], [810.0, 1080.0]]
+
+
+def test_bars_stand_at_the_layers_own_numbers(tmp_path, monkeypatch):
+    report = a_report()
+    report["pack"]["layers"] = report["pack"]["layers"][10:20]
+    bars = draw(report, tmp_path, monkeypatch)["Kept heads"].patches[:5]
+    assert [round(bar.get_center()[0], 6) for bar in bars] == [5, 6, 7, 8, 9]
+
+
+def test_what_was_not_measured_is_left_out(tmp_path, monkeypatch):
+    report = a_report(layers=2)
+    report["pack"]["layers"] = report["pack"]["layers"][:1]
+    report["speed"] = {
+        "model": {"prefill": rate(10.0), "decode": None},
+        "dense": None,
+        "ratios": None,
+    }
+    report["perplexity"] = {"base": 17.9, "packed": None}
+    axes = draw(report, tmp_path, monkeypatch)
+    assert [bar.get_height() for bar in axes["Prefill"].patches] == [10.0]
+    assert [text.get_text() for text in axes["Decode"].texts] == ["not measured"]
+    assert [text.get_text() for text in axes["Kept channels"].texts] == ["channels were not gated"]
+    assert len(axes["Perplexity on held-out text (lower is better)"].patches) == 1
+
+
+def test_reports_of_pack_and_measure_are_drawn(tmp_path):
+    model, dense = tiny_model("llama", torch.float32), tiny_model("llama", torch.float32)
+    gates = gp.attach(model, gp.GateConfig(target=0.5, width_multiple=4))
+    gates.close("model.layers.0.mlp:channels", range(20))
+    pack = gp.pack(model).to_dict()
+    speed = gp.measure(model, dense=dense, prompt_tokens=8, new_tokens=2, repeats=1).to_dict()
+    report = {"pack": pack, "speed": speed, "perplexity": {}, "model": "tiny", "target": 0.5}
+    draw_report(report, tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_missing_key_and_missing_matplotlib_are_named(tmp_path, monkeypatch):
+    report = a_report()
+    del report["speed"]
+    with pytest.raises(ValueError, match="report has no 'speed'"):
+        draw_report(report, tmp_path / "report.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        draw_report(a_report(), tmp_path / "report.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_layer_number_is_the_first_number_of_the_name():
+    assert plots._layer_number("model.layers.12.mlp:channels", 3) == 12
+    assert plots._layer_number("mlp:channels", 3) == 3

@@ -1,0 +1,129 @@
+"""The recipe and its resumable run."""
+
+import os
+import signal
+
+import pytest
+import torch
+from tiny import tiny_model, token_ids
+
+import gatepack as gp
+from gatepack import training
+from gatepack.training import FineTuning, Interrupted, TrainConfig, add_lora, close_to_budget
+
+CONFIG = TrainConfig(steps=6, batch_size=2, window=9, lora_rank=2, calibration_batches=2, learning_rate=1e-2)
+
+
+def lora_model():
+    return add_lora(tiny_model("llama", torch.float32), CONFIG)
+
+
+def adapter_state(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_learns():
+    windows = token_ids(batch=4, length=9)
+    losses = FineTuning(lora_model(), windows, CONFIG).run()
+    assert len(losses) == 6
+    assert sum(losses[-2:]) < sum(losses[:2])
+
+
+def test_interrupted_run_resumes_bit_exactly(tmp_path):
+    windows = token_ids(batch=8, length=9)
+    whole = lora_model()
+    losses = FineTuning(whole, windows, CONFIG).run()
+
+    def stop_at_three(run):
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    first = FineTuning(lora_model(), windows, CONFIG, tmp_path)
+    with pytest.raises(Interrupted):
+        first.run(stop_at_three)
+    assert first.step == 3
+    resumed_model = lora_model()
+    resumed = FineTuning(resumed_model, windows, CONFIG, tmp_path)
+    assert resumed.step == 3
+    assert resumed.run() == losses
+    expected = adapter_state(whole)
+    for name, value in adapter_state(resumed_model).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_finished_run_does_not_train_again(tmp_path):
+    windows = token_ids(batch=8, length=9)
+    FineTuning(lora_model(), windows, CONFIG, tmp_path).run()
+    model = lora_model()
+    again = FineTuning(model, windows, CONFIG, tmp_path)
+    trained = adapter_state(model)
+    assert len(again.run()) == 6
+    assert all(torch.equal(value, trained[name]) for name, value in adapter_state(model).items())
+
+
+def test_damaged_or_foreign_checkpoint_is_refused(tmp_path):
+    windows = token_ids(batch=8, length=9)
+    FineTuning(lora_model(), windows, CONFIG, tmp_path).run()
+    other = TrainConfig(steps=7, batch_size=2, window=9, lora_rank=2, calibration_batches=2)
+    with pytest.raises(ValueError, match="other settings"):
+        FineTuning(lora_model(), windows, other, tmp_path)
+    path = tmp_path / "run.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="run.safetensors is damaged"):
+        FineTuning(lora_model(), windows, CONFIG, tmp_path)
+
+
+def test_failed_write_keeps_the_previous_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    training.write_safetensors(path, {"a": torch.ones(2)}, {})
+    before = path.read_bytes()
+
+    def full(tensors, target, metadata):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        training.write_safetensors(path, {"a": torch.zeros(2)}, {})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_diverged_loss_is_an_error():
+    model = lora_model()
+    with torch.no_grad():
+        [p for p in model.parameters() if p.requires_grad][-1].fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="at step 0"):
+        FineTuning(model, token_ids(batch=4, length=9), CONFIG).run()
+
+
+def test_close_to_budget_meets_the_target_and_reloads(tmp_path):
+    windows = token_ids(batch=16, length=9)
+    gate_config = gp.GateConfig(noise=0.0, target=0.75, width_multiple=8, equal_layers=False)
+    model = tiny_model("llama", torch.float32)
+    gates = gp.attach(model, gate_config)
+    phases = []
+    kept = close_to_budget(model, windows, CONFIG, lambda *state: phases.append(state))
+    assert abs(kept - 0.75) <= 0.005
+    assert kept == gates.kept_fraction()
+    assert phases[-1] == ("closing and repairing", 2, 2)
+    training.save_gated_base(gates, tmp_path)
+    other = tiny_model("llama", torch.float32)
+    other_gates = gp.attach(other, gate_config)
+    assert not training.load_gated_base(other_gates, tmp_path / "nothing")
+    assert training.load_gated_base(other_gates, tmp_path)
+    ids = token_ids()
+    assert torch.equal(model.eval()(ids).logits, other.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("field", ["steps", "batch_size", "lora_rank", "calibration_batches"])
+def test_config_names_the_field(field):
+    with pytest.raises(ValueError, match=f"{field} must be >= 1, got 0"):
+        TrainConfig(**{field: 0})
+
+
+def test_config_refuses_bad_rates_and_windows():
+    with pytest.raises(ValueError, match="learning_rate must be a positive number, got -1"):
+        TrainConfig(learning_rate=-1)
+    with pytest.raises(ValueError, match="window must be >= 2"):
+        TrainConfig(window=1)
