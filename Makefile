@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*)
 ARGS ?=
 
-.PHONY: test test-slow demo lint bench clean
+.PHONY: test test-slow demo lint bench readme clean
 
 test: lint $(VENV)/cuda-compiled
 	$(BIN)/python -m pytest $(ARGS)
@@ -29,8 +29,15 @@ $(VENV)/cuda-compiled: $(STAMP)
 		echo "nvcc not found: csrc/*.cu NOT compiled"; \
 	fi
 
+RESULTS := benchmarks/results/$(shell uname -m)-cpu
+
 bench: $(STAMP)
-	$(BIN)/python benchmarks/bench_fold_pack.py $(ARGS)
+	$(BIN)/python benchmarks/bench_fold_pack.py --json $(RESULTS)/fold_pack.jsonl
+	$(BIN)/python benchmarks/bench_mlp.py --json $(RESULTS)/mlp.jsonl
+	$(BIN)/python benchmarks/bench_demo.py --json $(RESULTS)/demo.jsonl
+
+readme: $(STAMP)
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache python/*.egg-info python/gatepack/_C*.so

@@ -1,6 +1,6 @@
 """fold_pack against a copy of the bytes it writes, and against torch's index_select.
 
-python benchmarks/bench_fold_pack.py [--device cuda] [--json results.jsonl]
+python benchmarks/bench_fold_pack.py [--device cuda] [--threads N] [--json results.jsonl]
 
 "copy" is torch's threaded clone of the compact matrix: it too allocates its result. "into" copies
 into memory that is already mapped, which no op with a fresh result can reach on large matrices.
@@ -80,8 +80,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=3.0, help="per table")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--json", help="file to append to, one line per number")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     stamp = environment(options.device)
     print(f"{stamp['device']}, torch {stamp['torch']}, {_ext.backend().reason}")
     print(

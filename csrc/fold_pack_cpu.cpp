@@ -49,8 +49,11 @@ std::vector<int64_t> checked(const char* op, const char* name, Index index, int6
     require(false, op, ": ", name, " must be strictly increasing, got ", name, "[", i + 1,
             "] = ", out[i + 1], " after ", name, "[", i, "] = ", out[i]);
   }
-  require(n == 0 || (out.front() >= 0 && out.back() < bound), op, ": ", name,
-          " must be in [0, ", bound, "), got ", n && out.front() < 0 ? out.front() : (n ? out.back() : 0));
+  if (n > 0) {
+    const int64_t worst = out.front() < 0 ? out.front() : out.back();
+    require(worst >= 0 && worst < bound, op, ": ", name, " must be in [0, ", bound, "), got ",
+            worst);
+  }
   return out;
 }
 
@@ -135,7 +138,8 @@ void prefer_huge_pages(const Tensor& out) {
   const uintptr_t first = (begin + kHuge - 1) & ~(kHuge - 1);
   const uintptr_t last = (begin + out.numel() * out.element_size()) & ~(kHuge - 1);
   // Refusal is harmless: the kernel may be built without transparent huge pages.
-  if (last >= first + 4 * kHuge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (last < first + 4 * kHuge) return;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 #else
 void prefer_huge_pages(const Tensor&) {}

@@ -1,4 +1,4 @@
-// fold_pack and its adjoint on CUDA: one launch each, no host synchronisation, the bytes of the CPU.
+// fold_pack and its adjoint on CUDA: one launch each, no host sync, the bytes of the CPU.
 //
 // Shapes and dtypes are checked on the host. Index values are not read there: a value out of range
 // prints a line and traps on the device (the context is then lost, as with torch's own indexing),
@@ -33,7 +33,9 @@ __device__ inline void narrow(float v, bf16& out) {
   const uint32_t bits = __float_as_uint(v);
   out.bits = isnan(v) ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
-__device__ inline void narrow(float v, f16& out) { out.bits = __half_as_ushort(__float2half_rn(v)); }
+__device__ inline void narrow(float v, f16& out) {
+  out.bits = __half_as_ushort(__float2half_rn(v));
+}
 __device__ inline void narrow(double v, bf16& out) { narrow(__double2float_rn(v), out); }
 __device__ inline void narrow(double v, f16& out) { narrow(__double2float_rn(v), out); }
 

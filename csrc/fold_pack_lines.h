@@ -1,5 +1,5 @@
-// Line kernels over the Vec and Mover of the enclosing namespace. Included once per instruction set,
-// inside its namespace, with GATEPACK_TARGET and GATEPACK_ISA set: hence no include guard and no
+// Line kernels over the Vec and Mover of the enclosing namespace. Included once per instruction
+// set, inside its namespace, with GATEPACK_TARGET and GATEPACK_ISA set: hence no include guard and no
 // includes.
 
 // dst[j] = src[j] under the gates of kept line i, for every kept lane j.

@@ -34,7 +34,9 @@ def test_redundant_channels_are_repaired_exactly(model_type):
                 if linear.bias is not None:
                     linear.bias[7] = linear.bias[3]
     expected = model(ids).logits
-    close_and_compensate(model, keep_all_but(gates, {name: [7] for name in names}), [ids], damping=1e-10)
+    close_and_compensate(
+        model, keep_all_but(gates, {name: [7] for name in names}), [ids], damping=1e-10
+    )
     assert gates.open_fraction(names[0]) == 39 / 40
     got = model(ids).logits
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()

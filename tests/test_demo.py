@@ -1,4 +1,4 @@
-"""The main job from end to end: on a tiny model in seconds, on SmolLM2 when asked for slow tests."""
+"""The main job from end to end: on a tiny model in seconds, on SmolLM2 in the slow test."""
 
 import json
 import os
@@ -17,26 +17,34 @@ from gatepack.cli import app
 from gatepack.demo import DemoConfig, ParityError
 from gatepack.training import Interrupted, TrainConfig
 
-TRAIN = TrainConfig(steps=3, batch_size=2, window=16, lora_rank=2, calibration_batches=2, learning_rate=1e-3)
+TRAIN = TrainConfig(
+    steps=3, batch_size=2, window=16, lora_rank=2, calibration_batches=2, learning_rate=1e-3
+)
 
 
 @pytest.fixture
 def model_folder(tmp_path):
     """A checkpoint of a tiny Llama with a tokenizer of one token per printable ASCII character."""
     characters = ["<eos>", "\n", *(chr(code) for code in range(32, 127))][:97]
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<eos>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<eos>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     folder = tmp_path / "tiny"
     tiny_model("llama", torch.float32).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<eos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<eos>"
+    ).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
 def text_file(tmp_path):
     path = tmp_path / "text.jsonl"
-    lines = [json.dumps({"text": f"Document {i} speaks of {i * i} things. " * 6}) for i in range(18)]
+    lines = [
+        json.dumps({"text": f"Document {i} speaks of {i * i} things. " * 6}) for i in range(18)
+    ]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
@@ -125,9 +133,22 @@ def test_failed_run_leaves_an_earlier_result(config, monkeypatch):
 
 
 def test_command_line_runs_the_demo(config):
-    options = ["--steps", "2", "--batch-size", "2", "--window", "16", "--lora-rank", "2", "--eval-windows", "4"]
+    options = [
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--window",
+        "16",
+        "--lora-rank",
+        "2",
+        "--eval-windows",
+        "4",
+    ]
     options += ["--target", "0.7", "--width-multiple", "8", "--out", str(config.out)]
-    result = CliRunner().invoke(app, ["demo", "--model", config.model, "--text", config.text, *options])
+    result = CliRunner().invoke(
+        app, ["demo", "--model", config.model, "--text", config.text, *options]
+    )
     assert result.exit_code == 0, result.output
     for words in ("held-out perplexity", "parity: packed and gated", "prefill, tokens/s"):
         assert words in result.output
@@ -160,7 +181,14 @@ def test_version():
 def test_smollm2_gate_three_steps_pack_reload(tmp_path):
     train = TrainConfig(steps=3, batch_size=2, window=64, calibration_batches=4)
     report = demo.run(
-        DemoConfig(out=tmp_path / "out", eval_windows=4, prompt_tokens=16, new_tokens=2, repeats=1, train=train),
+        DemoConfig(
+            out=tmp_path / "out",
+            eval_windows=4,
+            prompt_tokens=16,
+            new_tokens=2,
+            repeats=1,
+            train=train,
+        ),
         print,
     )
     assert abs(report["pack"]["kept_fraction"] - 0.8) <= 0.005

@@ -89,12 +89,15 @@ def test_bytes_equal_plain_torch(implementation, shape, dtype, column_major):
     for k, kind in enumerate(SUBSETS):
         rows = subset(kind, m, k)
         cols = subset(SUBSETS[-1 - k], n, k + 1, torch.int32)
-        for r, c in ((rows, cols), (rows, None), (None, cols)):
+        # One side alone takes other branches, whatever the subset; two kinds of it are enough.
+        one_side = ((rows, None), (None, cols)) if kind in ("mixed", "runs") else ()
+        for r, c in ((rows, cols), *one_side):
             kept = (m if r is None else len(r), n if c is None else len(c))
             for gates in range(4):
                 z_out = gate(kept[0], 1) if gates & 1 else None
                 z_in = gate(kept[1], 2) if gates & 2 else None
-                for out in (None, *DTYPES):
+                # A cast does not depend on which gates are present.
+                for out in (None, *DTYPES) if gates in (0, 3) else (None,):
                     packed = pack(w, r, c, z_out, z_in, out)
                     assert_same_bytes(packed, naive(w, r, c, z_out, z_in, out))
                     assert packed.is_contiguous() or column_major
@@ -125,8 +128,8 @@ def test_view_with_gaps_between_lines(implementation):
     assert_same_bytes(pack(w, rows, cols, None, gate(len(cols), 2)), expected)
 
 
-def test_nothing_outside_the_result_is_written(implementation):
-    """Whole-vector stores may not leave their line: the result sits between its own neighbours."""
+def test_threads_do_not_overwrite_each_other(implementation):
+    """Whole-vector stores may not leave their line, which ends beside another thread's first."""
     pack, _ = implementation
     w = matrix(50, 4097, torch.bfloat16)
     cols = subset("mixed", 4097, 3)

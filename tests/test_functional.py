@@ -75,8 +75,9 @@ def compare(inputs, x_shape, rows, cols, in_lanes=1, out_lanes=1):
     expected_grads = torch.autograd.grad(expected, wanted, upstream)
     for leaf, mine, theirs in zip(wanted, got_grads, expected_grads, strict=True):
         assert mine.dtype == leaf.dtype and mine.shape == leaf.shape
-        tolerance = 1e-12 if leaf.dtype == torch.float64 else 1e-6 * max(1.0, float(theirs.abs().max()))
-        assert float((mine - theirs).abs().max()) <= tolerance if mine.numel() else True
+        if leaf.numel():
+            tolerance = 1e-12 if leaf.dtype == torch.float64 else 1e-6 * max(1.0, float(theirs.abs().max()))
+            assert (mine - theirs).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -181,9 +182,10 @@ def test_saves_no_token_tensor_when_only_x_needs_a_gradient():
 def test_double_backward_is_refused():
     x, w, b = leaves((4, K), torch.float64, True)
     y = FoldedLinear.apply(x, w, b, gate(K), None, None, None, 1, 1)
-    (grad,) = torch.autograd.grad(y, x, random(4, N), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|differentiating twice"):
-        grad.square().sum().backward()
+    upstream = random(4, N).requires_grad_()
+    (grad,) = torch.autograd.grad(y, x, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="trying to differentiate twice"):
+        grad.backward(random(4, K))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,6 +4,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+
 from gatepack.kernels import (
     GatedLinearConfig,
     Tile,

@@ -1,4 +1,4 @@
-"""Pricing of units: moments against explicit sums, prices against the optimal repair they stand for."""
+"""Pricing of units: moments against explicit sums, prices against the optimal repair."""
 
 import pytest
 import torch
@@ -20,7 +20,9 @@ def random_problem(seed: int = 0):
 
 def damage_after_best_repair(weight, moments, closed, damping):
     """Half tr(F dW G dW^T) at the least-squares repair of the other columns, by solving for it."""
-    g = moments.inputs + damping * moments.inputs.diagonal().mean() * torch.eye(len(moments.inputs), dtype=torch.float64)
+    g = moments.inputs + damping * moments.inputs.diagonal().mean() * torch.eye(
+        len(moments.inputs), dtype=torch.float64
+    )
     kept = torch.tensor([i for i in range(weight.shape[1]) if i not in closed.tolist()])
     change = torch.zeros_like(weight)
     change[:, closed] = -weight[:, closed]
@@ -42,7 +44,8 @@ def test_price_is_damage_after_best_repair(lanes):
 def test_greedy_scores_add_up_to_the_joint_damage():
     weight, moments = random_problem(1)
     scores, order = _greedy(weight, moments, lanes=1, block=1, damping=0.1).sort()
-    # Scores never fall along the order of closing; where the raw damage does, the sum is an upper bound.
+    # Scores never fall along the order of closing; where the raw damage does, the sum is an upper
+    # bound.
     assert bool((scores[:3].diff() > 0).all())
     joint = damage_after_best_repair(weight, moments, order[:3], 0.1)
     torch.testing.assert_close(scores[:3].sum(), joint, rtol=1e-9, atol=0)
@@ -82,10 +85,16 @@ def test_calibrate_sums_second_moments(model_type):
     x = torch.cat(inputs).detach()
     g = torch.cat([y.grad.reshape(-1, y.shape[-1]) for y in gradients])
     torch.testing.assert_close(moments[name].inputs, x.t() @ x, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(moments[name].gradients, g.t() @ g, rtol=1e-5, atol=1e-7 * float((g.t() @ g).abs().max()))
+    torch.testing.assert_close(
+        moments[name].gradients, g.t() @ g, rtol=1e-5, atol=1e-7 * float((g.t() @ g).abs().max())
+    )
     scores = unit_scores(gates, moments, block=8)
-    assert {name: len(score) for name, score in scores.items()} == {n: g.size for n, g in gates.items()}
-    assert all(bool((score >= 0).all()) and bool(torch.isfinite(score).all()) for score in scores.values())
+    assert {name: len(score) for name, score in scores.items()} == {
+        n: g.size for n, g in gates.items()
+    }
+    assert all(
+        bool((score >= 0).all()) and bool(torch.isfinite(score).all()) for score in scores.values()
+    )
 
 
 def test_calibrate_leaves_the_model_as_it_was():

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from gatepack.kernels import GatedLinearConfig, Tile, choose_config
 
 ARCHS = ["sm_80", "sm_86", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950", "cpu"]

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from gatepack.kernels import open_set_fn, open_set_ref
 from gatepack.kernels.open_sets import Axis
 from gatepack.testing import poisoned_empty

@@ -83,10 +83,11 @@ def test_forwards_are_a_prefill_and_greedy_steps(clock):
     assert [tuple(call["input_ids"].shape) for call in calls] == [(2, 8)] + [(2, 1)] * 3
     assert all(logits.shape == (2, 1, VOCAB) for logits in outputs)
     sequence = torch.cat([call["input_ids"] for call in calls], 1)
+    got = torch.cat(outputs, 1)
+    assert torch.equal(sequence[:, 8:], got[:, :-1].argmax(-1))
     with torch.no_grad():
         expected = model.eval()(input_ids=sequence, use_cache=False).logits[:, 7:]
-    assert torch.equal(sequence[:, 8:], torch.cat(outputs[:-1], 1).argmax(-1))
-    torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_depend_on_the_seed_only(clock):

@@ -1,5 +1,6 @@
 """The recipe and its resumable run."""
 
+import math
 import os
 import signal
 
@@ -11,7 +12,9 @@ import gatepack as gp
 from gatepack import training
 from gatepack.training import FineTuning, Interrupted, TrainConfig, add_lora, close_to_budget
 
-CONFIG = TrainConfig(steps=6, batch_size=2, window=9, lora_rank=2, calibration_batches=2, learning_rate=1e-2)
+CONFIG = TrainConfig(
+    steps=6, batch_size=2, window=9, lora_rank=2, calibration_batches=2, learning_rate=1e-2
+)
 
 
 def lora_model():
@@ -120,6 +123,13 @@ def test_close_to_budget_meets_the_target_and_reloads(tmp_path):
 def test_config_names_the_field(field):
     with pytest.raises(ValueError, match=f"{field} must be >= 1, got 0"):
         TrainConfig(**{field: 0})
+
+
+def test_rate_rises_and_falls_along_a_cosine():
+    config = TrainConfig(steps=10, warmup_steps=2, learning_rate=1.0)
+    rates = [config.learning_rate_at(step) for step in range(10)]
+    expected = [1 / 3, 2 / 3, *(0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8))]
+    assert rates == pytest.approx(expected)
 
 
 def test_config_refuses_bad_rates_and_windows():

@@ -153,16 +153,9 @@ def _gated_linear(
         u = _project(x2, lora_a, ins, scale) if low_rank else None
         dense_bias = None if bias is None else bias.contiguous()
         y, h, _ = gated_matmul(
-            x2,
-            w,
-            ins,
-            outs,
-            tiles.fwd,
-            bias=dense_bias,
-            u=u,
-            up=lora_b,
+            x2, w, ins, outs, tiles.fwd, bias=dense_bias, u=u, up=lora_b,
             keep="yh" if keep_h else "y",
-        )
+        )  # fmt: skip
         h = x.new_empty(0) if h is None else h
         u = x.new_empty(0) if u is None else u
         return y.view(*x.shape[:-1], n), h, u, open_in, open_out
@@ -243,15 +236,12 @@ def _(
     return [grad() for grad, needed in zip(grads, needs, strict=True) if needed]
 
 
-_DIFFERENTIABLE = (0, 1, 2, 3, 4, 5, 6)  # x, w, bias, z_in, z_out, lora_a, lora_b
-
-
 def _save_for_backward(ctx, inputs, output):
     x, w, _, z_in, z_out, lora_a, lora_b, scale, group_in, group_out, keep_h, config = inputs
     y, h, u, open_in, open_out = output
     ctx.mark_non_differentiable(h, u, open_in, open_out)
     ctx.set_materialize_grads(False)
-    needs = [inputs[i] is not None and ctx.needs_input_grad[i] for i in range(len(_DIFFERENTIABLE))]
+    needs = [inputs[i] is not None and ctx.needs_input_grad[i] for i in range(7)]
     _, need_w, _, need_z_in, need_z_out, need_a, need_b = needs
     ctx.save_for_backward(
         x if need_w or need_z_in or need_a else None,

@@ -1,7 +1,8 @@
 """gatepack: train with gates, pack what stays open.
 
-Names are imported on first use, so that ``import gatepack`` costs little beyond ``import torch`` and
-touches no device. The stages, left to right: gates, kernels, modules, methods, pack, save, export.
+Names are imported on first use, so that ``import gatepack`` costs little beyond ``import torch``
+and touches no device. The stages, left to right: gates, kernels, modules, methods, pack, save,
+export.
 """
 
 import importlib

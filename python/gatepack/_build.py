@@ -12,7 +12,7 @@ from pathlib import Path
 OLDEST_TORCH = (2, 10)
 
 # -ffp-contract=off: products are rounded one by one, in the order that csrc/layout.h states.
-CXX_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden"]
+CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA"]
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
 

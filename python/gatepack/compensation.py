@@ -1,4 +1,4 @@
-"""Stage 4, methods: repair what closing units broke, layer by layer, by least squares on calibration text."""
+"""Stage 4, methods: repair what closing units broke, layer by layer, by least squares."""
 
 from collections.abc import Callable, Mapping
 
@@ -24,19 +24,22 @@ def close_and_compensate(
     damping: float = DAMPING,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Closes the units that masks (gate name -> bool [size]) leave out and repairs the linears that read them.
+    """Closes the units that masks leave out and repairs the linears that read them.
 
-    Layer by layer, with the pruned layers before it: the kept columns of each out and down projection get
-    W' = W + R^T X (X^T X + damping * mean(diag) * I)^-1, where X are their inputs in the pruned model and R is what the
-    dense model's residual stream has and the pruned one lacks (Fang et al. 2023 and SlimGPT, arXiv 2412.18110, repair
-    one layer at a time; following the dense stream also takes back what earlier layers lost). batches: token ids
-    [B, S] each. Writes base weights in place, adapters stay; all gates must be 1 before. progress is called with the
-    number of layers done. Raises ValueError for post-norm models (BERT), whose stream is not a sum.
+    Layer by layer, with the pruned layers before it: the kept columns of each out and down
+    projection get W' = W + R^T X (X^T X + damping * mean(diag) * I)^-1, where X are their inputs in
+    the pruned model and R is what the dense model's residual stream has and the pruned one lacks
+    (Fang et al. 2023 and SlimGPT, arXiv 2412.18110, repair one layer at a time; following the dense
+    stream also takes back what earlier layers lost). batches: token ids [B, S] each. Writes base
+    weights in place, adapters stay; all gates must be 1 before. progress is called with the number
+    of layers done. Raises ValueError for post-norm models (BERT), whose stream is not a sum.
     """
     root = hf_model(model)
     gates = gates_of(model)
     if family_of(root.config).post_norm:
-        raise ValueError(f"{type(root).__name__} normalises its residual stream: close without compensation")
+        raise ValueError(
+            f"{type(root).__name__} normalises its residual stream: close without compensation"
+        )
     was_training = root.training
     root.eval()
     layers = layers_of(root)
@@ -52,7 +55,7 @@ def close_and_compensate(
 
 
 def _first_inputs(root, layers: list[Layer], batches):
-    """Hidden states entering the first layer, one [B, S, D] per batch, and every layer's other arguments."""
+    """Hidden states entering layer 0, [B, S, D] per batch, and every layer's other arguments."""
     first: list[torch.Tensor] = []
     calls: list[list] = [[] for _ in layers]
 
@@ -80,7 +83,7 @@ def _first_inputs(root, layers: list[Layer], batches):
 
 
 def _compensate_layer(gates: GateSet, layer: Layer, masks, dense, pruned, calls, damping: float):
-    """Advances both streams through one layer; returns the dense one, updates the pruned one in place."""
+    """Advances both streams through a layer: returns the dense one, updates the pruned one."""
     out, down = (layer.module.get_submodule(path) for path in (layer.family.out, layer.family.down))
     after_out, after_layer = [], []
     for x, call in zip(dense, calls, strict=True):
@@ -146,8 +149,10 @@ class _watching:
         self.handle.remove()
 
 
-def _repair(linear: nn.Module, gates: GateSet, name: str, inputs, residuals, damping: float) -> torch.Tensor:
-    """Adds the least-squares correction to the open columns of a linear; returns it, fp32 [N, |C|]."""
+def _repair(
+    linear: nn.Module, gates: GateSet, name: str, inputs, residuals, damping: float
+) -> torch.Tensor:
+    """Adds the least-squares correction to a linear's open columns; returns it, fp32 [N, |C|]."""
     moment = cross = None
     for x, r in zip(inputs, residuals, strict=True):
         x = x.reshape(-1, x.shape[-1]).float()

@@ -40,7 +40,7 @@ STATE = ".resume"
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What the demo runs: target is the kept fraction of the blocks' weights, windows the held-out ones to score."""
+    """What the demo runs; target is the kept fraction of the blocks' weights."""
 
     model: str = "smollm2"
     text: str | None = None
@@ -74,20 +74,28 @@ class ParityError(RuntimeError):
     """The packed model does not compute what the gated one did."""
 
 
-def run(config: DemoConfig, say: Callable[[str], None] = print) -> dict:
+def run(
+    config: DemoConfig, say: Callable[[str], None] = print, known: dict[str, float] | None = None
+) -> dict:
     """Fine-tunes with gates and LoRA, packs, measures, saves to config.out; returns the report.
 
-    Interrupted or failed, it goes on from its last finished stage (in training: step) when run again with the same
-    settings. Raises Interrupted, ParityError, or ValueError/OSError with one sentence on what to change.
+    known: perplexities ("base", "lora") that an earlier run with the same model, text and training
+    has measured. Interrupted or failed, it goes on from its last finished stage (in training: step)
+    when run again with the same settings. Raises Interrupted, ParityError, or ValueError/OSError
+    with one sentence on what to change.
     """
     documents = load_documents(config.text)
     train_documents, held_out_documents = split_documents(documents)
     state = State.open(config, documents)
+    for name, value in (known or {}).items():
+        state.once(name, lambda value=value: value)
     say(f"loading {config.model}")
     model, tokenizer = load_model(config.model)
     windows = to_windows(train_documents, tokenizer, config.train.window)
     held_out = to_windows(held_out_documents, tokenizer, config.train.window)[: config.eval_windows]
-    say(f"{len(windows)} training and {len(held_out)} held-out windows of {config.train.window} tokens")
+    say(
+        f"{len(windows)} training, {len(held_out)} held-out windows of {config.train.window} tokens"
+    )
     dense = copy.deepcopy(model)
 
     report = {
@@ -95,7 +103,9 @@ def run(config: DemoConfig, say: Callable[[str], None] = print) -> dict:
         "target": config.target,
         "settings": _plain(asdict(config)),
         "environment": _environment(),
-        "perplexity": {"base": state.once("base", lambda: _score(dense, held_out, "scoring the base model"))},
+        "perplexity": {
+            "base": state.once("base", lambda: _score(dense, held_out, "scoring the base model"))
+        },
     }
     report["perplexity"]["lora"] = state.once(
         "lora", lambda: _lora_only(model, windows, held_out, config, state)
@@ -105,7 +115,10 @@ def run(config: DemoConfig, say: Callable[[str], None] = print) -> dict:
     report["perplexity"]["packed"] = _score(packed, held_out, "scoring the packed model")
     save_pretrained(packed, config.out, tokenizer)
     report["reload_identical"] = _reloads_identically(packed, config.out, held_out)
-    report["bytes_on_disk"] = {"base": _bytes_on_disk(dense, config.out), "packed": _weight_bytes(config.out)}
+    report["bytes_on_disk"] = {
+        "base": _bytes_on_disk(dense, config.out),
+        "packed": _weight_bytes(config.out),
+    }
     say("timing dense and packed, interleaved")
     report["speed"] = measure(
         packed,
@@ -137,12 +150,14 @@ class State:
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ValueError(f"{path} is damaged ({error}); pass --restart to start over") from error
+                raise ValueError(
+                    f"{path} is damaged ({error}); pass --restart to start over"
+                ) from error
             differs = sorted(key for key in wanted if found.get(key) != wanted[key])
             if differs:
                 raise ValueError(
-                    f"{folder} holds an unfinished run with another {', '.join(differs)}; pass --restart to drop it "
-                    "or --out to write elsewhere"
+                    f"{folder} holds an unfinished run with another {', '.join(differs)}; "
+                    "pass --restart to drop it or --out to write elsewhere"
                 )
         else:
             write_json(path, wanted)
@@ -185,7 +200,10 @@ def _train(model, windows, config: DemoConfig, folder: Path, title: str, gates=N
     tuning = FineTuning(model, windows, config.train, folder)
     budget = {}
     if gates is not None:
-        budget = {"open": f"{gates.open_fraction():.1%}", "budget": f"{gates.kept_fraction():.1%}/{config.target:.1%}"}
+        budget = {
+            "open": f"{gates.open_fraction():.1%}",
+            "budget": f"{gates.kept_fraction():.1%}/{config.target:.1%}",
+        }
     with tqdm(total=config.train.steps, initial=tuning.step, desc=title, unit="step") as bar:
 
         def on_step(run: FineTuning) -> None:
@@ -211,7 +229,8 @@ def _pack_and_check(wrapped, held_out) -> tuple[nn.Module, dict, dict]:
     parity = {"max_abs_difference": difference, "bound": bound, "largest_logit": largest}
     if not difference <= bound:
         raise ParityError(
-            f"packed and gated logits differ by {difference:.3g}, more than rounding explains ({bound:.3g})"
+            f"packed and gated logits differ by {difference:.3g}, "
+            f"more than rounding explains ({bound:.3g})"
         )
     return packed, pack_report.to_dict(), parity
 
@@ -220,7 +239,9 @@ def _reloads_identically(packed, folder: Path, held_out) -> bool:
     reloaded = from_pretrained(folder).eval()
     difference = max_logit_difference(packed, reloaded, held_out[:2])
     if difference != 0:
-        raise ParityError(f"the model reloaded from {folder} gives logits that differ by {difference:.3g}")
+        raise ParityError(
+            f"the model reloaded from {folder} gives logits that differ by {difference:.3g}"
+        )
     return True
 
 
@@ -264,7 +285,11 @@ def _samples(tokenizer, held_out, models: dict[str, nn.Module]) -> dict[str, str
     samples = {"prompt": tokenizer.decode(prompt[0])}
     for name, model in models.items():
         tokens = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, repetition_penalty=1.1
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=40,
+            do_sample=False,
+            repetition_penalty=1.1,
         )
         samples[name] = tokenizer.decode(tokens[0, prompt.shape[1] :])
     return samples

@@ -1,9 +1,9 @@
 """Stage 4, methods: what each unit is worth, by the loss that its best repair would still leave.
 
-Optimal brain surgeon on groups of columns (Hassibi & Stork 1993; per layer as in SparseGPT, arXiv 2301.00774, and
-LLM Surgeon, arXiv 2312.17244): with G the second moment of a linear's input and F that of the loss gradient at its
-output, closing the columns c and repairing the others by least squares raises the loss by about
-tr( (G^-1[c, c])^-1 W[:, c]^T F W[:, c] ) / 2.
+Optimal brain surgeon on groups of columns (Hassibi & Stork 1993; per layer as in SparseGPT, arXiv
+2301.00774, and LLM Surgeon, arXiv 2312.17244): with G the second moment of a linear's input and F
+that of the loss gradient at its output, closing the columns c and repairing the others by least
+squares raises the loss by about tr( (G^-1[c, c])^-1 W[:, c]^T F W[:, c] ) / 2.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,9 +21,10 @@ DAMPING = 0.1
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments at the linear that a gate's units feed, summed over calibration tokens, at least fp32.
+    """Second moments at the linear that a gate's units feed, summed over tokens, at least fp32.
 
-    inputs: G = sum x x^T [K, K]. gradients: F = sum g g^T [N, N], g the loss gradient at the output.
+    inputs: G = sum x x^T [K, K]. gradients: F = sum g g^T [N, N], g the loss gradient at the
+    output.
     """
 
     inputs: torch.Tensor
@@ -35,9 +36,10 @@ def calibrate(
     batches: Iterable[Mapping[str, torch.Tensor]],
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Moments]:
-    """Runs a gated model forward and backward over batches of its inputs (with labels): gate name -> Moments.
+    """Runs a gated model forward and backward over batches of inputs with labels: name -> Moments.
 
-    All gates must be open. Parameters keep their gradients as they were. Needs K^2 + N^2 floats per gate.
+    All gates must be open. Parameters keep their gradients as they were. Needs K^2 + N^2 floats per
+    gate.
     """
     root = hf_model(model)
     gates = gates_of(model)
@@ -90,7 +92,9 @@ def _recorder(name: str, inputs: dict, gradients: dict):
         x = args[0].detach()
         expected = base_linear(module).weight.shape[0 if is_conv1d(base_linear(module)) else 1]
         if x.shape[-1] != expected:
-            raise ValueError(f"calibrate needs every unit open, but {name!r} runs {x.shape[-1]} of {expected} lanes")
+            raise ValueError(
+                f"calibrate needs every unit open, {name!r} runs {x.shape[-1]} of {expected} lanes"
+            )
         add(inputs, x)
         output.register_hook(lambda grad: add(gradients, grad.detach()))
 
@@ -104,11 +108,11 @@ def unit_scores(
     damping: float = DAMPING,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Gate name -> fp32 [size]: the loss that closing each unit adds, in the order in which they should go.
+    """Gate name -> [size]: the loss that closing each unit adds, in the order they should go.
 
-    Units are closed greedily, the cheapest first, each closing repaired before the next is priced: channels in blocks
-    of `block`, heads one by one. damping: fraction of G's mean diagonal added to its diagonal. Additive over units
-    and comparable over gates, as GateSet.snap wants them.
+    Units are closed greedily, the cheapest first, each closing repaired before the next is priced:
+    channels in blocks of `block`, heads one by one. damping: fraction of G's mean diagonal added to
+    its diagonal. Additive over units and comparable over gates, as GateSet.snap wants them.
     """
     scores = {}
     for done, (gate, linear) in enumerate(gated_inputs(gates), 1):
@@ -128,7 +132,9 @@ def damped_inverse(moment: torch.Tensor, damping: float) -> torch.Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
-def _greedy(weight: torch.Tensor, moments: Moments, lanes: int, block: int, damping: float) -> torch.Tensor:
+def _greedy(
+    weight: torch.Tensor, moments: Moments, lanes: int, block: int, damping: float
+) -> torch.Tensor:
     """Scores of the units of one gate; weight [N, K], K = units * lanes."""
     units = weight.shape[1] // lanes
     step = block if lanes == 1 else 1
@@ -147,7 +153,8 @@ def _greedy(weight: torch.Tensor, moments: Moments, lanes: int, block: int, damp
         floor = max(floor, float((joint * curved[:, closed].t()).sum()) / 2 / step)
         scores[chosen] = floor
         alive[chosen] = False
-        # Each update zeroes the closed lanes and leaves the repaired rest, so nothing needs to be copied out.
+        # Each update zeroes the closed lanes and leaves the repaired rest, so nothing needs to be
+        # copied out.
         for matrix in (weight, curved, inverse):
             matrix.addmm_(matrix[:, closed], repair, alpha=-1)
     last = _prices(weight, inverse, curved, lanes)[alive].mean()
@@ -156,7 +163,7 @@ def _greedy(weight: torch.Tensor, moments: Moments, lanes: int, block: int, damp
 
 
 def _prices(weight, inverse, curved, lanes: int) -> torch.Tensor:
-    """What closing each unit alone would add to the loss, [units]; curved is F W. Closed units give 0/0."""
+    """What closing each unit alone would add to the loss, [units]; curved is F W. Closed: 0/0."""
     if lanes == 1:
         return (weight * curved).sum(0) / inverse.diagonal() / 2
     units = weight.shape[1] // lanes

@@ -1,6 +1,7 @@
 """Stage 3, modules: linears that compute open units only, as stand-ins for nn.Linear and its relatives."""
 
 import functools
+import importlib.util
 from dataclasses import dataclass, replace
 
 import torch
@@ -167,7 +168,7 @@ def gated_forward(module: nn.Module, dense_forward, x: torch.Tensor, opaque: str
     if in_open is not None and x.shape[-1] != full_in and not site.compact_in:
         raise ValueError(f"x must have {full_in} features, got shape {tuple(x.shape)}")
     operands = opaque or operands_of(module)
-    path = backend_of(x, operands)
+    path, _ = backend_of(x, operands)
     if path == "folded":
         y = _folded(module, operands, x, in_open, out_open, rows.index, cols, full_in)
     else:
@@ -180,21 +181,38 @@ def gated_forward(module: nn.Module, dense_forward, x: torch.Tensor, opaque: str
     return y
 
 
-def backend_of(x: torch.Tensor, operands: Operands | str) -> str:
-    """Which path runs: "folded" (fold-pack, then matmuls), "triton" (gates in the kernel) or "dense" (opaque adapter).
+def backend_of(x: torch.Tensor, operands: Operands | str) -> tuple[str, str]:
+    """Which path runs, and why: "folded" (fold-pack, then matmuls), "triton" (gates in the kernel) or "dense".
 
-    The Triton op serves few tokens on a GPU, where reading W dominates; GATEPACK_BACKEND forces either.
+    The Triton op serves few tokens on a GPU, where reading W dominates; GATEPACK_BACKEND forces either. "dense" is the
+    ungated forward between two multiplications, for adapters that cannot be taken apart.
     """
     if isinstance(operands, str):
-        return "dense"
+        return "dense", operands
     forced = _env.backend()
-    few = x.is_cuda and x.numel() // max(x.shape[-1], 1) <= FEW_TOKENS
-    wants_triton = forced == "triton" or (forced is None and few)
-    if not wants_triton or len(operands.adapters) > 1 or torch.is_autocast_enabled(x.device.type):
-        return "folded"
-    if any(adapter.a.dtype != x.dtype or _drops(adapter) for adapter in operands.adapters):
-        return "folded"
-    return "triton"
+    if forced == "folded":
+        return "folded", "GATEPACK_BACKEND"
+    if forced != "triton":
+        if not x.is_cuda:
+            return "folded", f"on {x.device.type}"
+        if x.numel() // max(x.shape[-1], 1) > FEW_TOKENS:
+            return "folded", f"more than {FEW_TOKENS} tokens"
+        if not _has_triton():
+            return "folded", "triton is not installed"
+    if len(operands.adapters) > 1:
+        return "folded", f"{len(operands.adapters)} adapters are active"
+    if torch.is_autocast_enabled(x.device.type):
+        return "folded", "autocast is on"
+    if any(adapter.a.dtype != x.dtype for adapter in operands.adapters):
+        return "folded", "the adapter has another dtype"
+    if any(_drops(adapter) for adapter in operands.adapters):
+        return "folded", "the adapter drops out"
+    return "triton", "GATEPACK_BACKEND" if forced else f"at most {FEW_TOKENS} tokens"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _drops(adapter: Adapter) -> bool:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from gatepack._ext import fold_pack, fold_pack_adjoint
-from gatepack.families import Family
 from gatepack.gates import GateSpec, lane_indices
 from gatepack.hf import (
     GATES_NAME,
@@ -33,7 +32,7 @@ class PackReport:
 
     rows: (gate name, kind, units before, units kept) per gate. params and bytes: of the whole model, (before, after).
     block_params: of the blocks' linears. padded: units that were closed and stayed, as zeros, because engines want
-    equally many query heads per key/value head.
+    equally many query heads per key/value head and no empty linear.
     """
 
     rows: tuple[tuple[str, str, int, int], ...]
@@ -82,13 +81,14 @@ class _Fixed:
 def physical_mask(kind: str, shared_size: int, mask: torch.Tensor) -> torch.Tensor:
     """The units that stay in memory for an open mask, bool [size]: the open ones and what the layout needs.
 
-    Heads: at least one, and equally many per remaining key/value head. Channels: just the open ones.
+    At least one, because no engine takes a linear of width 0 (nor does GPT-2's Conv1D); of heads, equally many per
+    remaining key/value head.
     """
-    if kind != "heads":
-        return mask
     mask = mask.clone()
     if not mask.any():
         mask[0] = True
+    if kind != "heads":
+        return mask
     grid = mask.reshape(-1, shared_size)
     most = int(grid.sum(1).max())
     for row in grid:

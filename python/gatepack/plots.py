@@ -46,22 +46,23 @@ def draw_report(report: dict, path: str | os.PathLike) -> None:
 def _draw_widths(figure, pack: dict) -> None:
     for axes, kind in zip(figure.subplots(2, 1), ("heads", "channels"), strict=True):
         rows = [row for row in pack["layers"] if row["kind"] == kind]
-        axes.set_title(f"Kept {kind}", loc="left")
         _clean(axes)
         if not rows:
             _say(axes, f"{kind} were not gated")
             continue
         layers = [_layer_number(row["gate"], i) for i, row in enumerate(rows)]
         kept, before = [row["kept"] for row in rows], [row["before"] for row in rows]
+        share = f"{sum(kept):,} of {sum(before):,} ({sum(kept) / sum(before):.0%})"
+        axes.set_title(f"Kept {kind}: {share}", loc="left")
+        axes.margins(x=0.01)
         axes.bar(layers, kept, width=0.8, color=_PACKED, label="packed")
         axes.bar(layers, before, width=0.8, fill=False, edgecolor=_DENSE, label="dense")
         axes.set_xlabel("layer")
         axes.set_ylabel(f"{kind} per layer")
-        axes.set_ylim(0, 1.2 * max(before))
+        axes.set_ylim(0, 1.15 * max(before))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.get_major_locator().set_params(integer=True)
-        share = f"{sum(kept):,} of {sum(before):,} ({sum(kept) / sum(before):.0%})"
-        axes.legend(title=share, loc="upper right", ncols=2, frameon=False, borderaxespad=0)
+        axes.legend(loc="upper right", ncols=2, frameon=False, borderaxespad=0)
 
 
 def _layer_number(gate: str, otherwise: int) -> int:

@@ -23,13 +23,21 @@ def print_report(report: dict, out: Path) -> None:
 
 
 def _table(report: dict) -> Table:
-    table = Table(title=f"{report['model']}, {report['pack']['kept_fraction']:.1%} of the block weights kept")
+    table = Table(
+        title=f"{report['model']}, {report['pack']['kept_fraction']:.1%} of the block weights kept"
+    )
     for column in ("", "base", "LoRA, no gates", "packed", "packed / base"):
         table.add_column(column, justify="left" if not column else "right")
     before, after = report["pack"]["params"]
     table.add_row("parameters", f"{before:,}", f"{before:,}", f"{after:,}", f"{after / before:.3f}")
     disk = report["bytes_on_disk"]
-    table.add_row("bytes on disk", f"{disk['base']:,}", f"{disk['base']:,}", f"{disk['packed']:,}", _ratio(disk))
+    table.add_row(
+        "bytes on disk",
+        f"{disk['base']:,}",
+        f"{disk['base']:,}",
+        f"{disk['packed']:,}",
+        _ratio(disk),
+    )
     quality = report["perplexity"]
     cells = [f"{quality[name]:.2f}" for name in ("base", "lora", "packed")]
     table.add_row("held-out perplexity", *cells, _ratio(quality))

@@ -1,4 +1,4 @@
-"""Stage 4, methods: the default recipe: price units, close and repair, train LoRA through what stays open."""
+"""Stage 4, methods: the default recipe: price, close and repair, then LoRA on what stays open."""
 
 import json
 import math
@@ -23,9 +23,13 @@ from gatepack.importance import calibrate, unit_scores
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Lengths in steps and tokens, learning rate of Adam's cosine schedule, LoRA rank (alpha = rank), seed."""
+    """Lengths in steps and tokens, peak learning rate of Adam, LoRA rank (alpha = rank), seed.
+
+    The rate rises linearly over warmup_steps and falls along a cosine to 0.
+    """
 
     steps: int = 40
+    warmup_steps: int = 2
     batch_size: int = 4
     window: int = 256
     learning_rate: float = 4e-3
@@ -41,8 +45,15 @@ class TrainConfig:
             raise ValueError(f"window must be >= 2 tokens, got {self.window}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        for field in ("seed", "warmup_steps"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} must be >= 0, got {getattr(self, field)}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of step 0, 1, ..., steps - 1."""
+        rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        progress = max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Interrupted(Exception):
@@ -55,10 +66,10 @@ def close_to_budget(
     config: TrainConfig,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> float:
-    """Closes a gated model's units down to its target and repairs what reads them; returns the kept fraction.
+    """Closes a gated model down to its target and repairs it; returns the kept fraction.
 
-    windows: training token ids [n, length]; config.calibration_batches batches of them are used. progress is called
-    with (phase, done, total).
+    windows: training token ids [n, length]; config.calibration_batches batches of them are used.
+    progress is called with (phase, done, total).
     """
 
     def reporter(phase: str, total: int):
@@ -68,17 +79,21 @@ def close_to_budget(
     order = batches(windows, config.batch_size, config.calibration_batches, config.seed + 1)
     chosen = [windows[rows] for rows in order]
     moments = calibrate(
-        model, [{"input_ids": ids, "labels": ids} for ids in chosen], reporter("calibrating", len(chosen))
+        model,
+        [{"input_ids": ids, "labels": ids} for ids in chosen],
+        reporter("calibrating", len(chosen)),
     )
     scores = unit_scores(gates, moments, progress=reporter("pricing units", len(gates)))
     chosen_plan = gates.plan(scores)
     layers = len(layers_of(gates.attachment.root))
-    close_and_compensate(model, chosen_plan.masks, chosen, progress=reporter("closing and repairing", layers))
+    close_and_compensate(
+        model, chosen_plan.masks, chosen, progress=reporter("closing and repairing", layers)
+    )
     return gates.kept_fraction()
 
 
 def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """A PEFT model with LoRA on every linear of the blocks; ImportError with the pip line if peft is missing."""
+    """A PEFT model with LoRA on every linear of the blocks; ImportError if peft is missing."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -95,17 +110,26 @@ def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
 
 
 class FineTuning:
-    """A resumable run: Adam with a cosine schedule over a model's trainable parameters, next-token loss.
+    """A resumable run: Adam over a model's trainable parameters, next-token loss.
 
-    Step i's batch depends on seed and i only, so a run that is cut off and resumed goes on as if it had not been.
-    folder: where a checkpoint is kept, or None. Trainable parameters are saved by name, as safetensors.
+    Step i's batch depends on seed and i only, so a run that is cut off and resumed goes on as if it
+    had not been. folder: where a checkpoint is kept, or None. Trainable parameters are saved by
+    name, as safetensors.
     """
 
-    def __init__(self, model: nn.Module, windows: torch.Tensor, config: TrainConfig, folder: Path | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: torch.Tensor,
+        config: TrainConfig,
+        folder: Path | None = None,
+    ):
         self.model, self.windows, self.config, self.folder = model, windows, config, folder
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise ValueError("model has no trainable parameter: add LoRA or unfreeze something first")
+            raise ValueError(
+                "model has no trainable parameter: add LoRA or unfreeze something first"
+            )
         self.order = batches(windows, config.batch_size, config.steps, config.seed)
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.learning_rate)
         self.losses: list[float] = []
@@ -117,7 +141,7 @@ class FineTuning:
         return len(self.losses)
 
     def run(self, on_step: Callable[["FineTuning"], None] | None = None) -> list[float]:
-        """Trains to the last step and returns the losses; a first Ctrl-C saves and raises Interrupted."""
+        """Trains to the last step, returns the losses; a first Ctrl-C saves, raises Interrupted."""
         self.model.train()
         with _interrupt_flag() as interrupted:
             while self.step < self.config.steps:
@@ -131,14 +155,14 @@ class FineTuning:
         return self.losses
 
     def _train_step(self) -> None:
-        rate = 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * rate
+            group["lr"] = self.config.learning_rate_at(self.step)
         ids = self.windows[self.order[self.step]]
         loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.step}: lower the learning rate ({self.config.learning_rate})"
+                f"the loss is {loss.item()} at step {self.step}: "
+                f"lower the learning rate ({self.config.learning_rate})"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -161,7 +185,9 @@ class FineTuning:
         path = self.folder / "run.safetensors"
         tensors, metadata = read_safetensors(path)
         if json.loads(metadata["config"]) != asdict(self.config):
-            raise ValueError(f"{path} belongs to a run with other settings; remove {self.folder} to start over")
+            raise ValueError(
+                f"{path} belongs to a run with other settings; remove {self.folder} to start over"
+            )
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"parameter.{name}"])
             self.optimizer.state[parameter] = {
@@ -196,7 +222,9 @@ def _gated_base(gates: GateSet) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_safetensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
+) -> None:
     """Writes beside the target, then renames: an interruption leaves the previous file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_suffix(".tmp")
@@ -222,14 +250,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     """(tensors, metadata); ValueError naming the file if it is damaged."""
     try:
         with safe_open(path, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}
+            return {
+                name: handle.get_tensor(name) for name in handle.keys()
+            }, handle.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove {path.parent} to start over") from error
+        raise ValueError(
+            f"{path} is damaged ({error}); remove {path.parent} to start over"
+        ) from error
 
 
 @contextmanager
 def _interrupt_flag():
-    """Turns the first Ctrl-C into a flag, so that a step is finished; a second one interrupts at once."""
+    """Makes the first Ctrl-C a flag, so that a step is finished; a second interrupts at once."""
     seen = []
 
     def handle(signum, frame):

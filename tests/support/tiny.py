@@ -1,4 +1,4 @@
-"""Tiny random models of every known family, and the dense masked computation that gated models must equal."""
+"""Tiny random models of every known family, and the masked computation they must equal."""
 
 import torch
 import transformers
@@ -10,7 +10,7 @@ VOCAB = 97
 
 
 def tiny_model(model_type: str, dtype=torch.float64, seed: int = 0, **overrides):
-    """A random model: 2 layers, 6 query heads of 8 lanes (2 key/value heads where the family has them), 40 channels."""
+    """2 layers, 6 query heads of 8 lanes (2 key/value heads where the family can), 40 channels."""
     shape = {
         "hidden_size": 48,
         "intermediate_size": 40,
@@ -20,12 +20,24 @@ def tiny_model(model_type: str, dtype=torch.float64, seed: int = 0, **overrides)
     }
     classes = {
         "llama": ("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
-        "mistral": ("MistralConfig", "MistralForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
+        "mistral": (
+            "MistralConfig",
+            "MistralForCausalLM",
+            {"num_key_value_heads": 2, "head_dim": 8},
+        ),
         "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"num_key_value_heads": 2}),
         "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
         "bert": ("BertConfig", "BertForSequenceClassification", {}),
-        "roberta": ("RobertaConfig", "RobertaForSequenceClassification", {"max_position_embeddings": 64}),
-        "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_inner": 40, "bos_token_id": 1, "eos_token_id": 2}),
+        "roberta": (
+            "RobertaConfig",
+            "RobertaForSequenceClassification",
+            {"max_position_embeddings": 64},
+        ),
+        "gpt2": (
+            "GPT2Config",
+            "GPT2LMHeadModel",
+            {"n_inner": 40, "bos_token_id": 1, "eos_token_id": 2},
+        ),
         "opt": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 40, "word_embed_proj_dim": 48}),
     }
     config_name, model_name, extra = classes[model_type]
@@ -34,7 +46,13 @@ def tiny_model(model_type: str, dtype=torch.float64, seed: int = 0, **overrides)
     if model_type == "gpt2":
         shape = {"n_embd": 48, "n_layer": 2, "n_head": 6, "vocab_size": VOCAB}
     config = getattr(transformers, config_name)(**{**shape, **extra, **overrides})
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+    for name in (
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+    ):
         if hasattr(config, name):
             setattr(config, name, 0.0)
     if model_type == "opt":
@@ -56,7 +74,7 @@ def token_ids(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
 
 
 def mask_dense(model, values: dict[str, torch.Tensor]):
-    """Multiplies gate values (name -> [size]) into the inputs of a dense model's out and down linears, by hooks."""
+    """Multiplies gate values (name -> [size]) into the inputs of out and down linears, by hooks."""
 
     def multiply(z):
         return lambda module, args: (args[0] * z.to(args[0].dtype), *args[1:])
@@ -86,7 +104,7 @@ def base_weight(model, path: str) -> torch.Tensor:
 
 
 def set_gates(gates, pattern: str, seed: int = 0) -> None:
-    """Writes logits: "open", "closed", "single", "mixed" (some closed, some fractional) or "ragged" heads."""
+    """Writes logits: "open", "closed", "single", "mixed" (with fractional) or "ragged" heads."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for gate, where in gates.slices():

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# One self-contained run on a bare CUDA machine: extension, gpu tests, benchmarks in order of importance.
+#   benchmarks/gpu.sh --out DIR [--minutes N] [--wheels DIR]
+# Results are written as they come; a step that does not fit in the time left is cut off or skipped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+out="" minutes=9 wheels=""
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --out) out=$2 ;;
+        --minutes) minutes=$2 ;;
+        --wheels) wheels=$2 ;;
+        *) echo "unknown option $1; known: --out DIR --minutes N --wheels DIR" >&2; exit 2 ;;
+    esac
+    shift 2
+done
+[ -n "$out" ] || { echo "--out DIR is required" >&2; exit 2; }
+mkdir -p "$out"
+deadline=$((SECONDS + minutes * 60))
+
+export PYTHONPATH="$PWD/python:$PWD/tests/support${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+if [ -n "$wheels" ]; then
+    site=$(mktemp -d)
+    python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl
+    export PYTHONPATH="$site:$PYTHONPATH"
+fi
+
+failed=0
+step() { # seconds at most, name, command...
+    local limit=$1 name=$2 left
+    shift 2
+    left=$((deadline - SECONDS))
+    if [ "$left" -lt 20 ]; then
+        echo "SKIPPED $name: no time left"
+        return
+    fi
+    [ "$limit" -lt "$left" ] || limit=$left
+    echo "== $name (at most $limit s)"
+    timeout "$limit" "$@" 2>&1 | tee "$out/$name.log" || { echo "FAILED $name"; failed=1; }
+}
+
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$out/device.txt"
+step 240 build python3 setup.py build_ext --inplace
+step 240 tests python3 -m pytest -q -m gpu tests
+step 60 fold_pack python3 benchmarks/bench_fold_pack.py --device cuda --seconds 1 --json "$out/fold_pack.jsonl"
+step 120 mlp python3 benchmarks/bench_mlp.py --device cuda --dtype bfloat16 --models llama-3-8b smollm2-135m \
+    --tokens 2048 8192 --seconds 1 --json "$out/mlp.jsonl"
+step 180 gated_linear python3 benchmarks/bench_gated_linear.py --device cuda --json "$out/gated_linear.jsonl"
+exit $failed

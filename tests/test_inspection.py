@@ -1,0 +1,172 @@
+"""explain: the backend of every gated and packed linear, and why."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import set_gates, tiny_model, token_ids
+from torch import nn
+
+import gatepack as gp
+from gatepack import modules
+from gatepack.gates import GateSet, GateSpec
+from gatepack.inspection import Explained
+
+CONFIG = gp.GateConfig(noise=0.0, target=0.5, width_multiple=4)
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def gated(model_type="llama", pattern="mixed"):
+    model = tiny_model(model_type)
+    set_gates(gp.attach(model, CONFIG), pattern)
+    return model
+
+
+def adapted(model, **lora):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(LINEARS), **lora))
+
+
+def row_of(model, ending):
+    (row,) = (row for row in gp.explain(model).rows if row.module.endswith(ending))
+    return row
+
+
+def test_gated_model_on_cpu():
+    explanation = gp.explain(gated())
+    assert [row.module for row in explanation.rows] == [
+        f"model.layers.{layer}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}"
+        for layer in (0, 1)
+        for name in LINEARS
+    ]
+    assert explanation.rows[0] == Explained(
+        "model.layers.0.self_attn.q_proj", "rows heads", "folded", "folded", "on cpu"
+    )
+    roles = [row.role for row in explanation.rows[:7]]
+    assert roles == ["rows heads"] * 3 + ["in heads"] + ["rows channels"] * 2 + ["in channels"]
+
+
+def test_prints_as_a_table_with_the_fold_pack_backend():
+    explanation = gp.explain(gated())
+    lines = str(explanation).splitlines()
+    assert lines[0].split() == ["module", "role", "<=", "64", "tokens", "more", "why"]
+    assert len(lines) == 16
+    assert lines[4].split() == ["model.layers.0.self_attn.o_proj", "in", "heads", "folded", "folded", "on", "cpu"]
+    name, _, reason = lines[-1].removeprefix("fold_pack: ").partition(" ")
+    assert name in ("cuda", "cpp", "torch") and reason.startswith("(") and len(reason) > 4
+
+
+def test_opaque_adapter_is_named():
+    model = adapted(gated(), use_dora=True)
+    row = row_of(model, "layers.1.mlp.up_proj")
+    assert (row.few, row.many, row.why) == ("dense", "dense", "adapter 'default' is a DoraLinearVariant")
+    with model.disable_adapter():
+        assert row_of(model, "layers.1.mlp.up_proj").many == "folded"
+
+
+def test_wrapping_after_attach_needs_no_forward_first():
+    model = adapted(gated())
+    explanation = gp.explain(model)
+    assert len(explanation.rows) == 14
+    assert explanation.rows[0].module == "base_model.model.model.layers.0.self_attn.q_proj"
+    assert {row.many for row in explanation.rows} == {"folded"}
+
+
+def test_explains_what_runs(monkeypatch):
+    model = gated()
+    ran = []
+    original = modules.backend_of
+    monkeypatch.setattr(modules, "backend_of", lambda *args: ran.append(original(*args)) or ran[-1])
+    model(token_ids())
+    assert ran == [(row.few, row.why) for row in gp.explain(model).rows]
+
+
+def test_forced_backend(monkeypatch):
+    model = gated()
+    for forced in ("folded", "triton"):
+        monkeypatch.setenv("GATEPACK_BACKEND", forced)
+        row = row_of(model, "layers.0.mlp.down_proj")
+        assert (row.few, row.many, row.why) == (forced, forced, "GATEPACK_BACKEND")
+
+
+class TestBackendOf:
+    """A GPU's choice, on a stand-in for x that says it lives there."""
+
+    class OnGpu:
+        is_cuda = True
+        device = torch.device("cpu")
+        dtype = torch.float32
+
+        def __init__(self, tokens):
+            self.shape = (tokens, 8)
+
+        def numel(self):
+            return self.shape[0] * self.shape[1]
+
+    def operands(self, adapters=0, dtype=torch.float32, dropout=None):
+        adapter = modules.Adapter(
+            torch.zeros(2, 8, dtype=dtype), torch.zeros(4, 2, dtype=dtype), 1.0, dropout or nn.Identity()
+        )
+        return modules.Operands(torch.zeros(4, 8), None, (adapter,) * adapters)
+
+    def test_few_and_many_tokens(self, monkeypatch):
+        monkeypatch.setattr(modules, "_has_triton", lambda: True)
+        assert modules.backend_of(self.OnGpu(64), self.operands(1)) == ("triton", "at most 64 tokens")
+        assert modules.backend_of(self.OnGpu(65), self.operands(1)) == ("folded", "more than 64 tokens")
+
+    def test_without_triton(self, monkeypatch):
+        monkeypatch.setattr(modules, "_has_triton", lambda: False)
+        assert modules.backend_of(self.OnGpu(1), self.operands()) == ("folded", "triton is not installed")
+
+    def test_adapters_and_autocast(self, monkeypatch):
+        monkeypatch.setattr(modules, "_has_triton", lambda: True)
+        x = self.OnGpu(1)
+        drops = nn.Dropout(0.1)
+        assert modules.backend_of(x, self.operands(2)) == ("folded", "2 adapters are active")
+        assert modules.backend_of(x, self.operands(1, torch.bfloat16)) == (
+            "folded",
+            "the adapter has another dtype",
+        )
+        assert modules.backend_of(x, self.operands(1, dropout=drops)) == ("folded", "the adapter drops out")
+        assert modules.backend_of(x, self.operands(1, dropout=drops.eval()))[0] == "triton"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert modules.backend_of(x, self.operands()) == ("folded", "autocast is on")
+        assert modules.backend_of(x, "a reason") == ("dense", "a reason")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert"])
+def test_packed_model_says_its_widths(model_type):
+    model = gated(model_type, "single")
+    before = len(gp.explain(model).rows)
+    gp.pack(model)
+    rows = gp.explain(model).rows
+    assert len(rows) == before
+    assert {(row.few, row.many, row.why) for row in rows} == {("packed", "packed", "closed units are removed")}
+    expected = {"llama": "48 -> 8 of 48 -> 48", "gpt2": "48 -> 24", "bert": "48 -> 8 of 48 -> 48"}
+    assert rows[0].role == expected[model_type]
+
+
+def test_packed_and_gated_again():
+    model = gated(pattern="single")
+    gp.pack(model)
+    gp.attach(model, gp.GateConfig(units=("channels",), target=0.95, width_multiple=1))
+    rows = gp.explain(model).rows
+    assert [row.few for row in rows[:7]] == ["packed"] * 4 + ["folded"] * 3
+
+
+def test_any_module():
+    assert gp.explain(nn.Linear(2, 2)).rows == ()
+    gates = GateSet(CONFIG, {"mine:channels": GateSpec("channels", 8)})
+    module = nn.Sequential(gp.GatedLinear(8, 8, in_gate=gates["mine:channels"], out_gate=gates["mine:channels"]))
+    assert gp.explain(module).rows == (Explained("0", "in channels, out channels", "folded", "folded", "on cpu"),)
+
+
+def test_kernels_are_not_imported():
+    code = (
+        "import sys, torch, gatepack as gp; gp.explain(torch.nn.Linear(2, 2)); "
+        "sys.exit('gatepack.kernels' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, timeout=120)
+    assert done.returncode == 0
