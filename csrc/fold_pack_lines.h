@@ -1,6 +1,6 @@
 // Line kernels over the Vec and Mover of the enclosing namespace. Included once per instruction
-// set, inside its namespace, with GATEPACK_TARGET and GATEPACK_ISA set: hence no include guard and no
-// includes.
+// set, inside its namespace, with GATEPACK_TARGET and GATEPACK_ISA defined: hence no include guard
+// and no includes.
 
 // dst[j] = src[j] under the gates of kept line i, for every kept lane j.
 template <class In, class Out>

@@ -1,4 +1,5 @@
-"""plan meets budgets with well-shaped, nearly optimal open sets; the controller drives training to the target."""
+"""plan meets budgets with well-shaped, nearly optimal open sets; the controller drives training to
+the target."""
 
 import itertools
 import logging
@@ -15,19 +16,30 @@ LAYERS = 4
 
 
 def model_specs(layers=LAYERS, queries=12, ratio=3, lanes=16, hidden=192, width=512):
-    """Specs of a Llama-like model; the second half of the layers is narrower, so that sizes differ."""
+    """Specs of a Llama-like model; the second half of the layers is narrower, so that sizes
+    differ."""
     specs = {}
     for i in range(layers):
         specs[f"{i}.attn:heads"] = GateSpec(
-            "heads", queries, lanes, lanes * 2 * hidden, ratio, 2 * lanes * hidden if ratio > 1 else 0
+            "heads",
+            queries,
+            lanes,
+            lanes * 2 * hidden,
+            ratio,
+            2 * lanes * hidden if ratio > 1 else 0,
         )
-        specs[f"{i}.mlp:channels"] = GateSpec("channels", width if i < 2 else width // 2, 1, 3 * hidden)
+        specs[f"{i}.mlp:channels"] = GateSpec(
+            "channels", width if i < 2 else width // 2, 1, 3 * hidden
+        )
     return specs
 
 
 def random_scores(specs, seed):
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(spec.size, generator=generator) * (1 + seed % 3) for name, spec in specs.items()}
+    return {
+        name: torch.rand(spec.size, generator=generator) * (1 + seed % 3)
+        for name, spec in specs.items()
+    }
 
 
 def config_for(**fields):
@@ -58,7 +70,10 @@ def test_meets_the_target_in_the_shapes_asked_for(equal_layers, uniform, tp_divi
             spec = specs[name]
             assert mask.dtype == torch.bool and mask.shape == (spec.size,)
             assert mask.any()
-            shape = (int(mask.sum()), int((block_counts(spec, mask) > 0).sum()) if spec.shared_cost else 0)
+            shape = (
+                int(mask.sum()),
+                int((block_counts(spec, mask) > 0).sum()) if spec.shared_cost else 0,
+            )
             kept_by_spec.setdefault(spec, set()).add(shape)
             assert int(mask.sum()) % tp_divisor == 0
             if spec.kind == "channels":
@@ -87,7 +102,11 @@ def best_value(costs, scores, limit):
     specs = list(costs.specs.items())
     best = 0.0
     every = [
-        [torch.tensor(bits, dtype=torch.bool) for bits in itertools.product((0, 1), repeat=spec.size) if any(bits)]
+        [
+            torch.tensor(bits, dtype=torch.bool)
+            for bits in itertools.product((0, 1), repeat=spec.size)
+            if any(bits)
+        ]
         for _, spec in specs
     ]
     for combination in itertools.product(*every):
@@ -107,12 +126,17 @@ def test_is_within_one_unit_of_the_optimum(seed):
     costs, scores = Costs(specs, 0), random_scores(specs, seed)
     config = config_for(width_multiple=1, equal_layers=False, target=8 / 13)
     chosen = plan(costs, scores, config)
-    assert total_value(scores, chosen.masks) == pytest.approx(best_value(costs, scores, 8 / 13), abs=1e-6)
+    assert total_value(scores, chosen.masks) == pytest.approx(
+        best_value(costs, scores, 8 / 13), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_unequal_prices_are_within_one_unit_of_the_optimum(seed):
-    specs = {"a:channels": GateSpec("channels", 6, 1, 300), "b:channels": GateSpec("channels", 6, 1, 170)}
+    specs = {
+        "a:channels": GateSpec("channels", 6, 1, 300),
+        "b:channels": GateSpec("channels", 6, 1, 170),
+    }
     costs, scores = Costs(specs, 100_000), random_scores(specs, seed)
     target = (100_000 + 1400) / costs.total
     chosen = plan(costs, scores, config_for(width_multiple=1, equal_layers=False, target=target))
@@ -124,20 +148,24 @@ def test_unequal_prices_are_within_one_unit_of_the_optimum(seed):
 def test_width_multiple_is_refined_and_logged(caplog):
     specs = {"a:channels": GateSpec("channels", 512, 1, 10)}
     with caplog.at_level(logging.WARNING, logger="gatepack.budget"):
-        chosen = plan(Costs(specs, 0), random_scores(specs, 0), config_for(width_multiple=64, target=0.53))
+        chosen = plan(
+            Costs(specs, 0), random_scores(specs, 0), config_for(width_multiple=64, target=0.53)
+        )
     assert chosen.width_multiple == 2
     assert int(chosen.masks["a:channels"].sum()) == 270
     assert [record.getMessage() for record in caplog.records] == [
         "width_multiple 64 cannot meet the target 0.5300 within 0.5 %; using 2"
     ]
     caplog.clear()
-    chosen = plan(Costs(specs, 0), random_scores(specs, 0), config_for(width_multiple=64, target=0.5))
+    chosen = plan(
+        Costs(specs, 0), random_scores(specs, 0), config_for(width_multiple=64, target=0.5)
+    )
     assert chosen.width_multiple == 64 and not caplog.records
 
 
 def test_unreachable_target_names_the_nearest():
     specs = {"a:channels": GateSpec("channels", 4, 1, 10)}
-    message = r"target=0.6 cannot be met within 0.5% of the parameters: the nearest reachable kept fraction is 0.5000"
+    message = "target=0.6 cannot be met within 0.5% .* nearest reachable kept fraction is 0.5000"
     with pytest.raises(ValueError, match=message):
         plan(Costs(specs, 0), random_scores(specs, 0), config_for(target=0.6))
 
@@ -231,24 +259,25 @@ def test_controller_state_round_trips_and_is_never_cast():
 
 @pytest.mark.parametrize("estimator", ["stg", "hard_concrete"])
 def test_training_reaches_the_target_and_snap_meets_it(estimator):
-    model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=1)
+    model = tiny_model("llama", dtype=torch.float32)
     target = 0.6
     gates = gp.attach(
-        model, gp.GateConfig(estimator=estimator, target=target, width_multiple=4, equal_layers=False)
+        model,
+        gp.GateConfig(estimator=estimator, target=target, width_multiple=4, equal_layers=False),
     )
     model.train()
     model.requires_grad_(False)
     gates.unfreeze()
-    gates.controller.ramp_steps = 50
+    gates.controller.ramp_steps = 100
     optimizer = torch.optim.Adam([gates.logits], lr=0.05)
     ids = token_ids(1, 6)
-    for _ in range(120):
+    for _ in range(300):
         optimizer.zero_grad()
         loss = model(ids, labels=ids).loss + gates.penalty()
         loss.backward()
         optimizer.step()
         gates.step()
-    assert abs(gates.kept_fraction() - target) <= 0.05
+    assert abs(gates.kept_fraction() - target) <= 0.03
     kept = gates.snap()
     assert kept == gates.kept_fraction()
     assert abs(kept - target) <= TOLERANCE
@@ -268,7 +297,9 @@ def test_snap_takes_scores():
     for name, gate in gates.items():
         if gate.kind == "channels":
             kept = int(masks[name].sum())
-            assert masks[name].nonzero().squeeze(1).tolist() == list(range(gate.size - kept, gate.size))
+            assert masks[name].nonzero().squeeze(1).tolist() == list(
+                range(gate.size - kept, gate.size)
+            )
 
 
 def test_snap_reopens_shut_logits_just_above_zero():

@@ -78,7 +78,9 @@ def test_missing_fields_take_their_defaults():
 
 
 def test_unknown_field_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"unknown GateConfig field 'with_multiple'; known: .*width_multiple"):
+    with pytest.raises(
+        ValueError, match=r"unknown GateConfig field 'with_multiple'; known: .*width_multiple"
+    ):
         gp.GateConfig.from_dict({"with_multiple": 64})
 
 

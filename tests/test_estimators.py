@@ -7,7 +7,9 @@ import torch
 
 from gatepack.estimators import ESTIMATORS, STG, HardConcrete
 
-LOGITS = torch.cat([torch.linspace(-4.0, 4.0, 81, dtype=torch.float64), torch.tensor([-50.0, 50.0])])
+LOGITS = torch.cat(
+    [torch.linspace(-4.0, 4.0, 81, dtype=torch.float64), torch.tensor([-50.0, 50.0])]
+)
 NAMES = sorted(ESTIMATORS)
 
 
@@ -39,7 +41,9 @@ def literal_open_probability(name: str, logit: float) -> float:
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_values_are_the_formula(name, noisy):
-    noise = torch.randn(LOGITS.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(
+        LOGITS.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     got = ESTIMATORS[name](sigma=0.1).values(LOGITS, noise if noisy else None)
     expected = torch.tensor(
         [
@@ -88,7 +92,9 @@ def test_penalty_gradient_survives_where_the_gate_is_clamped():
     logits = torch.tensor([-2.0, 2.0], requires_grad=True)
     estimator = STG(sigma=0.1)
     assert estimator.values(logits).tolist() == [0.0, 1.0]
-    (grad,) = torch.autograd.grad(estimator.open_probability(logits), logits, torch.tensor([1.0, 2.0]))
+    (grad,) = torch.autograd.grad(
+        estimator.open_probability(logits), logits, torch.tensor([1.0, 2.0])
+    )
     assert (grad > 0).all()
 
 
@@ -99,7 +105,9 @@ def test_logits_of_inverts_values(name):
     assert (estimator.values(estimator.logits_of(z)) - z).abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("stg", -0.4, 1.4), ("hard_concrete", -0.09, 1.09)])
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("stg", -0.4, 1.4), ("hard_concrete", -0.09, 1.09)]
+)
 def test_logits_of_reaches_past_the_clamp(name, low, high):
     estimator = ESTIMATORS[name](sigma=0.1)
     logits = estimator.logits_of(torch.tensor([low, high, -9.0, 9.0]))
@@ -118,7 +126,8 @@ def test_default_logit_is_open(name):
 def test_noise_follows_the_generator(name):
     estimator = ESTIMATORS[name](sigma=0.1)
     first, again, other = (
-        estimator.noise_like(torch.zeros(64), torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
+        estimator.noise_like(torch.zeros(64), torch.Generator().manual_seed(seed))
+        for seed in (5, 5, 6)
     )
     assert first.dtype == torch.float32 and first.isfinite().all()
     assert torch.equal(first, again)

@@ -50,7 +50,8 @@ def leaves(x_shape, dtype, bias):
 
 
 def masked_dense(x, w, b, z_in, z_out, rows, cols, in_lanes, out_lanes):
-    """The same function by autograd in x's precision: full width with zeros, then narrowed to open rows."""
+    """The same function by autograd in x's precision: full width with zeros, then narrowed to open
+    rows."""
     full = x if cols is None else x.new_zeros(*x.shape[:-1], K).index_copy(-1, cols, x)
     if z_in is not None:
         z = lane_values(z_in, in_lanes).to(x.dtype)
@@ -76,7 +77,9 @@ def compare(inputs, x_shape, rows, cols, in_lanes=1, out_lanes=1):
     for leaf, mine, theirs in zip(wanted, got_grads, expected_grads, strict=True):
         assert mine.dtype == leaf.dtype and mine.shape == leaf.shape
         if leaf.numel():
-            tolerance = 1e-12 if leaf.dtype == torch.float64 else 1e-6 * max(1.0, float(theirs.abs().max()))
+            tolerance = (
+                1e-12 if leaf.dtype == torch.float64 else 1e-6 * max(1.0, float(theirs.abs().max()))
+            )
             assert (mine - theirs).abs().max() <= tolerance
 
 
@@ -173,7 +176,9 @@ def test_saves_no_token_tensor_when_only_x_needs_a_gradient():
     x, w, b = leaves((64, K), torch.float64, True)
     w.requires_grad_(False), b.requires_grad_(False)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (kept.append(t.shape), t)[1], lambda t: t
+    ):
         FoldedLinear.apply(x, w, b, gate(K).detach(), None, None, None, 1, 1)
     assert all(64 not in shape for shape in kept)
     assert (N, K) in kept

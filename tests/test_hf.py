@@ -1,4 +1,5 @@
-"""attach and the gated forward on every family: equal to the dense masked computation, forward and backward."""
+"""attach and the gated forward on every family: equal to the dense masked computation, forward and
+backward."""
 
 import copy
 
@@ -54,7 +55,9 @@ def test_equals_masked_dense_model(model_type, pattern):
 
 def gated_llama(pattern="mixed", noise=0.0, model_type="llama", **config):
     model = tiny_model(model_type)
-    gates = gp.attach(model, gp.GateConfig(**{"noise": noise, "target": 0.5, "width_multiple": 4, **config}))
+    gates = gp.attach(
+        model, gp.GateConfig(**{"noise": noise, "target": 0.5, "width_multiple": 4, **config})
+    )
     set_gates(gates, pattern)
     return model, gates
 
@@ -74,7 +77,9 @@ class TestAttach:
         assert {name: vars(m).keys() for name, m in model.named_modules()} == attributes
         assert model.state_dict().keys() == reference.state_dict().keys()
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in reference.state_dict().items())
-        assert torch.equal(logits_of(model, **inputs_for(model)), logits_of(reference, **inputs_for(model)))
+        assert torch.equal(
+            logits_of(model, **inputs_for(model)), logits_of(reference, **inputs_for(model))
+        )
         assert not hasattr(model.config, "gatepack")
         with pytest.raises(ValueError, match="model has no gates"):
             gp.detach(model)
@@ -83,14 +88,18 @@ class TestAttach:
     def test_state_dict_gains_the_gates_only(self):
         model, gates = gated_llama()
         added = model.state_dict().keys() - tiny_model("llama").state_dict().keys()
-        assert added == {f"gatepack_gates.{key}" for key in ("logits", "closed", "draws", "controller.state")}
+        assert added == {
+            f"gatepack_gates.{key}" for key in ("logits", "closed", "draws", "controller.state")
+        }
         assert gp.gates_of(model) is gates
 
     @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert"])
     def test_direct_calls_of_the_trunk(self, model_type):
         model, gates = gated_llama(noise=0.2, model_type=model_type)
-        trunk = model.base_model.eval()
-        reference = mask_dense(tiny_model(model_type), gates.split(gates.deterministic_values().double()))
+        trunk = model.eval().base_model
+        reference = mask_dense(
+            tiny_model(model_type), gates.split(gates.deterministic_values().double())
+        )
         expected = reference.base_model.eval()(token_ids()).last_hidden_state
         assert_close(trunk(token_ids()).last_hidden_state, expected)
         model.train()
@@ -113,22 +122,42 @@ class TestAttach:
         assert isinstance(model.model.layers[0].mlp, GatedMLP) == (units == "channels")
         assert is_gated(model.model.layers[0].self_attn.q_proj) == (units == "heads")
         assert gates.costs.total == 2 * (48 * 48 * 2 + 48 * 16 * 2 + 3 * 48 * 40)
-        reference = mask_dense(tiny_model("llama"), gates.split(gates.deterministic_values().double()))
-        assert_close(logits_of(model, **inputs_for(model)), logits_of(reference, **inputs_for(model)))
+        reference = mask_dense(
+            tiny_model("llama"), gates.split(gates.deterministic_values().double())
+        )
+        assert_close(
+            logits_of(model, **inputs_for(model)), logits_of(reference, **inputs_for(model))
+        )
 
     def test_target_patterns(self):
         model, gates = gated_llama(targets=("model.layers.1.*",), target=0.8)
         assert list(gates) == ["model.layers.1.self_attn:heads", "model.layers.1.mlp:channels"]
         assert not any(is_gated(m) for m in model.model.layers[0].modules())
-        reference = mask_dense(tiny_model("llama"), gates.split(gates.deterministic_values().double()))
-        assert_close(logits_of(model, **inputs_for(model)), logits_of(reference, **inputs_for(model)))
-        with pytest.raises(ValueError, match=r"targets=\('layer.9',\) match no module; the first layer is"):
+        reference = mask_dense(
+            tiny_model("llama"), gates.split(gates.deterministic_values().double())
+        )
+        assert_close(
+            logits_of(model, **inputs_for(model)), logits_of(reference, **inputs_for(model))
+        )
+        with pytest.raises(
+            ValueError, match=r"targets=\('layer.9',\) match no module; the first layer is"
+        ):
             gp.attach(tiny_model("llama"), gp.GateConfig(targets=("layer.9",)))
 
     def test_costs_are_the_weights_of_the_blocks_linears(self):
         for model_type in FAMILIES:
             model, gates = gated_llama(model_type=model_type)
-            names = ("embed", "wpe", "wte", "word", "position", "token_type", "lm_head", "classifier", "pooler")
+            names = (
+                "embed",
+                "wpe",
+                "wte",
+                "word",
+                "position",
+                "token_type",
+                "lm_head",
+                "classifier",
+                "pooler",
+            )
             expected = sum(
                 p.numel()
                 for key, p in tiny_model(model_type).named_parameters()
@@ -138,11 +167,17 @@ class TestAttach:
 
     def test_refusals(self):
         model, _ = gated_llama()
-        with pytest.raises(ValueError, match="already has gates; take them off with gatepack.detach"):
+        with pytest.raises(
+            ValueError, match="already has gates; take them off with gatepack.detach"
+        ):
             gp.attach(model, CONFIG)
-        with pytest.raises(ValueError, match="must be a transformers model or a PEFT model around one, got Linear"):
+        with pytest.raises(
+            ValueError, match="must be a transformers model or a PEFT model around one, got Linear"
+        ):
             gp.attach(torch.nn.Linear(2, 2), CONFIG)
-        with pytest.raises(ValueError, match=r"target=0.3 cannot be reached: the gated units hold 44.4% of"):
+        with pytest.raises(
+            ValueError, match=r"target=0.3 cannot be reached: the gated units hold 51.6% of"
+        ):
             gp.attach(tiny_model("llama"), gp.GateConfig(units=("heads",), target=0.3))
 
     def test_refused_attach_changes_nothing(self):
@@ -150,22 +185,29 @@ class TestAttach:
         classes = [type(m) for m in model.modules()]
         with pytest.raises(ValueError, match="cannot be reached"):
             gp.attach(model, gp.GateConfig(units=("heads",), target=0.3))
-        assert [type(m) for m in model.modules()] == classes and not hasattr(model.config, "gatepack")
+        assert [type(m) for m in model.modules()] == classes and not hasattr(
+            model.config, "gatepack"
+        )
 
     def test_replaced_child_is_gated_again(self):
         model, gates = gated_llama()
         linear = torch.nn.Linear(40, 48, bias=False, dtype=torch.float64)
         model.model.layers[0].mlp.down_proj = linear
         reference = tiny_model("llama")
-        reference.model.layers[0].mlp.down_proj = linear
+        reference.model.layers[0].mlp.down_proj = copy.deepcopy(linear)
         mask_dense(reference, gates.split(gates.deterministic_values().double()))
-        assert_close(logits_of(model, **inputs_for(model)), logits_of(reference, **inputs_for(model)))
+        assert_close(
+            logits_of(model, **inputs_for(model)), logits_of(reference, **inputs_for(model))
+        )
         assert is_gated(model.model.layers[0].mlp.down_proj)
 
     def test_unknown_family_and_register_family(self, monkeypatch):
         model = tiny_model("llama")
         model.config.model_type = "my_llama"
-        with pytest.raises(ValueError, match=r"no family is known for model_type 'my_llama'; known: \['bert'.*register_family"):
+        with pytest.raises(
+            ValueError,
+            match=r"no family is known for model_type 'my_llama'; known: \['bert'.*register_family",
+        ):
             gp.attach(model, CONFIG)
         with pytest.raises(ValueError, match="family must be a gatepack.Family, got str"):
             gp.register_family("my_llama", "llama")
@@ -179,9 +221,15 @@ class TestGeneration:
     @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
     def test_greedy_tokens_with_a_cache(self, model_type, pattern):
         model, gates = gated_llama(pattern, noise=0.2, model_type=model_type)
-        reference = mask_dense(tiny_model(model_type), gates.split(gates.deterministic_values().double()))
+        reference = mask_dense(
+            tiny_model(model_type), gates.split(gates.deterministic_values().double())
+        )
         ids = token_ids()
-        arguments = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        arguments = {
+            "max_new_tokens": 8,
+            "do_sample": False,
+            "attention_mask": torch.ones_like(ids),
+        }
         got = model.eval().generate(ids, use_cache=True, **arguments)
         assert torch.equal(got, reference.eval().generate(ids, use_cache=True, **arguments))
         assert torch.equal(got, model.generate(ids, use_cache=False, **arguments))
@@ -189,22 +237,25 @@ class TestGeneration:
 
 
 class TestCheckpointing:
-    @pytest.mark.parametrize("use_reentrant", [False, True])
-    def test_gradients_equal_the_run_without(self, use_reentrant):
+    def test_gradients_equal_the_run_without(self):
         grads = []
         for checkpointing in (False, True):
             model, gates = gated_llama(noise=0.4, seed=5)
             model.train()
             if checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+                model.gradient_checkpointing_enable({"use_reentrant": False})
             hits = []
-            model.model.layers[0].mlp.register_forward_hook(lambda *_, hits=hits: hits.append(1))
+            model.model.layers[0].mlp.register_forward_pre_hook(
+                lambda *_, hits=hits: hits.append(1)
+            )
             logits = logits_of(model, **inputs_for(model))
             torch.manual_seed(0)
             logits.backward(torch.randn_like(logits))
             assert len(hits) == 1 + checkpointing and int(gates.draws) == 1
             grads.append({name: p.grad for name, p in model.named_parameters()})
-        assert grads[0].keys() == grads[1].keys() and grads[0]["gatepack_gates.logits"].abs().max() > 0
+        assert (
+            grads[0].keys() == grads[1].keys() and grads[0]["gatepack_gates.logits"].abs().max() > 0
+        )
         for name, grad in grads[0].items():
             assert_close(grads[1][name], grad, 1e-12 if grad.dtype == torch.float64 else 1e-6)
 
@@ -272,8 +323,14 @@ class TestPeft:
             where = f"model.layers.1.{'self_attn' if path[0] in 'qkvo' else 'mlp'}.{path}"
             x = torch.randn(3, base.get_submodule(where).in_features, dtype=torch.float64)
             module = model.get_base_model().get_submodule(where)
-            assert is_gated(module) and hasattr(module, "base_layer") and not is_gated(module.base_layer)
-            adapter = module.scaling["default"] * module.lora_B["default"](module.lora_A["default"](x))
+            assert (
+                is_gated(module)
+                and hasattr(module, "base_layer")
+                and not is_gated(module.base_layer)
+            )
+            adapter = module.scaling["default"] * module.lora_B["default"](
+                module.lora_A["default"](x)
+            )
             assert adapter.abs().max() > 0
             assert_close(module(x), base.get_submodule(where)(x) + adapter)
 
@@ -281,7 +338,9 @@ class TestPeft:
         model, reference, _ = adapted_pair(
             model_type="gpt2", targets=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True
         )
-        assert_close(logits_of(model, **inputs_for(model)), logits_of(reference, **inputs_for(model)))
+        assert_close(
+            logits_of(model, **inputs_for(model)), logits_of(reference, **inputs_for(model))
+        )
 
     def test_dropout_is_off_in_eval_and_on_in_training(self):
         model, reference, _ = adapted_pair(lora_dropout=0.5)
@@ -343,4 +402,6 @@ class TestPeft:
         gp.detach(model)
         assert not any(is_gated(m) for m in model.modules())
         reference = adapt(tiny_model("llama"))
-        assert torch.equal(logits_of(model, **inputs_for(model)), logits_of(reference, **inputs_for(model)))
+        assert torch.equal(
+            logits_of(model, **inputs_for(model)), logits_of(reference, **inputs_for(model))
+        )

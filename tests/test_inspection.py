@@ -53,7 +53,15 @@ def test_prints_as_a_table_with_the_fold_pack_backend():
     lines = str(explanation).splitlines()
     assert lines[0].split() == ["module", "role", "<=", "64", "tokens", "more", "why"]
     assert len(lines) == 16
-    assert lines[4].split() == ["model.layers.0.self_attn.o_proj", "in", "heads", "folded", "folded", "on", "cpu"]
+    assert lines[4].split() == [
+        "model.layers.0.self_attn.o_proj",
+        "in",
+        "heads",
+        "folded",
+        "folded",
+        "on",
+        "cpu",
+    ]
     name, _, reason = lines[-1].removeprefix("fold_pack: ").partition(" ")
     assert name in ("cuda", "cpp", "torch") and reason.startswith("(") and len(reason) > 4
 
@@ -61,7 +69,11 @@ def test_prints_as_a_table_with_the_fold_pack_backend():
 def test_opaque_adapter_is_named():
     model = adapted(gated(), use_dora=True)
     row = row_of(model, "layers.1.mlp.up_proj")
-    assert (row.few, row.many, row.why) == ("dense", "dense", "adapter 'default' is a DoraLinearVariant")
+    assert (row.few, row.many, row.why) == (
+        "dense",
+        "dense",
+        "adapter 'default' is a DoraLinearVariant",
+    )
     with model.disable_adapter():
         assert row_of(model, "layers.1.mlp.up_proj").many == "folded"
 
@@ -107,18 +119,30 @@ class TestBackendOf:
 
     def operands(self, adapters=0, dtype=torch.float32, dropout=None):
         adapter = modules.Adapter(
-            torch.zeros(2, 8, dtype=dtype), torch.zeros(4, 2, dtype=dtype), 1.0, dropout or nn.Identity()
+            torch.zeros(2, 8, dtype=dtype),
+            torch.zeros(4, 2, dtype=dtype),
+            1.0,
+            dropout or nn.Identity(),
         )
         return modules.Operands(torch.zeros(4, 8), None, (adapter,) * adapters)
 
     def test_few_and_many_tokens(self, monkeypatch):
         monkeypatch.setattr(modules, "_has_triton", lambda: True)
-        assert modules.backend_of(self.OnGpu(64), self.operands(1)) == ("triton", "at most 64 tokens")
-        assert modules.backend_of(self.OnGpu(65), self.operands(1)) == ("folded", "more than 64 tokens")
+        assert modules.backend_of(self.OnGpu(64), self.operands(1)) == (
+            "triton",
+            "at most 64 tokens",
+        )
+        assert modules.backend_of(self.OnGpu(65), self.operands(1)) == (
+            "folded",
+            "more than 64 tokens",
+        )
 
     def test_without_triton(self, monkeypatch):
         monkeypatch.setattr(modules, "_has_triton", lambda: False)
-        assert modules.backend_of(self.OnGpu(1), self.operands()) == ("folded", "triton is not installed")
+        assert modules.backend_of(self.OnGpu(1), self.operands()) == (
+            "folded",
+            "triton is not installed",
+        )
 
     def test_adapters_and_autocast(self, monkeypatch):
         monkeypatch.setattr(modules, "_has_triton", lambda: True)
@@ -129,7 +153,10 @@ class TestBackendOf:
             "folded",
             "the adapter has another dtype",
         )
-        assert modules.backend_of(x, self.operands(1, dropout=drops)) == ("folded", "the adapter drops out")
+        assert modules.backend_of(x, self.operands(1, dropout=drops)) == (
+            "folded",
+            "the adapter drops out",
+        )
         assert modules.backend_of(x, self.operands(1, dropout=drops.eval()))[0] == "triton"
         with torch.autocast("cpu", torch.bfloat16):
             assert modules.backend_of(x, self.operands()) == ("folded", "autocast is on")
@@ -143,7 +170,9 @@ def test_packed_model_says_its_widths(model_type):
     gp.pack(model)
     rows = gp.explain(model).rows
     assert len(rows) == before
-    assert {(row.few, row.many, row.why) for row in rows} == {("packed", "packed", "closed units are removed")}
+    assert {(row.few, row.many, row.why) for row in rows} == {
+        ("packed", "packed", "closed units are removed")
+    }
     expected = {"llama": "48 -> 8 of 48 -> 48", "gpt2": "48 -> 24", "bert": "48 -> 8 of 48 -> 48"}
     assert rows[0].role == expected[model_type]
 
@@ -159,8 +188,12 @@ def test_packed_and_gated_again():
 def test_any_module():
     assert gp.explain(nn.Linear(2, 2)).rows == ()
     gates = GateSet(CONFIG, {"mine:channels": GateSpec("channels", 8)})
-    module = nn.Sequential(gp.GatedLinear(8, 8, in_gate=gates["mine:channels"], out_gate=gates["mine:channels"]))
-    assert gp.explain(module).rows == (Explained("0", "in channels, out channels", "folded", "folded", "on cpu"),)
+    module = nn.Sequential(
+        gp.GatedLinear(8, 8, in_gate=gates["mine:channels"], out_gate=gates["mine:channels"])
+    )
+    assert gp.explain(module).rows == (
+        Explained("0", "in channels, out channels", "folded", "folded", "on cpu"),
+    )
 
 
 def test_kernels_are_not_imported():
@@ -168,5 +201,9 @@ def test_kernels_are_not_imported():
         "import sys, torch, gatepack as gp; gp.explain(torch.nn.Linear(2, 2)); "
         "sys.exit('gatepack.kernels' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=120,
+    )
     assert done.returncode == 0

@@ -26,7 +26,10 @@ K, N, LANES = 24, 16, 4
 
 
 def gates_for(noise=0.0, seed=0, **config):
-    specs = {"in:heads": GateSpec("heads", K // LANES, LANES), "out:channels": GateSpec("channels", N)}
+    specs = {
+        "in:heads": GateSpec("heads", K // LANES, LANES),
+        "out:channels": GateSpec("channels", N),
+    }
     gates = GateSet(gp.GateConfig(noise=noise, **config), specs)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
@@ -43,7 +46,12 @@ def plain(dtype=torch.float32, bias=True):
 
 def gated_twin(linear, in_gate=None, out_gate=None):
     gated = gp.GatedLinear(
-        K, N, bias=linear.bias is not None, dtype=linear.weight.dtype, in_gate=in_gate, out_gate=out_gate
+        K,
+        N,
+        bias=linear.bias is not None,
+        dtype=linear.weight.dtype,
+        in_gate=in_gate,
+        out_gate=out_gate,
     )
     gated.load_state_dict(linear.state_dict(), strict=True)
     return gated
@@ -61,7 +69,10 @@ def masked(linear, x, z_in, z_out):
 class TestDropIn:
     def test_is_an_nn_linear_with_its_state_dict(self):
         gates = gates_for()
-        linear, gated = plain(), gp.GatedLinear(K, N, in_gate=gates["in:heads"], out_gate=gates["out:channels"])
+        linear, gated = (
+            plain(),
+            gp.GatedLinear(K, N, in_gate=gates["in:heads"], out_gate=gates["out:channels"]),
+        )
         assert isinstance(gated, nn.Linear)
         assert list(gated.state_dict()) == list(linear.state_dict()) == ["weight", "bias"]
         assert [name for name, _ in gated.named_parameters()] == ["weight", "bias"]
@@ -98,7 +109,9 @@ class TestDropIn:
         linear = plain(dtype)
         gated = gated_twin(linear, gates["in:heads"], gates["out:channels"])
         with torch.set_grad_enabled(grad):
-            assert torch.equal(gated(tokens(dtype)), F.linear(tokens(dtype), linear.weight, linear.bias))
+            assert torch.equal(
+                gated(tokens(dtype)), F.linear(tokens(dtype), linear.weight, linear.bias)
+            )
 
     def test_dtype_and_device_follow_to(self):
         gates = gates_for()
@@ -134,7 +147,11 @@ class TestDropIn:
         linear = plain(torch.float64)
         module = gated_twin(linear, gates["in:heads"])
         with torch.autocast("cpu", torch.bfloat16):
-            assert module(tokens(torch.float64)).dtype == linear(tokens(torch.float64)).dtype == torch.float64
+            assert (
+                module(tokens(torch.float64)).dtype
+                == linear(tokens(torch.float64)).dtype
+                == torch.float64
+            )
 
     def test_deepcopy(self):
         gates = gates_for()
@@ -161,7 +178,9 @@ class TestGates:
         x = torch.randn(*shape, K, dtype=torch.float64).requires_grad_()
         flat = gates.deterministic_values().detach().double().requires_grad_()
         z = gates.split(flat)
-        expected = masked(linear, x, z["in:heads"] if in_gate else None, z["out:channels"] if out_gate else None)
+        expected = masked(
+            linear, x, z["in:heads"] if in_gate else None, z["out:channels"] if out_gate else None
+        )
         got = gated(x)
         assert got.shape == expected.shape
         assert torch.allclose(got, expected, rtol=0, atol=1e-14)
@@ -172,13 +191,17 @@ class TestGates:
         open_units = flat > 0
         for a, b in zip(mine[:-1], theirs[:-1], strict=True):
             assert torch.allclose(a, b, rtol=0, atol=1e-13)
-        assert torch.allclose(mine[-1][open_units].double(), theirs[-1][open_units], rtol=1e-5, atol=1e-6)
+        assert torch.allclose(
+            mine[-1][open_units].double(), theirs[-1][open_units], rtol=1e-5, atol=1e-6
+        )
 
     def test_closed_rows_are_exact_zeros(self):
         gates = gates_for()
         gates.close("out:channels", [0, 7])
         y = gated_twin(plain(), None, gates["out:channels"])(tokens())
-        assert (y[..., [0, 7]] == 0).all() and (y[..., gates["out:channels"].values() > 0] != 0).any()
+        assert (y[..., [0, 7]] == 0).all() and (
+            y[..., gates["out:channels"].values() > 0] != 0
+        ).any()
 
     @pytest.mark.parametrize("unit", ["in:heads", "out:channels"])
     def test_all_closed(self, unit):
@@ -199,16 +222,22 @@ class TestGates:
             optimizer.zero_grad()
             y = gated(x)
             z = gates.split(gates.deterministic_values())
-            assert torch.allclose(y, masked(linear, x, z["in:heads"], z["out:channels"]), rtol=0, atol=1e-14)
+            assert torch.allclose(
+                y, masked(linear, x, z["in:heads"], z["out:channels"]), rtol=0, atol=1e-14
+            )
             y.backward(torch.randn_like(y))
             assert gates.logits.grad.abs().max() > 0
             optimizer.step()
 
     def test_gate_must_cover_the_features(self):
         gates = gates_for()
-        with pytest.raises(ValueError, match="in_gate must cover 20 features, got 6 units of 4 lanes: 'in:heads'"):
+        with pytest.raises(
+            ValueError, match="in_gate must cover 20 features, got 6 units of 4 lanes: 'in:heads'"
+        ):
             gp.GatedLinear(20, N, in_gate=gates["in:heads"])
-        with pytest.raises(ValueError, match="out_gate must cover 15 features, got 16 units of 1 lanes"):
+        with pytest.raises(
+            ValueError, match="out_gate must cover 15 features, got 16 units of 1 lanes"
+        ):
             gp.GatedLinear(K, 15, out_gate=gates["out:channels"])
 
     def test_wrong_x_is_refused(self):
@@ -229,7 +258,9 @@ class TestSwapping:
         gated(tokens())
         assert calls == [1]
         back = ungate_linear(gated)
-        assert type(back) is nn.Linear and back.weight is linear.weight and not hasattr(back, "site")
+        assert (
+            type(back) is nn.Linear and back.weight is linear.weight and not hasattr(back, "site")
+        )
 
     def test_subclasses_keep_their_class(self):
         class Special(nn.Linear):

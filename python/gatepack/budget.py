@@ -1,4 +1,5 @@
-"""Stage 1, gates: what open units cost, which to keep for a budget, and the controller that drives training there."""
+"""Stage 1, gates: what open units cost, which to keep for a budget, and the controller that drives
+training there."""
 
 import logging
 import math
@@ -36,7 +37,8 @@ class Costs:
         return kept / self.total
 
     def expected(self, probability: torch.Tensor) -> torch.Tensor:
-        """Expected kept fraction, differentiable; probability fp32 [N] that each unit of the flat vector is open."""
+        """Expected kept fraction, differentiable; probability fp32 [N] that each unit of the flat
+        vector is open."""
         parts = torch.split(probability, [spec.size for spec in self.specs.values()])
         kept = probability.new_tensor(float(self.fixed))
         for part, spec in zip(parts, self.specs.values(), strict=True):
@@ -55,15 +57,17 @@ def gate_cost(spec) -> int:
 class BudgetController(nn.Module):
     """Augmented Lagrangian on the kept fraction c: penalty = (multiplier + rho * (c - t)) * E[c].
 
-    t moves from 1 to target along a cubic ramp, 1 - (1 - target) * (1 - (1 - s / ramp_steps)^3), after warmup_steps;
-    ramp_steps=0 asks for the target at once. c is measured on exact zeros (FineGates' soft penalty can be met with no
-    zero at all), E[c] is its differentiable expectation. Each step adds RATE * rho * (c - t) to the multiplier, so the
-    pressure grows for as long as the budget is missed. c answers late, when a logit has walked to 0: once the budget is
+    t moves from 1 to target along a cubic ramp, 1 - (1 - target) * (1 - (1 - s / ramp_steps)^3),
+    after warmup_steps; ramp_steps=0 asks for the target at once. c is measured on exact zeros
+    (FineGates' soft penalty can be met with no zero at all), E[c] is its differentiable
+    expectation. Each step adds RATE * rho * (c - t) to the multiplier, so the pressure grows for as
+    long as the budget is missed. c answers late, when a logit has walked to 0: once the budget is
     met, a multiplier that still pushes past it is dropped.
     """
 
-    # Simulated with Adam on 400 gates, losses 0.1 and 1 per kept fraction, 300 steps at 0.05 and 1500 at 0.01, with and
-    # without a ramp: within 0.06 of the target; rho 20 with a rate of 1 swings between all open and all closed.
+    # Simulated with Adam on 400 gates, losses 0.1 and 1 per kept fraction, 300 steps at 0.05 and
+    # 1500 at 0.01, with and without a ramp: within 0.06 of the target; rho 20 with a rate of 1
+    # swings between all open and all closed.
     RATE = 0.01
 
     def __init__(self, target: float, rho: float = 5.0, warmup_steps: int = 0, ramp_steps: int = 0):
@@ -100,7 +104,8 @@ class BudgetController(nn.Module):
         return (self.multiplier + self.rho * (kept_fraction - self.current_target())) * expected
 
     def step(self, kept_fraction: float) -> None:
-        """Multiplier update after an optimizer step that left kept_fraction of the parameters open."""
+        """Multiplier update after an optimizer step that left kept_fraction of the parameters
+        open."""
         violation = kept_fraction - self.current_target()
         if self.multiplier * violation < 0:
             self.state[0] = 0.0
@@ -136,10 +141,11 @@ def plan(
 ) -> Plan:
     """The most valuable units that cost target of the budget, in shapes that engines load.
 
-    scores: name -> fp [size], additive over the units of all gates. target: kept fraction, config.target by default.
-    Solves the multiple-choice knapsack (one shape per gate, or one per group of equal gates with equal_layers) by
-    bisection on the price of a parameter, then spends what is left greedily. width_multiple is halved until the
-    result is within 0.5 % of the target; raises ValueError if even 1 is too coarse.
+    scores: name -> fp [size], additive over the units of all gates. target: kept fraction,
+    config.target by default. Solves the multiple-choice knapsack (one shape per gate, or one per
+    group of equal gates with equal_layers) by bisection on the price of a parameter, then spends
+    what is left greedily. width_multiple is halved until the result is within 0.5 % of the target;
+    raises ValueError if even 1 is too coarse.
     """
     for name, spec in costs.specs.items():
         if name not in scores:
@@ -171,7 +177,8 @@ def plan(
             floor = kept
         multiple = multiple // 2 if multiple > 1 else 0
     raise ValueError(
-        f"target={target} cannot be met within {TOLERANCE:.1%} of the parameters: the nearest reachable kept fraction "
+        f"target={target} cannot be met within {TOLERANCE:.1%} of the parameters: the nearest "
+        "reachable kept fraction "
         f"is {floor:.4f}. Choose that, gate more units, or set equal_layers=False or tp_divisor=1"
     )
 
@@ -251,7 +258,8 @@ def _head_shapes(spec, scores: torch.Tensor, config: GateConfig, multiple: int) 
 
 
 def _ragged_head_shapes(spec, grid: torch.Tensor, divisor: int) -> list[_Shape]:
-    """Every count of key/value heads and of query heads: the best head of each kept block, then the best of the rest."""
+    """Every count of key/value heads and of query heads: the best head of each kept block, then the
+    best of the rest."""
     blocks = spec.size // spec.shared_size
     ranked = torch.argsort(grid.max(1).values, descending=True, stable=True)
     shapes = []
@@ -275,9 +283,11 @@ def _ragged_head_shapes(spec, grid: torch.Tensor, divisor: int) -> list[_Shape]:
 
 
 def _solve(choices: list[_Choice], allowance: float, slack: float) -> list[int]:
-    """Picks one option per choice with total cost <= allowance (if any fits) and nearly greatest total value.
+    """Picks one option per choice with total cost <= allowance (if any fits) and nearly greatest
+    total value.
 
-    If that leaves more than slack unspent, the best change of one or two picks that spends it, if there is one.
+    If that leaves more than slack unspent, the best change of one or two picks that spends it, if
+    there is one.
     """
 
     def at_price(price: float) -> list[int]:
@@ -315,11 +325,14 @@ def _solve(choices: list[_Choice], allowance: float, slack: float) -> list[int]:
         i, option = best
         spent += choices[i].costs[option] - choices[i].costs[picks[i]]
         picks[i] = option
-    return picks if allowance - spent <= slack else _repair(choices, picks, allowance - spent, slack)
+    return (
+        picks if allowance - spent <= slack else _repair(choices, picks, allowance - spent, slack)
+    )
 
 
 def _repair(choices: list[_Choice], picks: list[int], unspent: float, slack: float) -> list[int]:
-    """The dearest change in value of at most two picks whose cost is within slack below unspent; picks if none is."""
+    """The dearest change in value of at most two picks whose cost is within slack below unspent;
+    picks if none is."""
     extra = [c.costs - c.costs[p] for c, p in zip(choices, picks, strict=True)]
     worth = [c.values - c.values[p] for c, p in zip(choices, picks, strict=True)]
     best, gain = picks, -math.inf

@@ -26,25 +26,31 @@ _AT_FDCWD = -100
 
 
 def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> None:
-    """Saves a gated or packed model (and tokenizer) in Hugging Face's layout, with a manifest of checksums.
+    """Saves a gated or packed model (and tokenizer) in Hugging Face's layout, with a manifest of
+    checksums.
 
-    Everything is written to a temporary folder beside `directory` and put in place by one rename, so an interruption
-    or a full disk leaves what was there before. Files of `directory` that are not part of a checkpoint stay. Raises
-    OSError, naming the folder, if writing fails, and ValueError for a model with unmerged PEFT adapters.
+    Everything is written to a temporary folder beside `directory` and put in place by one rename,
+    so an interruption or a full disk leaves what was there before. Files of `directory` that are
+    not part of a checkpoint stay. Raises OSError, naming the folder, if writing fails, and
+    ValueError for a model with unmerged PEFT adapters.
     """
     root = hf_model(model)
     for name, module in root.named_modules():
         if hasattr(module, "base_layer"):
             raise ValueError(
-                f"{name} carries a PEFT adapter, which is not part of this format: merge the adapters "
-                "(model = model.merge_and_unload()) or save them with the PEFT model's own save_pretrained"
+                f"{name} carries a PEFT adapter, which is not part of this format: merge the "
+                "adapters "
+                "(model = model.merge_and_unload()) or save them with the PEFT model's own "
+                "save_pretrained"
             )
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
         raise OSError(f"{directory} is not a folder")
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
+        staging = Path(
+            tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent)
+        )
     except OSError as error:
         raise OSError(f"cannot write beside {directory}: {error}") from error
     try:
@@ -54,7 +60,9 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer=No
         _write_manifest(staging)
         _replace(staging, directory)
     except Exception as error:
-        raise OSError(f"saving to {directory} failed, what was there is unchanged: {error}") from error
+        raise OSError(
+            f"saving to {directory} failed, what was there is unchanged: {error}"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -79,7 +87,8 @@ def _sha256(path: Path) -> str:
 
 
 def _replace(staging: Path, directory: Path) -> None:
-    """Puts staging in directory's place; afterwards staging holds what the new checkpoint superseded."""
+    """Puts staging in directory's place; afterwards staging holds what the new checkpoint
+    superseded."""
     os.chmod(staging, 0o777 & ~_umask())
     if not directory.exists():
         os.rename(staging, directory)
@@ -109,12 +118,19 @@ def _umask() -> int:
 
 
 def _exchange(first: Path, second: Path) -> None:
-    """Swaps two folders: in one step where the kernel can, else in two renames through a third name."""
+    """Swaps two folders: in one step where the kernel can, else in two renames through a third
+    name."""
     renameat2 = None
     with contextlib.suppress(OSError, AttributeError):
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     if renameat2 is not None:
-        arguments = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+        arguments = (
+            _AT_FDCWD,
+            os.fsencode(first),
+            _AT_FDCWD,
+            os.fsencode(second),
+            _RENAME_EXCHANGE,
+        )
         if renameat2(*arguments) == 0:
             return
     aside = second.with_name(f"{first.name}.old")
@@ -135,10 +151,11 @@ def _exchange(first: Path, second: Path) -> None:
 def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwargs) -> nn.Module:
     """Loads a gated or packed model saved by save_pretrained (ours or the model's own).
 
-    Builds the architecture that config.json names, gives it the recorded open sets and gates, and lets transformers
-    load the weights, so kwargs are those of its from_pretrained (dtype, device_map, attn_implementation, ...). verify
-    checks the manifest's checksums first. Only safetensors are read. Raises ValueError for a folder that is not such a
-    checkpoint or whose files are truncated, altered or do not fit the config, naming file or tensor.
+    Builds the architecture that config.json names, gives it the recorded open sets and gates, and
+    lets transformers load the weights, so kwargs are those of its from_pretrained (dtype,
+    device_map, attn_implementation, ...). verify checks the manifest's checksums first. Only
+    safetensors are read. Raises ValueError for a folder that is not such a checkpoint or whose
+    files are truncated, altered or do not fit the config, naming file or tensor.
     """
     import transformers
 
@@ -150,11 +167,14 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
     name = (config.architectures or [""])[0]
     dense_class = getattr(transformers, name, None)
     if dense_class is None or not hasattr(dense_class, "from_pretrained"):
-        raise ValueError(f"{directory}/config.json names architecture {name!r}, which transformers does not have")
+        raise ValueError(
+            f"{directory}/config.json names architecture {name!r}, which transformers does not have"
+        )
     record = config.gatepack
 
     class Rebuilt(dense_class):
-        """The dense class with the recorded open sets and gates applied before weights are loaded."""
+        """The dense class with the recorded open sets and gates applied before weights are
+        loaded."""
 
         _keep_in_fp32_modules_strict = {
             *(dense_class._keep_in_fp32_modules_strict or ()),
@@ -171,6 +191,9 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
 
     Rebuilt.__name__ = dense_class.__name__
     try:
+        # Sizes that differ are refused below, with the tensor's name, which transformers' own error
+        # leaves out.
+        kwargs["ignore_mismatched_sizes"] = True
         model, info = Rebuilt.from_pretrained(
             directory, config=config, use_safetensors=True, output_loading_info=True, **kwargs
         )
@@ -178,10 +201,13 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
         raise
     except Exception as error:
         raise ValueError(f"{directory} cannot be loaded: {error}") from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    for what in ("mismatched_keys", "missing_keys", "unexpected_keys"):
         if info.get(what):
             first = sorted(info[what], key=str)[0]
-            raise ValueError(f"{directory} does not fit its config: {what.replace('_', ' ')}, the first is {first!r}")
+            raise ValueError(
+                f"{directory} does not fit its config: {what.replace('_', ' ')}, the first is "
+                f"{first!r}"
+            )
     model.__class__ = dense_class
     model.config.gatepack = record
     gates = getattr(model, GATES_NAME, None)
@@ -204,11 +230,13 @@ def _read_config(directory: Path):
     record = raw.get("gatepack")
     if not isinstance(record, dict) or not {"kept", "gates"} & record.keys():
         raise ValueError(
-            f"{path} has no gatepack record: this is not a gated or packed model; load it with transformers"
+            f"{path} has no gatepack record: this is not a gated or packed model; load it with "
+            "transformers"
         )
     if "kept" in record and record.get("format") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has packed format {record.get('format')!r}, this release reads {FORMAT_VERSION}"
+            f"{path} has packed format {record.get('format')!r}, this release reads "
+            f"{FORMAT_VERSION}"
         )
     return config
 
@@ -243,4 +271,6 @@ def _verify_manifest(directory: Path) -> None:
         if file.stat().st_size != size:
             raise ValueError(f"{file} has {file.stat().st_size} bytes, {path} says {size}{hint}")
         if _sha256(file) != digest:
-            raise ValueError(f"{file} was altered after saving: its SHA-256 is not that of {path}{hint}")
+            raise ValueError(
+                f"{file} was altered after saving: its SHA-256 is not that of {path}{hint}"
+            )

@@ -17,17 +17,23 @@ CONFIG_VERSION = 1
 class GateConfig:
     """Which units get gates, what their estimator is, and what the kept part may cost.
 
-    units: "heads" (query heads; a key/value head goes with its last query head) and/or "channels" (MLP width).
+    units: "heads" (query heads; a key/value head goes with its last query head) and/or "channels"
+        (MLP width).
     estimator: "stg" (FineGates' clamped Gaussian) or "hard_concrete" (Louizos et al. 2018).
-    noise: standard deviation of the STG noise, or whether hard-concrete samples (> 0) at all; 0 is deterministic.
+    noise: standard deviation of the STG noise, or whether hard-concrete samples (> 0) at all; 0 is
+        deterministic.
     target: kept fraction of the weights of the blocks' linears, gated or not, in (0, 1).
     target_of: the cost that target counts; "params".
-    width_multiple: kept channels per layer are a multiple of this, or of its largest half, quarter, ... with which
-        the target can be met within 0.5 %; the multiple in use is logged and reported.
-    equal_layers: the same number of heads and of channels in every layer, so that every engine loads the result.
+    width_multiple: kept channels per layer are a multiple of this, or of its largest half, quarter,
+        ... with which the target can be met within 0.5 %; the multiple in use is logged and
+        reported.
+    equal_layers: the same number of heads and of channels in every layer, so that every engine
+        loads the result.
     q_per_kv_uniform: the key/value groups that stay in a layer keep equally many query heads each.
-    tp_divisor: kept heads, key/value heads and channels are divisible by this (tensor-parallel ranks).
-    targets: glob patterns over module names ("model.layers.1?.*"); only matching modules are gated. None: all.
+    tp_divisor: kept heads, key/value heads and channels are divisible by this (tensor-parallel
+        ranks).
+    targets: glob patterns over module names ("model.layers.1?.*"); only matching modules are gated.
+        None: all.
     init_logit: where logits start; None takes the estimator's own (gates start open).
     seed: of the gate noise, the same on every rank.
 
@@ -53,7 +59,9 @@ class GateConfig:
             value = getattr(self, field)
             if value is None and field == "targets":
                 continue
-            if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
+            if not isinstance(value, list | tuple) or not all(
+                isinstance(part, str) for part in value
+            ):
                 raise ValueError(f"{field} must be a list or tuple of strings, got {value!r}")
             object.__setattr__(self, field, tuple(value))
         if not self.units:

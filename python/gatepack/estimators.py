@@ -8,10 +8,11 @@ import torch
 
 @dataclass(frozen=True)
 class STG:
-    """z = clamp(tanh(l) + 0.5 + sigma * eps, 0, 1), eps ~ N(0, 1); without noise, z = clamp(tanh(l) + 0.5, 0, 1).
+    """z = clamp(tanh(l) + 0.5 + sigma * eps, 0, 1), eps ~ N(0, 1); without noise, z = clamp(tanh(l)
+    + 0.5, 0, 1).
 
-    Stochastic gates (Yamada et al. 2020, arXiv 1810.04247) with the shift of FineGates (arXiv 2412.12951).
-    A clamped gate has zero gradient.
+    Stochastic gates (Yamada et al. 2020, arXiv 1810.04247) with the shift of FineGates (arXiv
+    2412.12951). A clamped gate has zero gradient.
     """
 
     sigma: float
@@ -31,11 +32,13 @@ class STG:
         return (shifted if noise is None else shifted + noise).clamp(0.0, 1.0)
 
     def open_probability(self, logits: torch.Tensor) -> torch.Tensor:
-        """Phi((tanh(l) + 0.5) / 0.5) [N]: a smooth stand-in for "open" whose gradient never vanishes."""
+        """Phi((tanh(l) + 0.5) / 0.5) [N]: a smooth stand-in for "open" whose gradient never
+        vanishes."""
         return torch.special.ndtr((torch.tanh(logits) + 0.5) / self.penalty_sigma)
 
     def logits_of(self, values: torch.Tensor) -> torch.Tensor:
-        """Logits whose noiseless gate is values [N]; values may lie outside [0, 1], within (-0.5, 1.5)."""
+        """Logits whose noiseless gate is values [N]; values may lie outside [0, 1], within (-0.5,
+        1.5)."""
         return torch.atanh((values - 0.5).clamp(-0.995, 0.995))
 
 
@@ -43,7 +46,8 @@ class STG:
 class HardConcrete:
     """z = clamp(s * (zeta - gamma) + gamma, 0, 1), s = sigmoid((logit(u) + l) / beta), u ~ U(0, 1).
 
-    Louizos et al. 2018 (arXiv 1712.01312) with their beta 2/3, gamma -0.1, zeta 1.1; without noise s = sigmoid(l).
+    Louizos et al. 2018 (arXiv 1712.01312) with their beta 2/3, gamma -0.1, zeta 1.1; without noise
+    s = sigmoid(l).
     """
 
     sigma: float
@@ -67,7 +71,8 @@ class HardConcrete:
         return torch.sigmoid(logits - self.beta * math.log(-self.gamma / self.zeta))
 
     def logits_of(self, values: torch.Tensor) -> torch.Tensor:
-        """Logits whose noiseless gate is values [N]; values may lie outside [0, 1], within (-0.1, 1.1)."""
+        """Logits whose noiseless gate is values [N]; values may lie outside [0, 1], within (-0.1,
+        1.1)."""
         return torch.logit(((values - self.gamma) / (self.zeta - self.gamma)).clamp(1e-4, 1 - 1e-4))
 
 

@@ -1,7 +1,8 @@
 """Stage 3, modules: where the gated linears sit in each model family; one table row per family.
 
-Read in transformers 5.x modelling files: every attention listed here derives its head count from the projections'
-width or from the attributes in head_attributes, so that compact projections need no patched forward.
+Read in transformers 5.x modelling files: every attention listed here derives its head count from
+the projections' width or from the attributes in head_attributes, so that compact projections need
+no patched forward.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ from dataclasses import dataclass
 class Family:
     """Paths are relative to one decoder or encoder layer.
 
-    attention: module that carries the head counts. q, kv, out: its linears by path; qkv: one fused linear instead of
-    q and kv. up: linears that produce MLP channels; down: the one that consumes them; mlp: a container whose forward
-    is down(act(up[0](x)) * up[1](x)), or None. head_attributes: attribute of `attention` -> "queries" (query heads),
-    "groups" (query heads per key/value head) or "width" (query lanes). head_dim and kv_heads: config fields, tried in
-    order, with hidden_size // num_attention_heads and num_attention_heads where none is set. post_norm: the residual
-    stream is normalised after each sublayer is added (BERT), not before it.
+    attention: module that carries the head counts. q, kv, out: its linears by path; qkv: one fused
+    linear instead of q and kv. up: linears that produce MLP channels; down: the one that consumes
+    them; mlp: a container whose forward is down(act(up[0](x)) * up[1](x)), or None.
+    head_attributes: attribute of `attention` -> "queries" (query heads), "groups" (query heads per
+    key/value head) or "width" (query lanes). head_dim and kv_heads: config fields, tried in order,
+    with hidden_size // num_attention_heads and num_attention_heads where none is set. post_norm:
+    the residual stream is normalised after each sublayer is added (BERT), not before it.
     """
 
     attention: str

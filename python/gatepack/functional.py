@@ -1,4 +1,5 @@
-"""Stage 3, modules: the torch backend, fold-pack once and then plain matmuls on the small shapes."""
+"""Stage 3, modules: the torch backend, fold-pack once and then plain matmuls on the small
+shapes."""
 
 import math
 
@@ -22,13 +23,15 @@ def lane_values(z: torch.Tensor | None, lanes: int) -> torch.Tensor | None:
 
 
 class FoldedLinear(torch.autograd.Function):
-    """y = z_out * (W[R, C] (z_in * x) + b[R]) on compact lanes, gates folded into the packed weight.
+    """y = z_out * (W[R, C] (z_in * x) + b[R]) on compact lanes, gates folded into the packed
+    weight.
 
-    x [*, |C|] and y [*, |R|] hold open lanes only; w [N, K] and bias [N] are full; rows R and cols C are sorted
-    unique int64 lane indices or None for all; z_in and z_out are fp32 per open unit, in_lanes and out_lanes lanes
-    each, or None for 1. dtype is that of the matmul (x's). Gradients: x, w, bias, z_in, z_out; those of the gates come
-    from dz_in = colsum(x * dx) / z_in and dz_out = colsum(dy * y) / z_out, so neither a weight gradient nor an ungated
-    tensor is kept for them; a unit with z = 0 gets 0, as a clamped gate has no gradient.
+    x [*, |C|] and y [*, |R|] hold open lanes only; w [N, K] and bias [N] are full; rows R and cols
+    C are sorted unique int64 lane indices or None for all; z_in and z_out are fp32 per open unit,
+    in_lanes and out_lanes lanes each, or None for 1. dtype is that of the matmul (x's). Gradients:
+    x, w, bias, z_in, z_out; those of the gates come from dz_in = colsum(x * dx) / z_in and dz_out =
+    colsum(dy * y) / z_out, so neither a weight gradient nor an ungated tensor is kept for them; a
+    unit with z = 0 gets 0, as a clamped gate has no gradient.
     """
 
     @staticmethod
@@ -45,7 +48,13 @@ class FoldedLinear(torch.autograd.Function):
         wants_z_out = z_out is not None and ctx.needs_input_grad[4]
         wants_w = ctx.needs_input_grad[1]
         ctx.save_for_backward(
-            x if wants_z_in or wants_w else None, packed, z_in, z_out, y if wants_z_out else None, rows, cols
+            x if wants_z_in or wants_w else None,
+            packed,
+            z_in,
+            z_out,
+            y if wants_z_out else None,
+            rows,
+            cols,
         )
         ctx.shape, ctx.w_dtype, ctx.lanes = w.shape, w.dtype, (in_lanes, out_lanes)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -70,7 +79,9 @@ class FoldedLinear(torch.autograd.Function):
         lane_out = lane_values(z_out, out_lanes)
         if needs_w:
             lane_in = lane_values(z_in, in_lanes)
-            dw = fold_pack_adjoint(dy2.t() @ x2, rows, cols, lane_out, lane_in, *ctx.shape, ctx.w_dtype)
+            dw = fold_pack_adjoint(
+                dy2.t() @ x2, rows, cols, lane_out, lane_in, *ctx.shape, ctx.w_dtype
+            )
         if needs_b:
             db = dy2.sum(0)
             db = (db if lane_out is None else db * lane_out).to(ctx.bias_dtype)
@@ -91,7 +102,8 @@ def _unit_gradient(per_lane: torch.Tensor, z: torch.Tensor, lanes: int) -> torch
 def low_rank(x, a, b, scaling, z_in, z_out, rows, cols, in_lanes, out_lanes) -> torch.Tensor:
     """s * z_out * (B[R] (A[:, C] (z_in * x))) on compact lanes, gates folded into the factors.
 
-    x [*, |C|], a [r, K], b [N, r] -> [*, |R|]. Plain autograd: the gates' gradients need the r-row factors only.
+    x [*, |C|], a [r, K], b [N, r] -> [*, |R|]. Plain autograd: the gates' gradients need the r-row
+    factors only.
     """
     a = a if cols is None else a.index_select(1, cols)
     b = b if rows is None else b.index_select(0, rows)

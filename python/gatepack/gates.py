@@ -1,6 +1,7 @@
 """Stage 1, gates: one flat vector of logits for all gates of a model, sampled once per forward.
 
-No module knows about estimators or budgets: it reads the current sample (gate values and open set) of its Gate.
+No module knows about estimators or budgets: it reads the current sample (gate values and open set)
+of its Gate.
 """
 
 import functools
@@ -21,8 +22,9 @@ class GateSpec:
     """What one gate vector multiplies and what its units cost.
 
     size: units G. lanes: width of a unit on the gated axis (head_dim for heads, 1 for channels).
-    unit_cost: parameters that go with one unit. shared_size units share shared_cost parameters, which go when all
-    of them are closed (the query heads of one key/value head). kind: "heads" or "channels".
+    unit_cost: parameters that go with one unit. shared_size units share shared_cost parameters,
+    which go when all of them are closed (the query heads of one key/value head). kind: "heads" or
+    "channels".
     """
 
     kind: str
@@ -36,7 +38,8 @@ class GateSpec:
 class Gate:
     """One gate vector of a GateSet: a handle that modules hold and read.
 
-    name: module path and unit, "model.layers.0.mlp:channels". size: units. lanes: lanes a unit covers.
+    name: module path and unit, "model.layers.0.mlp:channels". size: units. lanes: lanes a unit
+    covers.
     """
 
     def __init__(self, gates: "GateSet", name: str, spec: GateSpec, start: int):
@@ -50,7 +53,8 @@ class Gate:
     lanes = property(lambda self: self.spec.lanes)
 
     def values(self) -> torch.Tensor:
-        """Gate values of the current sample, fp32 [size], differentiable in the logits while training."""
+        """Gate values of the current sample, fp32 [size], differentiable in the logits while
+        training."""
         return self._set.sample().values[self.name]
 
     def open(self) -> "Open":
@@ -64,9 +68,10 @@ class Gate:
 class Open:
     """The open set of one gate in one sample: which units run, and their values.
 
-    units: sorted unique int64 [n], or None when all run. values: fp32 [n], differentiable. ones: every running
-    gate is exactly 1, so that multiplying by it can be left out where no gradient is wanted. A head gate whose units
-    are all closed keeps one unit with value 0: attention has no zero-head form, and 0 contributes nothing.
+    units: sorted unique int64 [n], or None when all run. values: fp32 [n], differentiable. ones:
+    every running gate is exactly 1, so that multiplying by it can be left out where no gradient is
+    wanted. A head gate whose units are all closed keeps one unit with value 0: attention has no
+    zero-head form, and 0 contributes nothing.
     """
 
     def __init__(self, gate: Gate, values: torch.Tensor, units: torch.Tensor | None, ones: bool):
@@ -84,12 +89,14 @@ class Open:
 
     @functools.cached_property
     def lanes(self) -> torch.Tensor | None:
-        """Lane indices of the running units on the gated axis, int64 [n * lanes], or None for all."""
+        """Lane indices of the running units on the gated axis, int64 [n * lanes], or None for
+        all."""
         return None if self.units is None else lane_indices(self.units, self.gate.lanes)
 
     @functools.cached_property
     def shared(self) -> torch.Tensor | None:
-        """Indices of the shared blocks (key/value heads) with a running unit, int64 sorted unique, or None for all."""
+        """Indices of the shared blocks (key/value heads) with a running unit, int64 sorted unique,
+        or None for all."""
         if self.units is None:
             return None
         blocks = torch.unique(self.units // self.gate.spec.shared_size)
@@ -109,7 +116,8 @@ class Open:
     def shared_of_unit(self) -> torch.Tensor | None:
         """Per running unit the position of its block among the running blocks, int64 [n].
 
-        None when the blocks keep equally many units, so that the usual repetition by groups is right.
+        None when the blocks keep equally many units, so that the usual repetition by groups is
+        right.
         """
         if self.units is None:
             return None
@@ -138,7 +146,9 @@ class Sample:
         open_counts, one_counts = counts.tolist()
         indices = torch.split(is_open.nonzero().squeeze(1), open_counts)
         self._open = {}
-        for gate, index, n_open, n_one in zip(handles, indices, open_counts, one_counts, strict=True):
+        for gate, index, n_open, n_one in zip(
+            handles, indices, open_counts, one_counts, strict=True
+        ):
             units = None if n_open == gate.size else index - gate.start
             self._open[gate.name] = Open(gate, self.values[gate.name], units, n_one == n_open)
 
@@ -149,9 +159,10 @@ class Sample:
 class GateSet(nn.Module):
     """All gates of a model.
 
-    config: GateConfig. specs: name -> GateSpec, in model order. fixed_cost: parameters that the budget counts and no
-    gate can remove. Logits are one fp32 parameter [N]; a forward of the model draws one sample (values, open sets)
-    that all its modules read, also when gradient checkpointing runs them again.
+    config: GateConfig. specs: name -> GateSpec, in model order. fixed_cost: parameters that the
+    budget counts and no gate can remove. Logits are one fp32 parameter [N]; a forward of the model
+    draws one sample (values, open sets) that all its modules read, also when gradient checkpointing
+    runs them again.
     """
 
     def __init__(self, config: GateConfig, specs: Mapping[str, GateSpec], fixed_cost: int = 0):
@@ -203,7 +214,10 @@ class GateSet(nn.Module):
 
     def __getitem__(self, name: str) -> Gate:
         if name not in self.gates:
-            raise ValueError(f"no gate named {name!r}; the first of {len(self.gates)} is {next(iter(self.gates))!r}")
+            raise ValueError(
+                f"no gate named {name!r}; the first of {len(self.gates)} is "
+                f"{next(iter(self.gates))!r}"
+            )
         return self.gates[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -222,15 +236,27 @@ class GateSet(nn.Module):
 
     def draw(self) -> Sample:
         """Draws the sample of this forward: new noise while training, else the noiseless values."""
-        if self.training and not self.frozen and torch.is_grad_enabled() and not self.logits.requires_grad:
+        if (
+            self.training
+            and not self.frozen
+            and torch.is_grad_enabled()
+            and not self.logits.requires_grad
+        ):
             raise RuntimeError(
-                "the gate logits have requires_grad=False in training mode. get_peft_model freezes every parameter "
-                "that is not an adapter's: call gates.unfreeze() after it and before building the optimizer, "
+                "the gate logits have requires_grad=False in training mode. get_peft_model freezes "
+                "every parameter "
+                "that is not an adapter's: call gates.unfreeze() after it and before building the "
+                "optimizer, "
                 "or gates.freeze() if the gates are meant to stay as they are"
             )
         wants_grad = torch.is_grad_enabled() and self.logits.requires_grad
         key = self._key()
-        if self._sample is not None and self._sample.key == key and not wants_grad and not self.noisy:
+        if (
+            self._sample is not None
+            and self._sample.key == key
+            and not wants_grad
+            and not self.noisy
+        ):
             return self._sample
         if self.noisy:
             generator = torch.Generator(self.logits.device)
@@ -257,15 +283,21 @@ class GateSet(nn.Module):
         )
 
     def sample(self) -> Sample:
-        """The current sample; draws one if there is none yet or logits, closed units or mode changed since."""
+        """The current sample; draws one if there is none yet or logits, closed units or mode
+        changed since."""
         wants_grad = torch.is_grad_enabled() and self.logits.requires_grad
         current = self._sample
-        if current is None or current.key != self._key() or (wants_grad and not current.flat.requires_grad):
+        if (
+            current is None
+            or current.key != self._key()
+            or (wants_grad and not current.flat.requires_grad)
+        ):
             return self.draw()
         return current
 
     def value_grads(self) -> torch.Tensor:
-        """dL/dz of the last backward, fp32 [N]; 0 for units that were closed, because nothing ran for them."""
+        """dL/dz of the last backward, fp32 [N]; 0 for units that were closed, because nothing ran
+        for them."""
         grad = None if self._sample is None else self._sample.flat.grad
         if grad is None:
             raise RuntimeError("no gate gradient yet: run a training forward and backward first")
@@ -292,14 +324,16 @@ class GateSet(nn.Module):
         return sum(int(mask.sum()) for mask in chosen) / sum(mask.numel() for mask in chosen)
 
     def kept_fraction(self) -> float:
-        """Fraction of the budgeted parameters that the units open without noise keep, counted on exact zeros."""
+        """Fraction of the budgeted parameters that the units open without noise keep, counted on
+        exact zeros."""
         return self.costs.kept_fraction(self.open_masks())
 
     def penalty(self) -> torch.Tensor:
         """Budget term, a scalar to add to the loss: augmented Lagrangian of the kept fraction.
 
-        (multiplier + rho * violation) * expected kept fraction, where violation is measured on exact zeros and the
-        expectation, through the estimator's open probability, carries the gradient.
+        (multiplier + rho * violation) * expected kept fraction, where violation is measured on
+        exact zeros and the expectation, through the estimator's open probability, carries the
+        gradient.
         """
         probability = self.estimator.open_probability(self.logits).masked_fill(self.closed, 0.0)
         return self.controller.penalty(self.costs.expected(probability), self.kept_fraction())
@@ -328,7 +362,8 @@ class GateSet(nn.Module):
         index = index.long()
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= gate.size):
             raise ValueError(
-                f"indices of {name!r} must be in [0, {gate.size}), got {int(index.min())}..{int(index.max())}"
+                f"indices of {name!r} must be in [0, {gate.size}), got "
+                f"{int(index.min())}..{int(index.max())}"
             )
         index = index + gate.start
         self.closed[index] = value
@@ -336,26 +371,31 @@ class GateSet(nn.Module):
 
     @torch.no_grad()
     def set_open(self, masks: Mapping[str, torch.Tensor]) -> None:
-        """Closes exactly the units that masks (name -> bool [size]) leave out and opens the others' mask bits."""
+        """Closes the units that masks (name -> bool [size]) leave out and reopens the others;
+        logits stay."""
         for name, mask in masks.items():
             gate = self[name]
             if mask.dtype != torch.bool or mask.shape != (gate.size,):
                 raise ValueError(
-                    f"masks[{name!r}] must be bool [{gate.size}], got {mask.dtype} {list(mask.shape)}"
+                    f"masks[{name!r}] must be bool [{gate.size}], got {mask.dtype} "
+                    f"{list(mask.shape)}"
                 )
             self.closed[gate.start : gate.start + gate.size] = ~mask.to(self.closed.device)
 
     def plan(self, scores: Mapping[str, torch.Tensor]) -> Plan:
-        """The units to keep for config.target, given name -> fp [size], how much each unit is worth; closes nothing."""
+        """The units to keep for config.target, given name -> fp [size], how much each unit is
+        worth; closes nothing."""
         return plan(self.costs, {name: s.float().cpu() for name, s in scores.items()}, self.config)
 
     @torch.no_grad()
     def snap(self, scores: Mapping[str, torch.Tensor] | None = None) -> float:
-        """Closes the least valuable units so that the kept fraction meets config.target within 0.5 %.
+        """Closes the least valuable units so that the kept fraction meets config.target within 0.5
+        %.
 
-        scores: name -> fp [size], how much each unit is worth, additive over units of all gates; None takes the
-        noiseless gate values. Shapes follow width_multiple, equal_layers, q_per_kv_uniform and tp_divisor. Units that
-        stay and had a closed logit are reopened. Returns the kept fraction; raises ValueError if no shape fits.
+        scores: name -> fp [size], how much each unit is worth, additive over units of all gates;
+        None takes the noiseless gate values. Shapes follow width_multiple, equal_layers,
+        q_per_kv_uniform and tp_divisor. Units that stay are reopened, those with a shut logit or
+        closed by hand too. Returns the kept fraction; raises ValueError if no shape fits.
         """
         if scores is None:
             scores = self.split(self.deterministic_values())
@@ -364,7 +404,8 @@ class GateSet(nn.Module):
         kept = ~self.closed
         shut = kept & (self.estimator.values(self.logits) <= 0)
         if shut.any():
-            # A unit that the rounding keeps must run: give it the gate value it would have had just above 0.
+            # A unit that the rounding keeps must run: give it the gate value it would have had just
+            # above 0.
             self.logits[shut] = self.estimator.logits_of(torch.full_like(self.logits[shut], 0.05))
         return chosen.kept_fraction
 
@@ -407,13 +448,17 @@ class GateSummary:
         width = max(len(row[0]) for row in self.rows)
         lines = [f"{'gate':<{width}}  {'kind':<8}  {'size':>6}  {'open':>6}  {'fractional':>10}"]
         lines += [f"{n:<{width}}  {k:<8}  {s:>6}  {o:>6}  {f:>10}" for n, k, s, o, f in self.rows]
-        lines.append(f"open units {self.open_fraction:.1%}, kept parameters {self.kept_fraction:.1%}")
+        lines.append(
+            f"open units {self.open_fraction:.1%}, kept parameters {self.kept_fraction:.1%}"
+        )
         return "\n".join(lines)
 
 
 def _mix(seed: int, draw: int) -> int:
     """One 64-bit generator seed from both numbers; the CPU generator reads its low 32 bits only."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{draw}".encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed}/{draw}".encode(), digest_size=8).digest(), "little"
+    )
 
 
 def lane_indices(units: torch.Tensor, lanes: int) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Stage 3, modules: attach gates to a Hugging Face model by swapping children, and take them off again."""
+"""Stage 3, modules: attach gates to a Hugging Face model by swapping children, and take them off
+again."""
 
 import fnmatch
 from collections.abc import Iterator
@@ -62,11 +63,13 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def hf_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, or the model itself; ValueError for anything else."""
+    """The transformers model inside a PEFT wrapper, or the model itself; ValueError for anything
+    else."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(getattr(inner, "config", None), "model_type"):
         raise ValueError(
-            f"model must be a transformers model or a PEFT model around one, got {type(model).__name__}"
+            "model must be a transformers model or a PEFT model around one, got "
+            f"{type(model).__name__}"
         )
     return inner
 
@@ -97,8 +100,9 @@ def _has_path(module: nn.Module, path: str) -> bool:
 class Attachment:
     """What attach changed, kept up to date while the model runs.
 
-    Before each forward of the model's trunk it gates linears that were wrapped or replaced since (get_peft_model after
-    attach), draws the sample of this forward, and writes the running head counts to the attention modules.
+    Before each forward of the model's trunk it gates linears that were wrapped or replaced since
+    (get_peft_model after attach), draws the sample of this forward, and writes the running head
+    counts to the attention modules.
     """
 
     def __init__(self, root: nn.Module, gates: GateSet):
@@ -150,7 +154,9 @@ class Attachment:
             set_head_counts(attention, family, gate.size, blocks, gate.lanes)
 
 
-def set_head_counts(attention: nn.Module, family: Family, queries: int, kv_heads: int, head_dim: int) -> None:
+def set_head_counts(
+    attention: nn.Module, family: Family, queries: int, kv_heads: int, head_dim: int
+) -> None:
     """Writes head counts to the attributes that the family's attention reads."""
     values = {"queries": queries, "groups": queries // kv_heads, "width": queries * head_dim}
     for attribute, what in family.head_attributes:
@@ -161,10 +167,10 @@ def set_head_counts(attention: nn.Module, family: Family, queries: int, kv_heads
 def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     """Gates a transformers model (or a PEFT model around one) in place and returns its GateSet.
 
-    Swaps child modules by name; the GateSet becomes the submodule `gatepack_gates`, so optimizers, checkpoints and
-    .to() see it. Works before or after get_peft_model; after it, call gates.unfreeze() before building the optimizer.
-    Raises ValueError for a model of no known family, gates attached twice, or a target that the gated units cannot
-    reach.
+    Swaps child modules by name; the GateSet becomes the submodule `gatepack_gates`, so optimizers,
+    checkpoints and .to() see it. Works before or after get_peft_model; after it, call
+    gates.unfreeze() before building the optimizer. Raises ValueError for a model of no known
+    family, gates attached twice, or a target that the gated units cannot reach.
     """
     config = GateConfig() if config is None else config
     root = hf_model(model)
@@ -175,13 +181,18 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     for layer in layers:
         specs.update(_specs(layer, config))
     if not specs:
-        raise ValueError(f"targets={config.targets} match no module; the first layer is {layers[0].name!r}")
-    total = sum(layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears)
+        raise ValueError(
+            f"targets={config.targets} match no module; the first layer is {layers[0].name!r}"
+        )
+    total = sum(
+        layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears
+    )
     gates = GateSet(config, specs, 0)
     gates = GateSet(config, specs, total - gates.costs.total)
     if config.target <= gates.costs.fixed / total:
         raise ValueError(
-            f"target={config.target} cannot be reached: the gated units hold {1 - gates.costs.fixed / total:.1%} of "
+            f"target={config.target} cannot be reached: the gated units hold "
+            f"{1 - gates.costs.fixed / total:.1%} of "
             "the blocks' weights; gate more units or raise the target"
         )
     gates.to(next(root.parameters()).device).train(root.training)
@@ -189,12 +200,16 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     for layer in layers:
         _add_sites(attachment, layer)
     attachment.bind()
-    # The module that runs the layers, not the model: some heads call the decoder inside the base model directly.
+    # The module that runs the layers, not the model: some heads call the decoder inside the base
+    # model directly.
     trunk = root.get_submodule(".".join(layers[0].name.split(".")[:-2]))
     attachment.handle = trunk.register_forward_pre_hook(attachment.before_forward)
     gates.attachment = attachment
     root.add_module(GATES_NAME, gates)
-    root.config.gatepack = {**(getattr(root.config, "gatepack", None) or {}), "gates": config.to_dict()}
+    root.config.gatepack = {
+        **(getattr(root.config, "gatepack", None) or {}),
+        "gates": config.to_dict(),
+    }
     return gates
 
 
@@ -202,7 +217,9 @@ def gates_of(model: nn.Module) -> GateSet:
     """The GateSet that attach put on a model; ValueError if there is none."""
     gates = getattr(hf_model(model), GATES_NAME, None)
     if gates is None:
-        raise ValueError("model has no gates; add them with gatepack.attach(model, gatepack.GateConfig(...))")
+        raise ValueError(
+            "model has no gates; add them with gatepack.attach(model, gatepack.GateConfig(...))"
+        )
     return gates
 
 
@@ -220,7 +237,9 @@ def detach(model: nn.Module) -> None:
 
 
 def _matches(path: str, config: GateConfig) -> bool:
-    return config.targets is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in config.targets)
+    return config.targets is None or any(
+        fnmatch.fnmatchcase(path, pattern) for pattern in config.targets
+    )
 
 
 def _specs(layer: Layer, config: GateConfig) -> Iterator[tuple[str, GateSpec]]:
@@ -233,7 +252,10 @@ def _specs(layer: Layer, config: GateConfig) -> Iterator[tuple[str, GateSpec]]:
         unit = dim * (hidden_in + hidden_out)
         if ratio == 1:
             unit, shared = unit + shared, 0
-        yield f"{layer.heads_name}:heads", GateSpec("heads", layer.queries, dim, unit, ratio, shared)
+        yield (
+            f"{layer.heads_name}:heads",
+            GateSpec("heads", layer.queries, dim, unit, ratio, shared),
+        )
     if "channels" in config.units and _matches(layer.channels_name, config):
         out, width = linear_shape(layer.linear(family.down))
         unit = out + sum(linear_shape(layer.linear(path))[1] for path in family.up)
@@ -257,7 +279,9 @@ def _add_sites(attachment: Attachment, layer: Layer) -> None:
         attachment.attentions.append((layer.module.get_submodule(family.attention), family, heads))
 
 
-def gated_sites(family: Family, heads: Gate | None, channels: Gate | None) -> Iterator[tuple[str, Site]]:
+def gated_sites(
+    family: Family, heads: Gate | None, channels: Gate | None
+) -> Iterator[tuple[str, Site]]:
     """(path in the layer, Site) of every linear that a layer's gates act on."""
     if heads is not None:
         if family.qkv:
@@ -267,7 +291,10 @@ def gated_sites(family: Family, heads: Gate | None, channels: Gate | None) -> It
         else:
             yield family.q, Site(rows_gate=heads, compact_out=True)
             for path in family.kv:
-                yield path, Site(rows_gate=heads, row_blocks=(RowBlock(shared=True),), compact_out=True)
+                yield (
+                    path,
+                    Site(rows_gate=heads, row_blocks=(RowBlock(shared=True),), compact_out=True),
+                )
         yield family.out, Site(in_gate=heads, compact_in=True)
     if channels is not None:
         for path in family.up:

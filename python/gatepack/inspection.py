@@ -22,8 +22,9 @@ from gatepack.modules import (
 class Explained:
     """One linear: its name, what acts on it, the backend for few and for many tokens, and why.
 
-    Backends: "folded" (pack the open part of W, then plain matmuls), "triton" (gates inside the kernel), "dense" (the
-    ungated forward at its full price, between multiplications), "packed" (an ordinary small linear).
+    Backends: "folded" (pack the open part of W, then plain matmuls), "triton" (gates inside the
+    kernel), "dense" (the ungated forward at its full price, between multiplications), "packed" (an
+    ordinary small linear).
     """
 
     module: str
@@ -35,7 +36,8 @@ class Explained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """rows: one Explained per gated or packed linear. fold_pack: its implementation and why. Prints as a table."""
+    """rows: one Explained per gated or packed linear. fold_pack: its implementation and why. Prints
+    as a table."""
 
     rows: tuple[Explained, ...]
     fold_pack: str
@@ -44,15 +46,18 @@ class Explanation:
         header = ("module", "role", f"<= {FEW_TOKENS} tokens", "more", "why")
         table = [header, *((row.module, row.role, row.few, row.many, row.why) for row in self.rows)]
         widths = [max(len(cells[i]) for cells in table) for i in range(len(header))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) for cells in table]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) for cells in table
+        ]
         return "\n".join([*(line.rstrip() for line in lines), f"fold_pack: {self.fold_pack}"])
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Names the backend of every gated or packed linear of a model, PEFT-wrapped or not, on the device it is on.
+    """Names the backend of every gated or packed linear of a model, PEFT-wrapped or not, on the
+    device it is on.
 
-    The answer is for the present state: active adapters, autocast, training mode, GATEPACK_BACKEND. Any module is
-    accepted; one without gates gives no rows.
+    The answer is for the present state: active adapters, autocast, training mode, GATEPACK_BACKEND.
+    Any module is accepted; one without gates gives no rows.
     """
     packed = _packed_linears(model)
     rows = []
@@ -64,13 +69,18 @@ def explain(model: nn.Module) -> Explanation:
             was = ""
             if isinstance(module, PackedLinear):
                 was = f" of {module.dense_shape[1]} -> {module.dense_shape[0]}"
-            rows.append(Explained(name, f"{inner} -> {out}{was}", "packed", "packed", "closed units are removed"))
+            rows.append(
+                Explained(
+                    name, f"{inner} -> {out}{was}", "packed", "packed", "closed units are removed"
+                )
+            )
     backend = _ext.backend()
     return Explanation(tuple(rows), f"{backend.name} ({backend.reason})")
 
 
 def _packed_linears(model: nn.Module) -> set[int]:
-    """Identities of the packed linears; also binds gates to linears that were wrapped since the last forward."""
+    """Identities of the packed linears; also binds gates to linears that were wrapped since the
+    last forward."""
     packed = {id(module) for module in model.modules() if isinstance(module, PackedLinear)}
     try:
         root = hf_model(model)

@@ -1,4 +1,5 @@
-"""Stage 3, modules: linears that compute open units only, as stand-ins for nn.Linear and its relatives."""
+"""Stage 3, modules: linears that compute open units only, as stand-ins for nn.Linear and its
+relatives."""
 
 import functools
 import importlib.util
@@ -12,14 +13,16 @@ from gatepack import _env
 from gatepack.functional import FoldedLinear, lane_values, low_rank
 from gatepack.gates import Gate, Open
 
-# Up to this many tokens gates are applied on the activation side, where only the open part of W is read; above, packing
-# W costs less than it saves. By counted bytes the two cross at 60-120 tokens for widths <= 1024; not yet measured.
+# Up to this many tokens gates are applied on the activation side, where only the open part of W is
+# read; above, packing W costs less than it saves. By counted bytes the two cross at 60-120 tokens
+# for widths <= 1024; not yet measured.
 FEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Rows of a linear that belong to a gate's units, or to the blocks its units share, starting at row offset."""
+    """Rows of a linear that belong to a gate's units, or to the blocks its units share, starting at
+    row offset."""
 
     offset: int = 0
     shared: bool = False
@@ -29,9 +32,10 @@ class RowBlock:
 class Site:
     """How gates act on one linear.
 
-    in_gate: multiplies the input's lanes. out_gate: multiplies the output's rows. rows_gate: closed units of it take
-    their rows (row_blocks) with them, with no multiplication. compact_in: x holds open lanes only where its width says
-    so. compact_out: y holds open rows only; else closed rows are 0.
+    in_gate: multiplies the input's lanes. out_gate: multiplies the output's rows. rows_gate: closed
+    units of it take their rows (row_blocks) with them, with no multiplication. compact_in: x holds
+    open lanes only where its width says so. compact_out: y holds open rows only; else closed rows
+    are 0.
     """
 
     in_gate: Gate | None = None
@@ -76,8 +80,8 @@ def is_conv1d(module: nn.Module) -> bool:
 def operands_of(module: nn.Module) -> Operands | str:
     """The operands of a linear, or the reason why its forward must be called as it is.
 
-    Reading .weight of a PEFT layer gives the base weight and drops the adapter, so every tuner layer is either
-    understood here or refused with a reason.
+    Reading .weight of a PEFT layer gives the base weight and drops the adapter, so every tuner
+    layer is either understood here or refused with a reason.
     """
     if hasattr(module, "base_layer"):
         return _tuner_operands(module)
@@ -118,7 +122,8 @@ def _why_opaque(module: nn.Module, name: str) -> str:
 
 
 def why_not_sliced(module: nn.Module) -> str:
-    """Why rows and columns of a linear and all its adapters, active or not, cannot be removed, or ""."""
+    """Why rows and columns of a linear and all its adapters, active or not, cannot be removed, or
+    ""."""
     operands = operands_of(module)
     if isinstance(operands, str):
         return operands
@@ -133,7 +138,8 @@ def why_not_sliced(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Open rows of one call: lane indices (None: all), and how shared blocks spread over units (None: evenly)."""
+    """Open rows of one call: lane indices (None: all), and how shared blocks spread over units
+    (None: evenly)."""
 
     index: torch.Tensor | None
     spread: torch.Tensor | None = None
@@ -157,8 +163,11 @@ def _open_rows(site: Site, out_open: Open | None) -> _Rows:
     return _Rows(parts[0] if len(parts) == 1 else torch.cat(parts), spread)
 
 
-def gated_forward(module: nn.Module, dense_forward, x: torch.Tensor, opaque: str = "") -> torch.Tensor:
-    """Forward of a linear at its site; dense_forward is its ungated forward, which must run if opaque says why."""
+def gated_forward(
+    module: nn.Module, dense_forward, x: torch.Tensor, opaque: str = ""
+) -> torch.Tensor:
+    """Forward of a linear at its site; dense_forward is its ungated forward, which must run if
+    opaque says why."""
     site: Site = module.site
     in_open = None if site.in_gate is None else site.in_gate.open()
     out_open = None if site.out_gate is None else site.out_gate.open()
@@ -172,7 +181,9 @@ def gated_forward(module: nn.Module, dense_forward, x: torch.Tensor, opaque: str
     if path == "folded":
         y = _folded(module, operands, x, in_open, out_open, rows.index, cols, full_in)
     else:
-        y = _full_width(module, operands, dense_forward, path, x, in_open, out_open, rows.index, cols, full_in)
+        y = _full_width(
+            module, operands, dense_forward, path, x, in_open, out_open, rows.index, cols, full_in
+        )
     if rows.index is not None and not site.compact_out:
         y = y.new_zeros(*y.shape[:-1], _out_features(module)).index_copy(-1, rows.index, y)
     if rows.spread is not None:
@@ -182,10 +193,12 @@ def gated_forward(module: nn.Module, dense_forward, x: torch.Tensor, opaque: str
 
 
 def backend_of(x: torch.Tensor, operands: Operands | str) -> tuple[str, str]:
-    """Which path runs, and why: "folded" (fold-pack, then matmuls), "triton" (gates in the kernel) or "dense".
+    """Which path runs, and why: "folded" (fold-pack, then matmuls), "triton" (gates in the kernel)
+    or "dense".
 
-    The Triton op serves few tokens on a GPU, where reading W dominates; GATEPACK_BACKEND forces either. "dense" is the
-    ungated forward between two multiplications, for adapters that cannot be taken apart.
+    The Triton op serves few tokens on a GPU, where reading W dominates; GATEPACK_BACKEND forces
+    either. "dense" is the ungated forward between two multiplications, for adapters that cannot be
+    taken apart.
     """
     if isinstance(operands, str):
         return "dense", operands
@@ -216,7 +229,11 @@ def _has_triton() -> bool:
 
 
 def _drops(adapter: Adapter) -> bool:
-    return isinstance(adapter.dropout, nn.Dropout) and adapter.dropout.training and adapter.dropout.p > 0
+    return (
+        isinstance(adapter.dropout, nn.Dropout)
+        and adapter.dropout.training
+        and adapter.dropout.p > 0
+    )
 
 
 def _out_features(module: nn.Module) -> int:
@@ -226,7 +243,9 @@ def _out_features(module: nn.Module) -> int:
 
 def _values(current: Open | None) -> torch.Tensor | None:
     """Gate values to multiply by, or None where they are all 1 and no gradient is wanted."""
-    if current is None or (current.ones and not (torch.is_grad_enabled() and current.values.requires_grad)):
+    if current is None or (
+        current.ones and not (torch.is_grad_enabled() and current.values.requires_grad)
+    ):
         return None
     return current.values
 
@@ -240,7 +259,9 @@ def _folded(module, operands, x, in_open, out_open, rows, cols, full_in):
     in_lanes = 1 if in_open is None else in_open.gate.lanes
     out_lanes = 1 if out_open is None else out_open.gate.lanes
     if rows is None and cols is None and z_in is None and z_out is None:
-        y = F.linear(x, operands.w.to(x.dtype), None if operands.bias is None else operands.bias.to(x.dtype))
+        y = F.linear(
+            x, operands.w.to(x.dtype), None if operands.bias is None else operands.bias.to(x.dtype)
+        )
     else:
         y = FoldedLinear.apply(
             x, operands.w, operands.bias, z_in, z_out, rows, cols, in_lanes, out_lanes
@@ -295,13 +316,22 @@ def _triton(module, operands, x, in_open, out_open, rows):
 class GatedLinear(nn.Linear):
     """y = z_out * (W (z_in * x) + b), closed input groups and output rows left out of every matmul.
 
-    A real nn.Linear: the same parameters, state-dict keys, dtype, device and autocast behaviour; without gates, the
-    same function. in_gate multiplies groups of in_gate.lanes input features, out_gate groups of output rows. x
-    [*, in_features] -> y [*, out_features], closed rows 0. Raises ValueError where a gate does not cover the features.
+    A real nn.Linear: the same parameters, state-dict keys, dtype, device and autocast behaviour;
+    without gates, the same function. in_gate multiplies groups of in_gate.lanes input features,
+    out_gate groups of output rows. x [*, in_features] -> y [*, out_features], closed rows 0. Raises
+    ValueError where a gate does not cover the features.
     """
 
     def __init__(
-        self, in_features, out_features, bias=True, device=None, dtype=None, *, in_gate=None, out_gate=None
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        in_gate=None,
+        out_gate=None,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.site = Site(in_gate=in_gate, out_gate=out_gate)
@@ -320,7 +350,8 @@ class GatedLinear(nn.Linear):
 def _check_covers(argument: str, gate: Gate | None, features: int) -> None:
     if gate is not None and gate.size * gate.lanes != features:
         raise ValueError(
-            f"{argument} must cover {features} features, got {gate.size} units of {gate.lanes} lanes: {gate.name!r}"
+            f"{argument} must cover {features} features, got {gate.size} units of {gate.lanes} "
+            f"lanes: {gate.name!r}"
         )
 
 
@@ -330,10 +361,14 @@ class PackedLinear(nn.Linear):
     dense_shape: tuple[int, int]
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, weight: nn.Parameter, bias: nn.Parameter | None) -> "PackedLinear":
+    def from_linear(
+        cls, linear: nn.Linear, weight: nn.Parameter, bias: nn.Parameter | None
+    ) -> "PackedLinear":
         """Packs nothing itself: weight [|R|, |C|] and bias [|R|] are the kept part of linear's."""
         packed = _adopt(linear, cls, None)
-        packed.dense_shape = getattr(linear, "dense_shape", (linear.out_features, linear.in_features))
+        packed.dense_shape = getattr(
+            linear, "dense_shape", (linear.out_features, linear.in_features)
+        )
         packed._parameters.update(weight=weight, bias=bias)
         packed.out_features, packed.in_features = weight.shape
         return packed
@@ -345,12 +380,14 @@ class PackedLinear(nn.Linear):
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)) over open channels, dense in and dense out.
 
-    Stands in for the HF MLP it is made from: same children, state-dict keys and attributes. x [*, hidden] -> [*, hidden].
+    Stands in for the HF MLP it is made from: same children, state-dict keys and attributes. x [*,
+    hidden] -> [*, hidden].
     """
 
     @classmethod
     def from_mlp(cls, mlp: nn.Module, up: tuple[str, ...], down: str) -> "GatedMLP":
-        """up: names of the gate and up projections, in this order; down: name of the down projection."""
+        """up: names of the gate and up projections, in this order; down: name of the down
+        projection."""
         gated = _adopt(mlp, cls, None)
         gated.roles = (*up, down)
         gated.dense_class = type(mlp)
@@ -363,7 +400,8 @@ class GatedMLP(nn.Module):
 
 
 def _adopt(module: nn.Module, cls: type, site: Site | None) -> nn.Module:
-    """A module of class cls with module's own parameters, buffers, children, hooks and attributes."""
+    """A module of class cls with module's own parameters, buffers, children, hooks and
+    attributes."""
     adopted = cls.__new__(cls)
     adopted.__dict__.update(module.__dict__)
     for registry in ("_parameters", "_buffers", "_modules"):
@@ -375,13 +413,16 @@ def _adopt(module: nn.Module, cls: type, site: Site | None) -> nn.Module:
 
 @functools.cache
 def _gated_class(dense: type) -> type:
-    """A subclass of a linear's class (Conv1D, a PEFT layer) whose forward obeys the instance's site."""
+    """A subclass of a linear's class (Conv1D, a PEFT layer) whose forward obeys the instance's
+    site."""
 
     def forward(self, x, *args, **kwargs):
         def dense_forward(x):
             return dense.forward(self, x, *args, **kwargs)
 
-        return gated_forward(self, dense_forward, x, "it is called with extra arguments" if args or kwargs else "")
+        return gated_forward(
+            self, dense_forward, x, "it is called with extra arguments" if args or kwargs else ""
+        )
 
     return type(f"Gated{dense.__name__}", (dense,), {"forward": forward, "gated_from": dense})
 
@@ -390,7 +431,8 @@ def gate_linear(linear: nn.Module, site: Site) -> nn.Module:
     """The gated twin of a linear, GPT-2 Conv1D or PEFT layer, sharing its parameters."""
     if "forward" in linear.__dict__:
         raise ValueError(
-            f"the forward of a {type(linear).__name__} has been replaced on the instance (a device_map over several "
+            f"the forward of a {type(linear).__name__} has been replaced on the instance (a "
+            "device_map over several "
             "devices does this), so gates would be skipped in silence; load the model without it"
         )
     if type(linear) is nn.Linear:

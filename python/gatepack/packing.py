@@ -30,9 +30,10 @@ FORMAT_VERSION = 1
 class PackReport:
     """What pack removed.
 
-    rows: (gate name, kind, units before, units kept) per gate. params and bytes: of the whole model, (before, after).
-    block_params: of the blocks' linears. padded: units that were closed and stayed, as zeros, because engines want
-    equally many query heads per key/value head and no empty linear.
+    rows: (gate name, kind, units before, units kept) per gate. params and bytes: of the whole
+    model, (before, after).
+    block_params: of the blocks' linears. padded: units that were closed and stayed, as zeros,
+    because engines want equally many query heads per key/value head and no empty linear.
     """
 
     rows: tuple[tuple[str, str, int, int], ...]
@@ -48,7 +49,9 @@ class PackReport:
 
     def to_dict(self) -> dict:
         return {
-            "layers": [dict(zip(("gate", "kind", "before", "kept"), row, strict=True)) for row in self.rows],
+            "layers": [
+                dict(zip(("gate", "kind", "before", "kept"), row, strict=True)) for row in self.rows
+            ],
             "params": list(self.params),
             "block_params": list(self.block_params),
             "bytes": list(self.bytes),
@@ -60,14 +63,18 @@ class PackReport:
         width = max(len(row[0]) for row in self.rows)
         lines = [f"{'gate':<{width}}  {'before':>6}  {'kept':>6}"]
         lines += [f"{name:<{width}}  {before:>6}  {kept:>6}" for name, _, before, kept in self.rows]
-        for what, (before, after) in (("parameters", self.params), ("in blocks", self.block_params)):
+        for what, (before, after) in (
+            ("parameters", self.params),
+            ("in blocks", self.block_params),
+        ):
             lines.append(f"{what} {before:,} -> {after:,} ({after / before:.1%})")
         lines.append(f"bytes {self.bytes[0]:,} -> {self.bytes[1]:,}")
         return "\n".join(lines)
 
 
 class _Fixed:
-    """A gate whose open set is fixed: what gated_sites needs to name the lanes of a packed layer."""
+    """A gate whose open set is fixed: what gated_sites needs to name the lanes of a packed
+    layer."""
 
     def __init__(self, name: str, spec: GateSpec, mask: torch.Tensor):
         self.name, self.spec, self.mask = name, spec, mask
@@ -79,10 +86,11 @@ class _Fixed:
 
 
 def physical_mask(kind: str, shared_size: int, mask: torch.Tensor) -> torch.Tensor:
-    """The units that stay in memory for an open mask, bool [size]: the open ones and what the layout needs.
+    """The units that stay in memory for an open mask, bool [size]: the open ones and what the
+    layout needs.
 
-    At least one, because no engine takes a linear of width 0 (nor does GPT-2's Conv1D); of heads, equally many per
-    remaining key/value head.
+    At least one, because no engine takes a linear of width 0 (nor does GPT-2's Conv1D); of heads,
+    equally many per remaining key/value head.
     """
     mask = mask.clone()
     if not mask.any():
@@ -100,12 +108,14 @@ def physical_mask(kind: str, shared_size: int, mask: torch.Tensor) -> torch.Tens
 
 @torch.no_grad()
 def pack(model: nn.Module) -> PackReport:
-    """Removes closed units from a gated model, in place, and folds fractional gates into the weights.
+    """Removes closed units from a gated model, in place, and folds fractional gates into the
+    weights.
 
-    What is closed is what the noiseless gates say (eval mode): packed logits equal gated logits in eval mode up to
-    rounding. LoRA factors are sliced with their weights and go on training; merge them first for a plain model. The
-    gates are taken off and config.gatepack records which units stayed, for unpack and from_pretrained. Raises
-    ValueError if the model has no gates or an adapter that cannot be sliced; then nothing has changed.
+    What is closed is what the noiseless gates say (eval mode): packed logits equal gated logits in
+    eval mode up to rounding. LoRA factors are sliced with their weights and go on training; merge
+    them first for a plain model. The gates are taken off and config.gatepack records which units
+    stayed, for unpack and from_pretrained. Raises ValueError if the model has no gates or an
+    adapter that cannot be sliced; then nothing has changed.
     """
     root = hf_model(model)
     gates = gates_of(root)
@@ -131,7 +141,8 @@ def pack(model: nn.Module) -> PackReport:
 
 
 def _kept_record(config, masks: Mapping[str, torch.Tensor]) -> dict:
-    """What config.gatepack says of a packed model; masks of units that an earlier pack kept are put in terms of it."""
+    """What config.gatepack says of a packed model; masks of units that an earlier pack kept are put
+    in terms of it."""
     kept = dict((getattr(config, "gatepack", None) or {}).get("kept", {}))
     for name, mask in masks.items():
         if name in kept:
@@ -148,14 +159,17 @@ def _refuse_opaque(layers: list[Layer]) -> None:
             reason = why_not_sliced(layer.module.get_submodule(path))
             if reason:
                 raise ValueError(
-                    f"{layer.name}.{path} cannot be packed: {reason}. Merge it first (model.merge_and_unload())"
+                    f"{layer.name}.{path} cannot be packed: {reason}. Merge it first "
+                    "(model.merge_and_unload())"
                 )
 
 
 def _sizes(root: nn.Module, layers: list[Layer], gates: nn.Module | None) -> tuple[int, int, int]:
     own = set() if gates is None else {id(p) for p in gates.parameters()}
     parameters = [p for p in root.parameters() if id(p) not in own]
-    block = sum(layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears)
+    block = sum(
+        layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears
+    )
     return (
         sum(p.numel() for p in parameters),
         block,
@@ -186,7 +200,9 @@ def _fixed(specs, masks, name: str) -> _Fixed | None:
 def _lane_indices(site, device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     rows = cols = None
     if site.rows_gate is not None:
-        parts = [site.rows_gate.kept_lanes(block.shared) + block.offset for block in site.row_blocks]
+        parts = [
+            site.rows_gate.kept_lanes(block.shared) + block.offset for block in site.row_blocks
+        ]
         rows = torch.cat(parts).to(device)
     if site.in_gate is not None:
         cols = site.in_gate.kept_lanes().to(device)
@@ -232,7 +248,9 @@ def _with_operands(linear: nn.Module, weight: torch.Tensor, bias: torch.Tensor |
         linear.bias = bias
         linear.nx, linear.nf = linear.weight.shape
         return linear
-    return PackedLinear.from_linear(linear, nn.Parameter(weight.contiguous(), requires_grad=trains), bias)
+    return PackedLinear.from_linear(
+        linear, nn.Parameter(weight.contiguous(), requires_grad=trains), bias
+    )
 
 
 def _pack_tuner(module: nn.Module, base: nn.Module, rows, cols, z_in) -> None:
@@ -252,24 +270,30 @@ def _replace_weight(linear: nn.Linear, weight: torch.Tensor) -> None:
 
 
 def shrink(model: nn.Module, kept: Mapping[str, Mapping]) -> None:
-    """Gives a dense transformers model the shapes of a packed one; weights of closed units are dropped.
+    """Gives a dense transformers model the shapes of a packed one; weights of closed units are
+    dropped.
 
-    kept: config.gatepack["kept"]. Works on meta tensors. Raises ValueError where a name or size does not fit.
+    kept: config.gatepack["kept"]. Works on meta tensors. Raises ValueError where a name or size
+    does not fit.
     """
     layers = layers_of(model)
     specs = _dense_specs(layers)
     masks = {}
     for name, record in kept.items():
         if name not in specs:
-            raise ValueError(f"config.gatepack names gate {name!r}, which this architecture does not have")
+            raise ValueError(
+                f"config.gatepack names gate {name!r}, which this architecture does not have"
+            )
         mask = decode_mask(record)
         if mask.numel() != specs[name].size:
             raise ValueError(
-                f"config.gatepack has {mask.numel()} units for {name!r}, the architecture has {specs[name].size}"
+                f"config.gatepack has {mask.numel()} units for {name!r}, the architecture has "
+                f"{specs[name].size}"
             )
         if not torch.equal(physical_mask(specs[name].kind, specs[name].shared_size, mask), mask):
             raise ValueError(
-                f"config.gatepack keeps unequally many query heads per key/value head of {name!r}, or none at all"
+                f"config.gatepack keeps unequally many query heads per key/value head of {name!r}, "
+                "or none at all"
             )
         masks[name] = mask
     _apply_masks(layers, specs, masks, None)
@@ -291,8 +315,8 @@ def _dense_specs(layers: list[Layer]) -> dict[str, GateSpec]:
 def unpack(model: nn.Module) -> dict[str, torch.Tensor]:
     """Puts a packed model back into its dense shape, zeros where units were removed, in place.
 
-    Returns name -> bool [size] of the units that hold weights; to go on training with them closed, attach gates and
-    call gates.set_open with it. Raises ValueError if the model is not packed.
+    Returns name -> bool [size] of the units that hold weights; to go on training with them closed,
+    attach gates and call gates.set_open with it. Raises ValueError if the model is not packed.
     """
     root = hf_model(model)
     if hasattr(root, GATES_NAME):
@@ -364,11 +388,17 @@ def _unpack_linear(layer: Layer, path: str, site) -> None:
     module.out_features, module.in_features = out, inner
     for factor in module.lora_A.values():
         _replace_weight(
-            factor, fold_pack_adjoint(factor.weight.detach(), None, cols, None, None, factor.out_features, inner)
+            factor,
+            fold_pack_adjoint(
+                factor.weight.detach(), None, cols, None, None, factor.out_features, inner
+            ),
         )
     for factor in module.lora_B.values():
         _replace_weight(
-            factor, fold_pack_adjoint(factor.weight.detach(), rows, None, None, None, out, factor.in_features)
+            factor,
+            fold_pack_adjoint(
+                factor.weight.detach(), rows, None, None, None, out, factor.in_features
+            ),
         )
 
 
