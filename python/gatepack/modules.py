@@ -255,6 +255,8 @@ def _folded(module, operands, x, in_open, out_open, rows, cols, full_in):
         x = x.index_select(-1, cols)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif x.dtype != operands.w.dtype:
+        raise RuntimeError(f"x must have the weight's dtype {operands.w.dtype}, got {x.dtype}")
     z_in, z_out = _values(in_open), _values(out_open)
     in_lanes = 1 if in_open is None else in_open.gate.lanes
     out_lanes = 1 if out_open is None else out_open.gate.lanes
