@@ -159,6 +159,7 @@ def test_command_line_runs_the_demo(config):
     [
         (["--target", "1.5"], "target must be a kept fraction in (0, 1), got 1.5"),
         (["--steps", "0"], "steps must be >= 1, got 0"),
+        (["--device", "nonsense"], "device 'nonsense' cannot be used here"),
         (["--learning-rate", "-1"], "learning_rate must be a positive number"),
         (["--text", "no/such/file.txt"], "no/such/file.txt"),
         (["--model", "./no/such/model"], "no/such/model"),

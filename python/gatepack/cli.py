@@ -73,6 +73,7 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for the packed model, report.json and report.png.")
     ] = Path("out/demo"),
+    device: Annotated[str, typer.Option(help="'auto' takes CUDA where there is one.")] = "auto",
     restart: Annotated[
         bool, typer.Option("--restart", help="Drop an unfinished run in --out.")
     ] = False,
@@ -89,6 +90,7 @@ def demo(
             text=None if text is None else str(text),
             target=target,
             out=out,
+            device=device,
             width_multiple=width_multiple,
             equal_layers=equal_layers,
             eval_windows=eval_windows,

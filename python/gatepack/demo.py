@@ -40,12 +40,16 @@ STATE = ".resume"
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What the demo runs; target is the kept fraction of the blocks' weights."""
+    """What the demo runs.
+
+    target: kept fraction of the blocks' weights. device: "auto" takes CUDA where there is one.
+    """
 
     model: str = "smollm2"
     text: str | None = None
     target: float = 0.8
     out: Path = Path("out/demo")
+    device: str = "auto"
     width_multiple: int = 32
     equal_layers: bool = False
     eval_windows: int = 24
@@ -59,6 +63,16 @@ class DemoConfig:
         for name in ("eval_windows", "prompt_tokens", "new_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+    def torch_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {self.device!r} cannot be used here: {error}") from error
+        return device
 
     def gates(self) -> GateConfig:
         return GateConfig(
@@ -86,13 +100,16 @@ def run(
     """
     documents = load_documents(config.text)
     train_documents, held_out_documents = split_documents(documents)
+    device = config.torch_device()
     state = State.open(config, documents)
     for name, value in (known or {}).items():
         state.once(name, lambda value=value: value)
     say(f"loading {config.model}")
     model, tokenizer = load_model(config.model)
-    windows = to_windows(train_documents, tokenizer, config.train.window)
-    held_out = to_windows(held_out_documents, tokenizer, config.train.window)[: config.eval_windows]
+    model.to(device)
+    windows = to_windows(train_documents, tokenizer, config.train.window).to(device)
+    held_out = to_windows(held_out_documents, tokenizer, config.train.window)
+    held_out = held_out[: config.eval_windows].to(device)
     say(
         f"{len(windows)} training, {len(held_out)} held-out windows of {config.train.window} tokens"
     )
@@ -236,7 +253,7 @@ def _pack_and_check(wrapped, held_out) -> tuple[nn.Module, dict, dict]:
 
 
 def _reloads_identically(packed, folder: Path, held_out) -> bool:
-    reloaded = from_pretrained(folder).eval()
+    reloaded = from_pretrained(folder).to(held_out.device).eval()
     difference = max_logit_difference(packed, reloaded, held_out[:2])
     if difference != 0:
         raise ParityError(

@@ -141,8 +141,8 @@ def _greedy(
     inverse = damped_inverse(moments.inputs, damping)
     weight = weight.clone()
     curved = moments.gradients @ weight
-    alive = torch.ones(units, dtype=torch.bool)
-    scores = torch.zeros(units, dtype=weight.dtype)
+    alive = torch.ones(units, dtype=torch.bool, device=weight.device)
+    scores = torch.zeros(units, dtype=weight.dtype, device=weight.device)
     floor = 0.0
     while int(alive.sum()) > step:
         prices = _prices(weight, inverse, curved, lanes).masked_fill_(~alive, torch.inf)
