@@ -41,7 +41,7 @@ step() { # seconds at most, name, command...
 }
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$out/device.txt"
-step 240 build python3 setup.py build_ext --inplace
+step 240 build python3 -c "from gatepack import _ext; print(_ext.backend()); exit(_ext.backend().name != 'cuda')"
 step 240 tests python3 -m pytest -q -m gpu tests
 step 60 fold_pack python3 benchmarks/bench_fold_pack.py --device cuda --seconds 1 --json "$out/fold_pack.jsonl"
 step 120 mlp python3 benchmarks/bench_mlp.py --device cuda --dtype bfloat16 --models llama-3-8b smollm2-135m \

@@ -103,6 +103,12 @@ def test_forced_backend(monkeypatch):
         assert (row.few, row.many, row.why) == (forced, forced, "GATEPACK_BACKEND")
 
 
+def test_unknown_backend_is_refused(monkeypatch):
+    monkeypatch.setenv("GATEPACK_BACKEND", "torch")
+    with pytest.raises(ValueError, match="must be folded or triton, got 'torch'"):
+        gp.explain(gated())
+
+
 class TestBackendOf:
     """A GPU's choice, on a stand-in for x that says it lives there."""
 

@@ -30,4 +30,7 @@ def simd() -> str | None:
 
 
 def backend() -> str | None:
-    return os.environ.get("GATEPACK_BACKEND") or None
+    chosen = os.environ.get("GATEPACK_BACKEND") or None
+    if chosen not in (None, "folded", "triton"):
+        raise ValueError(f"GATEPACK_BACKEND must be folded or triton, got {chosen!r}")
+    return chosen

@@ -1,5 +1,4 @@
-"""Stage 1, gates: what open units cost, which to keep for a budget, and the controller that drives
-training there."""
+"""Stage 1, gates: what open units cost, which to keep, and the controller that gets there."""
 
 import logging
 import math
@@ -37,8 +36,7 @@ class Costs:
         return kept / self.total
 
     def expected(self, probability: torch.Tensor) -> torch.Tensor:
-        """Expected kept fraction, differentiable; probability fp32 [N] that each unit of the flat
-        vector is open."""
+        """Expected kept fraction, differentiable; probability fp32 [N] that each unit is open."""
         parts = torch.split(probability, [spec.size for spec in self.specs.values()])
         kept = probability.new_tensor(float(self.fixed))
         for part, spec in zip(parts, self.specs.values(), strict=True):
@@ -104,8 +102,7 @@ class BudgetController(nn.Module):
         return (self.multiplier + self.rho * (kept_fraction - self.current_target())) * expected
 
     def step(self, kept_fraction: float) -> None:
-        """Multiplier update after an optimizer step that left kept_fraction of the parameters
-        open."""
+        """Multiplier update after an optimizer step that left kept_fraction open."""
         violation = kept_fraction - self.current_target()
         if self.multiplier * violation < 0:
             self.state[0] = 0.0
@@ -258,8 +255,7 @@ def _head_shapes(spec, scores: torch.Tensor, config: GateConfig, multiple: int) 
 
 
 def _ragged_head_shapes(spec, grid: torch.Tensor, divisor: int) -> list[_Shape]:
-    """Every count of key/value heads and of query heads: the best head of each kept block, then the
-    best of the rest."""
+    """Every count of key/value and query heads: the best of each kept block, then of the rest."""
     blocks = spec.size // spec.shared_size
     ranked = torch.argsort(grid.max(1).values, descending=True, stable=True)
     shapes = []
@@ -283,8 +279,7 @@ def _ragged_head_shapes(spec, grid: torch.Tensor, divisor: int) -> list[_Shape]:
 
 
 def _solve(choices: list[_Choice], allowance: float, slack: float) -> list[int]:
-    """Picks one option per choice with total cost <= allowance (if any fits) and nearly greatest
-    total value.
+    """Picks one option per choice: total cost <= allowance if any fits, value nearly greatest.
 
     If that leaves more than slack unspent, the best change of one or two picks that spends it, if
     there is one.

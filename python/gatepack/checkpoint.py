@@ -26,8 +26,7 @@ _AT_FDCWD = -100
 
 
 def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> None:
-    """Saves a gated or packed model (and tokenizer) in Hugging Face's layout, with a manifest of
-    checksums.
+    """Saves a gated or packed model (and tokenizer) in Hugging Face's layout, with checksums.
 
     Everything is written to a temporary folder beside `directory` and put in place by one rename,
     so an interruption or a full disk leaves what was there before. Files of `directory` that are
@@ -38,9 +37,8 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer=No
     for name, module in root.named_modules():
         if hasattr(module, "base_layer"):
             raise ValueError(
-                f"{name} carries a PEFT adapter, which is not part of this format: merge the "
-                "adapters "
-                "(model = model.merge_and_unload()) or save them with the PEFT model's own "
+                f"{name} carries a PEFT adapter, which is not part of this format: merge it "
+                "(model = model.merge_and_unload()) or save it with the PEFT model's own "
                 "save_pretrained"
             )
     directory = Path(directory).resolve()
@@ -87,8 +85,7 @@ def _sha256(path: Path) -> str:
 
 
 def _replace(staging: Path, directory: Path) -> None:
-    """Puts staging in directory's place; afterwards staging holds what the new checkpoint
-    superseded."""
+    """Puts staging in directory's place; afterwards staging holds what was superseded."""
     os.chmod(staging, 0o777 & ~_umask())
     if not directory.exists():
         os.rename(staging, directory)
@@ -118,8 +115,7 @@ def _umask() -> int:
 
 
 def _exchange(first: Path, second: Path) -> None:
-    """Swaps two folders: in one step where the kernel can, else in two renames through a third
-    name."""
+    """Swaps two folders: in one step where the kernel can, else through a third name."""
     renameat2 = None
     with contextlib.suppress(OSError, AttributeError):
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
@@ -173,8 +169,7 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
     record = config.gatepack
 
     class Rebuilt(dense_class):
-        """The dense class with the recorded open sets and gates applied before weights are
-        loaded."""
+        """The dense class, given the recorded open sets and gates before weights are loaded."""
 
         _keep_in_fp32_modules_strict = {
             *(dense_class._keep_in_fp32_modules_strict or ()),

@@ -8,8 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class STG:
-    """z = clamp(tanh(l) + 0.5 + sigma * eps, 0, 1), eps ~ N(0, 1); without noise, z = clamp(tanh(l)
-    + 0.5, 0, 1).
+    """z = clamp(tanh(l) + 0.5 + sigma * eps, 0, 1), eps ~ N(0, 1), or 0 without noise.
 
     Stochastic gates (Yamada et al. 2020, arXiv 1810.04247) with the shift of FineGates (arXiv
     2412.12951). A clamped gate has zero gradient.
@@ -37,8 +36,7 @@ class STG:
         return torch.special.ndtr((torch.tanh(logits) + 0.5) / self.penalty_sigma)
 
     def logits_of(self, values: torch.Tensor) -> torch.Tensor:
-        """Logits whose noiseless gate is values [N]; values may lie outside [0, 1], within (-0.5,
-        1.5)."""
+        """Logits whose noiseless gate is values [N], before clamping, within (-0.5, 1.5)."""
         return torch.atanh((values - 0.5).clamp(-0.995, 0.995))
 
 
@@ -71,8 +69,7 @@ class HardConcrete:
         return torch.sigmoid(logits - self.beta * math.log(-self.gamma / self.zeta))
 
     def logits_of(self, values: torch.Tensor) -> torch.Tensor:
-        """Logits whose noiseless gate is values [N]; values may lie outside [0, 1], within (-0.1,
-        1.1)."""
+        """Logits whose noiseless gate is values [N], before clamping, within (-0.1, 1.1)."""
         return torch.logit(((values - self.gamma) / (self.zeta - self.gamma)).clamp(1e-4, 1 - 1e-4))
 
 

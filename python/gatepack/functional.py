@@ -1,5 +1,4 @@
-"""Stage 3, modules: the torch backend, fold-pack once and then plain matmuls on the small
-shapes."""
+"""Stage 3, modules: the torch backend, fold-pack and then plain matmuls on the small shapes."""
 
 import math
 
@@ -23,8 +22,7 @@ def lane_values(z: torch.Tensor | None, lanes: int) -> torch.Tensor | None:
 
 
 class FoldedLinear(torch.autograd.Function):
-    """y = z_out * (W[R, C] (z_in * x) + b[R]) on compact lanes, gates folded into the packed
-    weight.
+    """y = z_out * (W[R, C] (z_in * x) + b[R]) on compact lanes, gates folded into W[R, C].
 
     x [*, |C|] and y [*, |R|] hold open lanes only; w [N, K] and bias [N] are full; rows R and cols
     C are sorted unique int64 lane indices or None for all; z_in and z_out are fp32 per open unit,

@@ -53,8 +53,7 @@ class Gate:
     lanes = property(lambda self: self.spec.lanes)
 
     def values(self) -> torch.Tensor:
-        """Gate values of the current sample, fp32 [size], differentiable in the logits while
-        training."""
+        """Gate values of the current sample, fp32 [size], differentiable in training."""
         return self._set.sample().values[self.name]
 
     def open(self) -> "Open":
@@ -89,14 +88,12 @@ class Open:
 
     @functools.cached_property
     def lanes(self) -> torch.Tensor | None:
-        """Lane indices of the running units on the gated axis, int64 [n * lanes], or None for
-        all."""
+        """Lane indices of the running units, int64 [n * lanes], or None for all."""
         return None if self.units is None else lane_indices(self.units, self.gate.lanes)
 
     @functools.cached_property
     def shared(self) -> torch.Tensor | None:
-        """Indices of the shared blocks (key/value heads) with a running unit, int64 sorted unique,
-        or None for all."""
+        """Sorted indices of the key/value heads with a running unit, int64, or None for all."""
         if self.units is None:
             return None
         blocks = torch.unique(self.units // self.gate.spec.shared_size)
@@ -137,7 +134,7 @@ class Sample:
         self.values = dict(zip(gates.gates, parts, strict=True))
         detached = flat.detach()
         is_open = detached > 0
-        # Three counts per gate cross to the host in one copy; everything else stays on the device.
+        # Two counts per gate cross to the host in one copy.
         sizes = torch.tensor([gate.size for gate in handles], device=flat.device)
         segments = torch.repeat_interleave(torch.arange(len(handles), device=flat.device), sizes)
         counts = torch.zeros(2, len(handles), dtype=torch.int64, device=flat.device)
@@ -244,10 +241,9 @@ class GateSet(nn.Module):
         ):
             raise RuntimeError(
                 "the gate logits have requires_grad=False in training mode. get_peft_model freezes "
-                "every parameter "
-                "that is not an adapter's: call gates.unfreeze() after it and before building the "
-                "optimizer, "
-                "or gates.freeze() if the gates are meant to stay as they are"
+                "every parameter that is not an adapter's: call gates.unfreeze() after it and "
+                "before building the optimizer, or gates.freeze() if the gates are meant to stay "
+                "as they are"
             )
         wants_grad = torch.is_grad_enabled() and self.logits.requires_grad
         key = self._key()
@@ -283,8 +279,7 @@ class GateSet(nn.Module):
         )
 
     def sample(self) -> Sample:
-        """The current sample; draws one if there is none yet or logits, closed units or mode
-        changed since."""
+        """The current sample; draws one if there is none or what it depends on has changed."""
         wants_grad = torch.is_grad_enabled() and self.logits.requires_grad
         current = self._sample
         if (
@@ -296,8 +291,7 @@ class GateSet(nn.Module):
         return current
 
     def value_grads(self) -> torch.Tensor:
-        """dL/dz of the last backward, fp32 [N]; 0 for units that were closed, because nothing ran
-        for them."""
+        """dL/dz of the last backward, fp32 [N]; 0 for closed units, for which nothing ran."""
         grad = None if self._sample is None else self._sample.flat.grad
         if grad is None:
             raise RuntimeError("no gate gradient yet: run a training forward and backward first")
@@ -324,8 +318,7 @@ class GateSet(nn.Module):
         return sum(int(mask.sum()) for mask in chosen) / sum(mask.numel() for mask in chosen)
 
     def kept_fraction(self) -> float:
-        """Fraction of the budgeted parameters that the units open without noise keep, counted on
-        exact zeros."""
+        """Fraction of the budgeted parameters kept without noise, counted on exact zeros."""
         return self.costs.kept_fraction(self.open_masks())
 
     def penalty(self) -> torch.Tensor:
@@ -339,7 +332,7 @@ class GateSet(nn.Module):
         return self.controller.penalty(self.costs.expected(probability), self.kept_fraction())
 
     def step(self) -> None:
-        """Advances the budget: call it after each optimizer step (GateCallback does)."""
+        """Advances the budget: call it after each optimizer step."""
         self.controller.step(self.kept_fraction())
 
     def close(self, name: str, indices) -> None:
@@ -383,14 +376,12 @@ class GateSet(nn.Module):
             self.closed[gate.start : gate.start + gate.size] = ~mask.to(self.closed.device)
 
     def plan(self, scores: Mapping[str, torch.Tensor]) -> Plan:
-        """The units to keep for config.target, given name -> fp [size], how much each unit is
-        worth; closes nothing."""
+        """The units to keep for config.target; scores as in snap. Closes nothing."""
         return plan(self.costs, {name: s.float().cpu() for name, s in scores.items()}, self.config)
 
     @torch.no_grad()
     def snap(self, scores: Mapping[str, torch.Tensor] | None = None) -> float:
-        """Closes the least valuable units so that the kept fraction meets config.target within 0.5
-        %.
+        """Closes the least valuable units, to meet config.target within 0.5 % of the parameters.
 
         scores: name -> fp [size], how much each unit is worth, additive over units of all gates;
         None takes the noiseless gate values. Shapes follow width_multiple, equal_layers,
@@ -404,8 +395,7 @@ class GateSet(nn.Module):
         kept = ~self.closed
         shut = kept & (self.estimator.values(self.logits) <= 0)
         if shut.any():
-            # A unit that the rounding keeps must run: give it the gate value it would have had just
-            # above 0.
+            # A unit that the rounding keeps must run: its gate becomes what it was just above 0.
             self.logits[shut] = self.estimator.logits_of(torch.full_like(self.logits[shut], 0.05))
         return chosen.kept_fraction
 

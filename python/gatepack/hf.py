@@ -1,5 +1,4 @@
-"""Stage 3, modules: attach gates to a Hugging Face model by swapping children, and take them off
-again."""
+"""Stage 3, modules: attach gates to a Hugging Face model by swapping children, and detach."""
 
 import fnmatch
 from collections.abc import Iterator
@@ -7,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from gatepack.budget import gate_cost
 from gatepack.config import GateConfig
 from gatepack.families import Family, family_of
 from gatepack.gates import Gate, GateSet, GateSpec
@@ -63,8 +63,7 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def hf_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, or the model itself; ValueError for anything
-    else."""
+    """The transformers model inside a PEFT wrapper, or the model itself; else ValueError."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(getattr(inner, "config", None), "model_type"):
         raise ValueError(
@@ -169,7 +168,8 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
 
     Swaps child modules by name; the GateSet becomes the submodule `gatepack_gates`, so optimizers,
     checkpoints and .to() see it. Works before or after get_peft_model; after it, call
-    gates.unfreeze() before building the optimizer. Raises ValueError for a model of no known
+    gates.unfreeze() before building the optimizer. Gradient checkpointing must be non-reentrant
+    (use_reentrant=False): all layers share one sample. Raises ValueError for a model of no known
     family, gates attached twice, or a target that the gated units cannot reach.
     """
     config = GateConfig() if config is None else config
@@ -187,13 +187,12 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     total = sum(
         layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears
     )
-    gates = GateSet(config, specs, 0)
-    gates = GateSet(config, specs, total - gates.costs.total)
+    gates = GateSet(config, specs, total - sum(gate_cost(spec) for spec in specs.values()))
     if config.target <= gates.costs.fixed / total:
         raise ValueError(
             f"target={config.target} cannot be reached: the gated units hold "
-            f"{1 - gates.costs.fixed / total:.1%} of "
-            "the blocks' weights; gate more units or raise the target"
+            f"{1 - gates.costs.fixed / total:.1%} of the blocks' weights; gate more units or raise "
+            "the target"
         )
     gates.to(next(root.parameters()).device).train(root.training)
     attachment = Attachment(root, gates)

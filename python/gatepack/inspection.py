@@ -36,8 +36,7 @@ class Explained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """rows: one Explained per gated or packed linear. fold_pack: its implementation and why. Prints
-    as a table."""
+    """rows: one Explained per linear. fold_pack: its implementation and why. Prints as a table."""
 
     rows: tuple[Explained, ...]
     fold_pack: str
@@ -53,8 +52,7 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Names the backend of every gated or packed linear of a model, PEFT-wrapped or not, on the
-    device it is on.
+    """Names the backend of every gated or packed linear of a model, on the device it is on.
 
     The answer is for the present state: active adapters, autocast, training mode, GATEPACK_BACKEND.
     Any module is accepted; one without gates gives no rows.
@@ -79,8 +77,7 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _packed_linears(model: nn.Module) -> set[int]:
-    """Identities of the packed linears; also binds gates to linears that were wrapped since the
-    last forward."""
+    """Identities of the packed linears; also gates linears wrapped since the last forward."""
     packed = {id(module) for module in model.modules() if isinstance(module, PackedLinear)}
     try:
         root = hf_model(model)

@@ -1,5 +1,4 @@
-"""Stage 3, modules: linears that compute open units only, as stand-ins for nn.Linear and its
-relatives."""
+"""Stage 3, modules: linears that compute open units only, as stand-ins for nn.Linear."""
 
 import functools
 import importlib.util
@@ -21,8 +20,7 @@ FEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Rows of a linear that belong to a gate's units, or to the blocks its units share, starting at
-    row offset."""
+    """Rows of a linear that belong to a gate's units, or to their shared blocks, from offset on."""
 
     offset: int = 0
     shared: bool = False
@@ -122,8 +120,7 @@ def _why_opaque(module: nn.Module, name: str) -> str:
 
 
 def why_not_sliced(module: nn.Module) -> str:
-    """Why rows and columns of a linear and all its adapters, active or not, cannot be removed, or
-    ""."""
+    """Why a linear and all its adapters, active or not, cannot be sliced, or ""."""
     operands = operands_of(module)
     if isinstance(operands, str):
         return operands
@@ -138,8 +135,7 @@ def why_not_sliced(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Open rows of one call: lane indices (None: all), and how shared blocks spread over units
-    (None: evenly)."""
+    """Open rows of one call (None: all), and how shared blocks spread over units (None: evenly)."""
 
     index: torch.Tensor | None
     spread: torch.Tensor | None = None
@@ -166,8 +162,7 @@ def _open_rows(site: Site, out_open: Open | None) -> _Rows:
 def gated_forward(
     module: nn.Module, dense_forward, x: torch.Tensor, opaque: str = ""
 ) -> torch.Tensor:
-    """Forward of a linear at its site; dense_forward is its ungated forward, which must run if
-    opaque says why."""
+    """Forward of a linear at its site; dense_forward, ungated, must run if opaque says why."""
     site: Site = module.site
     in_open = None if site.in_gate is None else site.in_gate.open()
     out_open = None if site.out_gate is None else site.out_gate.open()
@@ -388,8 +383,7 @@ class GatedMLP(nn.Module):
 
     @classmethod
     def from_mlp(cls, mlp: nn.Module, up: tuple[str, ...], down: str) -> "GatedMLP":
-        """up: names of the gate and up projections, in this order; down: name of the down
-        projection."""
+        """up: names of the gate and up projections, in order; down: that of the down projection."""
         gated = _adopt(mlp, cls, None)
         gated.roles = (*up, down)
         gated.dense_class = type(mlp)

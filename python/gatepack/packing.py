@@ -108,8 +108,7 @@ def physical_mask(kind: str, shared_size: int, mask: torch.Tensor) -> torch.Tens
 
 @torch.no_grad()
 def pack(model: nn.Module) -> PackReport:
-    """Removes closed units from a gated model, in place, and folds fractional gates into the
-    weights.
+    """Removes closed units from a gated model, in place, and folds fractional gates.
 
     What is closed is what the noiseless gates say (eval mode): packed logits equal gated logits in
     eval mode up to rounding. LoRA factors are sliced with their weights and go on training; merge
@@ -141,8 +140,7 @@ def pack(model: nn.Module) -> PackReport:
 
 
 def _kept_record(config, masks: Mapping[str, torch.Tensor]) -> dict:
-    """What config.gatepack says of a packed model; masks of units that an earlier pack kept are put
-    in terms of it."""
+    """What config.gatepack says of a packed model; a second pack is told in units of the first."""
     kept = dict((getattr(config, "gatepack", None) or {}).get("kept", {}))
     for name, mask in masks.items():
         if name in kept:
@@ -270,8 +268,7 @@ def _replace_weight(linear: nn.Linear, weight: torch.Tensor) -> None:
 
 
 def shrink(model: nn.Module, kept: Mapping[str, Mapping]) -> None:
-    """Gives a dense transformers model the shapes of a packed one; weights of closed units are
-    dropped.
+    """Gives a dense transformers model the shapes of a packed one, dropping closed units.
 
     kept: config.gatepack["kept"]. Works on meta tensors. Raises ValueError where a name or size
     does not fit.

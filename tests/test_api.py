@@ -1,0 +1,35 @@
+"""The public names: each one imports, and importing gatepack alone loads none of what is heavy."""
+
+import subprocess
+import sys
+
+import pytest
+
+import gatepack
+
+
+@pytest.mark.parametrize("name", gatepack.__all__)
+def test_public_name_imports(name):
+    assert getattr(gatepack, name) is not None
+    assert name in dir(gatepack)
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing_like_this'"):
+        _ = gatepack.nothing_like_this
+
+
+def test_kernels_are_reached_by_the_package_name():
+    pytest.importorskip("triton")
+    from gatepack import kernels
+
+    assert callable(kernels.gated_linear_fn)
+    assert kernels.__name__ == "gatepack.kernels"
+
+
+def test_gates_need_no_transformers():
+    code = (
+        "import sys, gatepack as gp; gp.GateConfig(); gp.GateSet; gp.GatedLinear; "
+        "sys.exit('transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
