@@ -174,6 +174,32 @@ def test_bad_input_is_one_sentence_and_exit_1(options, message, text_file, tmp_p
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_missing_package_is_said_before_any_work(config, monkeypatch):
+    real = demo.importlib.util.find_spec
+
+    def without_matplotlib(name, *rest):
+        return None if name == "matplotlib" else real(name, *rest)
+
+    monkeypatch.setattr(demo.importlib.util, "find_spec", without_matplotlib)
+    with pytest.raises(ImportError, match="the demo needs matplotlib: pip install matplotlib"):
+        demo.run(config, lambda text: None)
+    assert not config.out.exists()
+
+
+def test_full_disk_is_one_sentence_and_keeps_the_earlier_result(config, monkeypatch):
+    demo.run(config, lambda text: None)
+    before = (config.out / "model.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(OSError, match="what was there is unchanged: .*No space left on device"):
+        demo.run(config, lambda text: None)
+    assert (config.out / "model.safetensors").read_bytes() == before
+    gp.from_pretrained(config.out)
+
+
 def test_version():
     assert CliRunner().invoke(app, ["--version"]).output.strip() == gp.__version__
 

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import importlib.util
 import json
 import platform
 import shutil
@@ -98,6 +99,7 @@ def run(
     when run again with the same settings. Raises Interrupted, ParityError, or ValueError/OSError
     with one sentence on what to change.
     """
+    _require("peft", "matplotlib")
     documents = load_documents(config.text)
     train_documents, held_out_documents = split_documents(documents)
     device = config.torch_device()
@@ -149,6 +151,13 @@ def run(
     draw_report(report, config.out / "report.png")
     state.clear()
     return report
+
+
+def _require(*packages: str) -> None:
+    """Fails before the work, not after it, where a package is missing."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"the demo needs {package}: pip install {package}")
 
 
 @dataclass(frozen=True)
@@ -293,7 +302,7 @@ def _bytes_on_disk(model: nn.Module, out: Path) -> int:
 
 
 def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
 
 
 def _samples(tokenizer, held_out, models: dict[str, nn.Module]) -> dict[str, str]:
