@@ -26,8 +26,8 @@ def _table(report: dict) -> Table:
     table = Table(
         title=f"{report['model']}, {report['pack']['kept_fraction']:.1%} of the block weights kept"
     )
-    for column in ("", "base", "LoRA, no gates", "packed", "packed / base"):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("", "base", "LoRA, no gates", "packed", "ratio"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     before, after = report["pack"]["params"]
     table.add_row("parameters", f"{before:,}", f"{before:,}", f"{after:,}", f"{after / before:.3f}")
     disk = report["bytes_on_disk"]
