@@ -1,7 +1,9 @@
 """The public names: each one imports, and importing gatepack alone loads none of what is heavy."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,4 +34,5 @@ def test_gates_need_no_transformers():
         "import sys, gatepack as gp; gp.GateConfig(); gp.GateSet; gp.GatedLinear; "
         "sys.exit('transformers' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent / "python")}
+    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0
