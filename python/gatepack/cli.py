@@ -120,13 +120,17 @@ class _one_sentence_errors:
     def __exit__(self, kind, error, trace):
         if kind is None:
             return False
-        if issubclass(kind, KeyboardInterrupt) or kind.__name__ == "Interrupted":
+        if issubclass(kind, ValueError | OSError | ImportError | FloatingPointError):
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        # Imported here, as all that is heavy, and after the case that the import itself failed.
+        from gatepack.demo import ParityError
+        from gatepack.training import Interrupted
+
+        if issubclass(kind, KeyboardInterrupt | Interrupted):
             typer.echo("\ninterrupted: run the same command again to go on from here", err=True)
             sys.exit(130)
-        if (
-            issubclass(kind, ValueError | OSError | ImportError | FloatingPointError)
-            or kind.__name__ == "ParityError"
-        ):
+        if issubclass(kind, ParityError):
             typer.echo(f"error: {error}", err=True)
             sys.exit(1)
         return False

@@ -8,8 +8,8 @@ from torch import nn
 from gatepack.families import family_of
 from gatepack.gates import GateSet
 from gatepack.hf import Layer, gates_of, hf_model, layers_of
-from gatepack.importance import DAMPING
-from gatepack.modules import base_linear, is_conv1d
+from gatepack.importance import DAMPING, damped
+from gatepack.modules import base_linear, weight_matrix
 
 
 class _Stop(Exception):
@@ -159,11 +159,9 @@ def _repair(
         r = r.reshape(-1, r.shape[-1]).float()
         moment = x.t() @ x if moment is None else moment + x.t() @ x
         cross = r.t() @ x if cross is None else cross + r.t() @ x
-    moment.diagonal().add_(damping * moment.diagonal().mean().clamp_min(1e-12))
-    change = torch.linalg.solve(moment, cross.t()).t()
+    change = torch.linalg.solve(damped(moment, damping), cross.t()).t()
     lanes = gates[name].open().lanes
-    base = base_linear(linear)
-    matrix = base.weight.t() if is_conv1d(base) else base.weight
+    matrix = weight_matrix(base_linear(linear))
     if lanes is None:
         matrix += change.to(matrix.dtype)
     else:

@@ -16,8 +16,8 @@ from gatepack.modules import (
     Site,
     base_linear,
     gate_linear,
-    is_conv1d,
     is_gated,
+    linear_shape,
     ungate_linear,
     ungate_mlp,
 )
@@ -54,12 +54,6 @@ class Layer:
     @property
     def channels_name(self) -> str:
         return f"{self.name}.{self.family.mlp}" if self.family.mlp else self.name
-
-
-def linear_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a linear or Conv1D."""
-    out, inner = linear.weight.shape
-    return (inner, out) if is_conv1d(linear) else (out, inner)
 
 
 def hf_model(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import nn
 
 from gatepack.gates import Gate, GateSet, lane_indices
 from gatepack.hf import gates_of, hf_model
-from gatepack.modules import base_linear, is_conv1d
+from gatepack.modules import base_linear, linear_shape, weight_matrix
 
 DAMPING = 0.1
 
@@ -90,7 +90,7 @@ def _recorder(name: str, inputs: dict, gradients: dict):
 
     def hook(module, args, output):
         x = args[0].detach()
-        expected = base_linear(module).weight.shape[0 if is_conv1d(base_linear(module)) else 1]
+        expected = linear_shape(base_linear(module))[1]
         if x.shape[-1] != expected:
             raise ValueError(
                 f"calibrate needs every unit open, {name!r} runs {x.shape[-1]} of {expected} lanes"
@@ -116,20 +116,24 @@ def unit_scores(
     """
     scores = {}
     for done, (gate, linear) in enumerate(gated_inputs(gates), 1):
-        base = base_linear(linear)
-        weight = base.weight.detach().to(moments[gate.name].inputs.dtype)
-        weight = weight.t() if is_conv1d(base) else weight
+        weight = weight_matrix(base_linear(linear)).detach()
+        weight = weight.to(moments[gate.name].inputs.dtype)
         scores[gate.name] = _greedy(weight, moments[gate.name], gate.lanes, block, damping)
         if progress is not None:
             progress(done)
     return scores
 
 
+def damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """G + damping * mean(diag G) * I, [K, K]."""
+    result = moment.clone()
+    result.diagonal().add_(damping * moment.diagonal().mean().clamp_min(1e-12))
+    return result
+
+
 def damped_inverse(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    """(G + damping * mean(diag G) * I)^-1, fp32 [K, K]."""
-    damped = moment.clone()
-    damped.diagonal().add_(damping * moment.diagonal().mean().clamp_min(1e-12))
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    """(G + damping * mean(diag G) * I)^-1, [K, K]."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, damping)))
 
 
 def _greedy(

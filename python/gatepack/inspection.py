@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gatepack import _ext
-from gatepack.hf import GATES_NAME, hf_model, layers_of, linear_shape
+from gatepack.hf import GATES_NAME, hf_model, layers_of
 from gatepack.modules import (
     FEW_TOKENS,
     PackedLinear,
@@ -14,6 +14,7 @@ from gatepack.modules import (
     backend_of,
     base_linear,
     is_gated,
+    linear_shape,
     operands_of,
 )
 

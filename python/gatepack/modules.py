@@ -75,6 +75,16 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
 
 
+def weight_matrix(linear: nn.Module) -> torch.Tensor:
+    """The weight of a linear or Conv1D as a view [out_features, in_features]."""
+    return linear.weight.t() if is_conv1d(linear) else linear.weight
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear or Conv1D."""
+    return tuple(weight_matrix(linear).shape)
+
+
 def operands_of(module: nn.Module) -> Operands | str:
     """The operands of a linear, or the reason why its forward must be called as it is.
 
@@ -87,7 +97,7 @@ def operands_of(module: nn.Module) -> Operands | str:
         return f"{type(module).__name__} is not a linear that gatepack can take apart"
     if type(module.weight) not in (nn.Parameter, torch.Tensor):
         return f"its weight is a {type(module.weight).__name__}"
-    return Operands(module.weight.t() if is_conv1d(module) else module.weight, module.bias)
+    return Operands(weight_matrix(module), module.bias)
 
 
 def _tuner_operands(module: nn.Module) -> Operands | str:
@@ -180,7 +190,9 @@ def gated_forward(
             module, operands, dense_forward, path, x, in_open, out_open, rows.index, cols, full_in
         )
     if rows.index is not None and not site.compact_out:
-        y = y.new_zeros(*y.shape[:-1], _out_features(module)).index_copy(-1, rows.index, y)
+        y = y.new_zeros(*y.shape[:-1], linear_shape(base_linear(module))[0]).index_copy(
+            -1, rows.index, y
+        )
     if rows.spread is not None:
         lanes = site.rows_gate.lanes
         y = y.unflatten(-1, (-1, lanes)).index_select(-2, rows.spread).flatten(-2)
@@ -229,11 +241,6 @@ def _drops(adapter: Adapter) -> bool:
         and adapter.dropout.training
         and adapter.dropout.p > 0
     )
-
-
-def _out_features(module: nn.Module) -> int:
-    base = base_linear(module)
-    return base.nf if is_conv1d(base) else base.out_features
 
 
 def _values(current: Open | None) -> torch.Tensor | None:

@@ -18,10 +18,16 @@ from gatepack.hf import (
     gates_of,
     hf_model,
     layers_of,
-    linear_shape,
     set_head_counts,
 )
-from gatepack.modules import PackedLinear, base_linear, is_conv1d, why_not_sliced
+from gatepack.modules import (
+    PackedLinear,
+    base_linear,
+    is_conv1d,
+    linear_shape,
+    weight_matrix,
+    why_not_sliced,
+)
 
 FORMAT_VERSION = 1
 
@@ -230,8 +236,7 @@ def _packed_twin(linear: nn.Module, rows, cols, z_in) -> nn.Module:
         weight = linear.weight.new_empty(shape)
         bias = None if linear.bias is None else linear.bias.new_empty(shape[0])
     else:
-        matrix = linear.weight.t() if is_conv1d(linear) else linear.weight
-        weight = fold_pack(matrix.detach(), rows, cols, None, z_in)
+        weight = fold_pack(weight_matrix(linear).detach(), rows, cols, None, z_in)
         bias = linear.bias if linear.bias is None or rows is None else linear.bias.detach()[rows]
     return _with_operands(linear, weight, bias)
 
@@ -369,8 +374,7 @@ def _unpack_linear(layer: Layer, path: str, site) -> None:
         )
     if cols is not None:
         inner = site.in_gate.size * site.in_gate.lanes
-    matrix = base.weight.t() if is_conv1d(base) else base.weight
-    weight = fold_pack_adjoint(matrix.detach(), rows, cols, None, None, out, inner)
+    weight = fold_pack_adjoint(weight_matrix(base).detach(), rows, cols, None, None, out, inner)
     bias = base.bias
     if bias is not None and rows is not None:
         bias = bias.new_zeros(out).index_copy_(0, rows, bias.detach())

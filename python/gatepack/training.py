@@ -222,28 +222,30 @@ def _gated_base(gates: GateSet) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@contextmanager
+def _replacing(path: Path):
+    """A path to write beside the target, renamed to it at the end; a failure leaves the target."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_suffix(".tmp")
+    try:
+        yield staging
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 def write_safetensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 ) -> None:
-    """Writes beside the target, then renames: an interruption leaves the previous file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".tmp")
-    try:
+    """Writes the file whole or not at all."""
+    with _replacing(path) as staging:
         save_file({name: t.contiguous() for name, t in tensors.items()}, staging, metadata=metadata)
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value) -> None:
-    """Writes beside the target, then renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".tmp")
-    try:
+    """Writes the file whole or not at all."""
+    with _replacing(path) as staging:
         staging.write_text(json.dumps(value, indent=2), encoding="utf-8")
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
