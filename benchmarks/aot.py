@@ -1,18 +1,21 @@
 """Compile every kernel ahead of time, for chips that need not be there, and report what it costs.
 
-    python benchmarks/aot.py [--json FILE] [--targets sm_90 gfx942]
+    python benchmarks/aot.py [--json FILE] [--targets sm_90 gfx942] [--ops gated_linear] [--jobs N]
 
-Each case below calls a public op on bf16 tensors of a model shape, forward and backward. Instead of
-launching, the kernels record the arguments that the launcher really passes; each distinct record
-is then compiled for each target with the tiles that `choose_config` gives that target. A new op is
-one more case. Needs triton and its bundled ptxas and cuobjdump; no GPU.
+The AOT cases in benchmarks/ops/ call public ops on bf16 tensors of a model shape, forward and
+backward. Instead of launching, the kernels record the arguments that the launcher really passes;
+each distinct record is then compiled for each target with the tiles that `choose_config` gives that
+target. Needs triton and its bundled ptxas and cuobjdump; no GPU.
 
 Columns: registers per thread, spill bytes per thread (NVIDIA: stack), shared memory in bytes per
-block, and whether the matrix instruction of the chip is in the code.
+block, whether the matrix instruction of the chip is in the code, the widest global load in bytes,
+descriptor (TMA) loads, and 32-bit products of run-time values that end in an address.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -41,36 +44,20 @@ CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), r"mma\.sync", 163 * 1024),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), r"wgmma\.mma_async", 227 * 1024),
     "sm_100": Chip(GPUTarget("cuda", 100, 32), r"tcgen05\.mma", 227 * 1024),
+    "sm_120": Chip(GPUTarget("cuda", 120, 32), r"mma\.sync", 99 * 1024),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), r"v_mfma", 64 * 1024),
 }
 
 
-def _bf16(*shape):
-    return torch.empty(*shape, dtype=torch.bfloat16).requires_grad_()
-
-
-def _gated_linear(t, n, k, *, gates=(), rank=0, channel_major=False, **groups):
-    from gatepack.kernels import gated_linear_fn
-
-    inputs = {"x": _bf16(t, k), "w": _bf16(k, n).t() if channel_major else _bf16(n, k)}
-    if "z_in" in gates:
-        inputs["z_in"] = torch.ones(k // groups.get("group_in", 1), requires_grad=True)
-    if "z_out" in gates:
-        inputs["z_out"] = torch.ones(n // groups.get("group_out", 1), requires_grad=True)
-        inputs["bias"] = _bf16(n)
-    if rank:
-        inputs["lora_a"], inputs["lora_b"] = _bf16(rank, k), _bf16(n, rank)
-    y = gated_linear_fn(**inputs, **groups)
-    torch.autograd.grad(y, inputs.values(), torch.empty_like(y))
-
-
-# name -> a call of a public op. Nothing is computed, so sizes cost address space only.
-CASES = {
-    "dense": lambda: _gated_linear(4096, 4096, 4096),
-    "heads+lora": lambda: _gated_linear(4096, 4096, 4096, gates=("z_in",), rank=16, group_in=128),
-    "channels": lambda: _gated_linear(4096, 4096, 14336, gates=("z_in",), channel_major=True),
-    "rows+bias": lambda: _gated_linear(4096, 14336, 4096, gates=("z_out",)),
-}
+def cases(ops=None) -> dict:
+    """{(op, case): a call of its public op}. Nothing is computed: sizes cost address space only."""
+    files = sorted((Path(__file__).parent / "ops").glob("*.py"))
+    names = [file.stem for file in files]
+    unknown = set(ops or ()) - set(names)
+    if unknown:
+        raise SystemExit(f"--ops: expected some of {names}, got {sorted(unknown)}")
+    modules = {name: importlib.import_module(f"ops.{name}") for name in ops or names}
+    return {(op, name): call for op, m in modules.items() for name, call in m.AOT.items()}
 
 
 class _Recorder:
@@ -143,7 +130,68 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     return registers, int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])
 
 
-def compile_launch(case: str, arch: str, kernel, args, kwargs) -> dict:
+_LOADS = {
+    "cuda": r"ld\.global[\w.:]*?(?:\.v(?P<n>\d))?\.[bufs](?P<bits>\d+) "
+    r"|cp\.async\.c[ag]\S+ .*, (?P<b>0x\w+),",
+    "hip": r"(?:global|buffer)_load_(?:dword(?:x(?P<n>\d))?|[us]?(?:short|byte))\b",
+}
+
+
+def load_bytes(text: str, backend: str) -> int:
+    """Bytes of the widest global load of one thread; a descriptor load counts as 16."""
+    widest = 16 if "cp.async.bulk.tensor" in text else 0
+    for match in re.finditer(_LOADS[backend], text):
+        if backend == "hip":
+            width = 4 * int(match["n"] or 1)
+        elif match["b"]:
+            width = int(match["b"], 16)
+        else:
+            width = int(match["n"] or 1) * int(match["bits"]) // 8
+        widest = max(widest, width)
+    return widest
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """32-bit products of run-time values that become part of an address: they wrap past 2^31.
+
+    Walks back from every widening to 64 bits and every pointer offset through 32-bit arithmetic.
+    """
+    definition = re.compile(r"^\s*(%[\w#]+)(?::\d+)? = \"?([\w.]+)\"?\(?\s*(.*)$", re.M)
+    made = {m[1]: (m[2], m[3]) for m in definition.finditer(ttir)}
+    through = {
+        "arith.addi", "arith.subi", "tt.splat", "tt.broadcast", "tt.expand_dims", "arith.muli",
+    }  # fmt: skip
+
+    def operands(text):
+        return re.findall(r"%[\w#]+", text.split(" : ")[0])
+
+    def is_constant(name):
+        kind, rest = made.get(name, ("", ""))
+        if kind in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+            return is_constant(operands(rest)[0])
+        return kind == "arith.constant"
+
+    starts = []
+    for kind, rest in made.values():
+        if kind == "arith.extsi" and re.search(r"i32>? to .*i64", rest):
+            starts += operands(rest)
+        elif kind == "tt.addptr" and re.search(r"i32>?( loc.*)?$", rest.rstrip()):
+            starts += operands(rest)[1:]
+    found, seen = [], set()
+    while starts:
+        name = starts.pop()
+        if name in seen or name not in made:
+            continue
+        seen.add(name)
+        kind, rest = made[name]
+        if kind == "arith.muli" and not any(is_constant(n) for n in operands(rest)):
+            found.append(f"{name} = {kind} {rest.split(' : ')[0]}")
+        if kind in through:
+            starts += operands(rest)
+    return found
+
+
+def compile_launch(op: str, case: str, arch: str, kernel, args, kwargs) -> dict:
     """Compile one recorded launch; a row of the report."""
     chip = CHIPS[arch]
     source, options = source_of(kernel, args, kwargs)
@@ -154,43 +202,56 @@ def compile_launch(case: str, arch: str, kernel, args, kwargs) -> dict:
     else:
         text = compiled.asm["amdgcn"]
         registers, spill = _amd_usage(text)
+    ttir = str(compiled.asm["ttir"])
     return {
+        "op": op,
         "case": case,
         "kernel": kernel.__name__,
         "tile": {k: v for k, v in kwargs.items() if k.startswith("BLOCK")},
-        "has_dot": "tt.dot" in compiled.asm["ttir"],
+        "has_dot": "tt.dot" in ttir,
         "arch": arch,
         "registers": registers,
         "spill_bytes": spill,
         "shared_bytes": compiled.metadata.shared,
         "shared_limit": chip.shared_limit,
         "matrix_instruction": bool(re.search(chip.matrix_instruction, text)),
+        "load_bytes": load_bytes(text, chip.target.backend),
+        "descriptor_loads": len(re.findall(r"tt\.descriptor_(?:load|gather)", ttir)),
+        "narrow_products": narrow_products(ttir),
     }
 
 
-def report(archs) -> list[dict]:
-    """One row for each case, distinct launch and chip."""
-    rows = []
-    for arch in archs:
-        seen = set()
-        for case, call in CASES.items():
-            for kernel, args, kwargs in record(call, arch):
-                source, options = source_of(kernel, args, kwargs)
-                key = (source.hash(), str(sorted(options.items())))
-                if key not in seen:
-                    seen.add(key)
-                    rows.append(compile_launch(case, arch, kernel, args, kwargs))
+def _report_of(arch: str, op: str) -> list[dict]:
+    """One row for each distinct launch of an op on a chip."""
+    rows, seen = [], set()
+    for (_, case), call in cases([op]).items():
+        for kernel, args, kwargs in record(call, arch):
+            source, options = source_of(kernel, args, kwargs)
+            key = (source.hash(), str(sorted(options.items())))
+            if key not in seen:
+                seen.add(key)
+                rows.append(compile_launch(op, case, arch, kernel, args, kwargs))
     return rows
 
 
+def report(archs, ops=None, jobs: int = 1) -> list[dict]:
+    """One row for each op, distinct launch of it and chip."""
+    work = [(arch, op) for arch in archs for op in dict.fromkeys(op for op, _ in cases(ops))]
+    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+        return [row for rows in pool.map(_report_of, *zip(*work, strict=True)) for row in rows]
+
+
 def _print_table(rows) -> None:
-    print(f"{'arch':7} {'case':11} {'kernel':34} {'tile':15} regs spill  shared matrix")
+    print(
+        f"{'arch':7}{'op':22}{'case':14}{'kernel':38}{'tile':16}regs spill  shared matrix load tma"
+    )
     for row in rows:
         tile = "x".join(str(v) for v in row["tile"].values())
         print(
-            f"{row['arch']:7} {row['case']:11} {row['kernel']:34} {tile:15} {row['registers']:4} "
-            f"{row['spill_bytes']:5} {row['shared_bytes']:7} "
-            f"{'yes' if row['matrix_instruction'] else 'no' if row['has_dot'] else '-'}"
+            f"{row['arch']:7}{row['op']:22}{row['case']:14}{row['kernel']:38}{tile:15} "
+            f"{row['registers']:4} {row['spill_bytes']:5} {row['shared_bytes']:7} "
+            f"{'yes' if row['matrix_instruction'] else 'no' if row['has_dot'] else '-':6} "
+            f"{row['load_bytes']:4} {row['descriptor_loads']:3} {' '.join(row['narrow_products'])}"
         )
 
 
@@ -198,8 +259,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--targets", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--ops", nargs="+", help="files of benchmarks/ops, default all")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile side by side")
     options = parser.parse_args()
-    rows = report(options.targets)
+    rows = report(options.targets, options.ops, options.jobs)
     _print_table(rows)
     if options.json:
         options.json.write_text(json.dumps(rows))

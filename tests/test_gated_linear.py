@@ -4,6 +4,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from ops import DTYPES, GATES, ids, make_gate, no_host_sync, run, to
 
 from gatepack.kernels import (
     GatedLinearConfig,
@@ -16,30 +17,8 @@ from gatepack.kernels.column_sums import ROWS, column_sums
 from gatepack.kernels.open_sets import Axis
 from gatepack.testing import MODEL_SHAPES, assert_close_to_fp64, poisoned_empty
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-GATES = ["open", "closed", "one", "mixed", "fractional"]
 T, N, K, RANK = 5, 40, 48, 3
 SMALL_TILES = GatedLinearConfig(*[Tile(16, 16, 16, num_warps=1, num_stages=1, group_m=2)] * 3)
-
-
-def ids(value):
-    return str(value).removeprefix("torch.")
-
-
-def make_gate(kind, size, seed=0):
-    """fp32 gate [size]: open = all 1, closed = all 0, one = a single 1, mixed = 0 or 1,
-    fractional = 0 for two in five, else in (0, 1]."""
-    random = torch.Generator().manual_seed(seed)
-    z = torch.ones(size)
-    if kind == "closed":
-        z.zero_()
-    elif kind == "one":
-        z.zero_()[size // 2] = 1.0
-    elif kind in ("mixed", "fractional"):
-        if kind == "fractional":
-            z = 1.0 - torch.rand(size, generator=random)
-        z[torch.rand(size, generator=random) < 0.4] = 0.0
-    return z
 
 
 def make_inputs(
@@ -68,14 +47,6 @@ def make_inputs(
     if rank:
         inputs["lora_a"], inputs["lora_b"] = normal(rank, k) / k**0.5, normal(n, rank)
     return inputs
-
-
-def run(fn, inputs, dy, **settings):
-    """{"y": ..., "dx": ..., "dw": ...} of fn, with the upstream gradient dy."""
-    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
-    y = fn(**leaves, **settings)
-    grads = torch.autograd.grad(y, leaves.values(), dy.to(y))
-    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
 
 
 def check(inputs, device, dy=None, **settings):
@@ -276,10 +247,6 @@ def test_closed_lanes_are_never_read(group, device):
         assert torch.equal(tensor, dirty[name]), name
 
 
-def to(inputs, device):
-    return {name: t.to(device) for name, t in inputs.items()}
-
-
 def test_a_nan_token_stays_in_its_row_and_out_of_closed_columns(device):
     inputs = to(make_inputs(torch.float32), device)
     inputs["x"][2] = float("nan")
@@ -425,9 +392,5 @@ def test_llama_3_8b(unit, dtype, device):
 def test_no_host_synchronisation(device):
     inputs, dy = to(make_inputs(torch.bfloat16), device), torch.randn(T, N, device=device)
     run(gated_linear_fn, inputs, dy)
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         run(gated_linear_fn, inputs, dy)
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)

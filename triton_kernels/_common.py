@@ -38,6 +38,23 @@ def arch_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """[*, n] -> [T, n]; a plain reshape(-1, n) refuses n = 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def refuse_second_derivative(op: str):
+    """A backward for register_autograd of an op that is itself a backward: it says so and stops."""
+
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"{op} has no second derivative: its backward cannot be differentiated. Drop "
+            f"create_graph=True, or use {op}_ref"
+        )
+
+    return backward
+
+
 def fp32_precision() -> str:
     """Triton's `input_precision` for fp32 operands, following torch's own matmul setting.
 
@@ -46,6 +63,12 @@ def fp32_precision() -> str:
     """
     exact = torch.version.hip or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
+
+
+@triton.jit
+def offsets(row, stride_row, col, stride_col):
+    """row * stride_row + col * stride_col, int64 [rows, cols]: where the elements of a tile lie."""
+    return row.to(tl.int64)[:, None] * stride_row + col.to(tl.int64)[None, :] * stride_col
 
 
 @triton.jit

@@ -24,7 +24,7 @@ Source: FineGates, arXiv 2412.12951 (row and column gates, LoRA between them).
 import torch
 import torch.nn.functional as F
 
-from ._common import DTYPES, arch_of, check_device
+from ._common import DTYPES, arch_of, check_device, refuse_second_derivative, rows_of
 from ._configs import GatedLinearConfig, choose_config
 from .column_sums import column_sums
 from .gated_matmul import gated_matmul, gated_outer
@@ -91,11 +91,6 @@ def _check(x, w, bias, z_in, z_out, lora_a, lora_b, group_in, group_out):
         expect("lora_b", lora_b, (n, rank), x.dtype)
 
 
-def _rows(x):
-    """[*, n] -> [T, n]; a plain reshape(-1, n) refuses n = 0."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
 def _axis(size, z, open_set_of_z, group):
     return Axis(size) if z is None else Axis(size, z.contiguous(), open_set_of_z, group)
 
@@ -143,7 +138,7 @@ def _gated_linear(
     check_device("gated_linear", x)
     with torch.cuda.device_of(x):
         n, k = w.shape
-        x2 = _rows(x)
+        x2 = rows_of(x)
         open_in, open_out = (
             x.new_empty(0, dtype=torch.int32) if z is None else open_set(z) for z in (z_in, z_out)
         )
@@ -184,7 +179,7 @@ def _gated_linear_backward(
     need_x, need_w, need_bias, need_z_in, need_z_out, need_a, need_b = needs
     with torch.cuda.device_of(dy):
         n, k = w.shape
-        dy2, x2 = _rows(dy), None if x is None else _rows(x)
+        dy2, x2 = rows_of(dy), None if x is None else rows_of(x)
         ins, outs = _axis(k, z_in, open_in, group_in), _axis(n, z_out, open_out, group_out)
         tiles = _tiles(config, dy2.shape[0], n, k, dy.dtype, dy.device)
         rank = 0 if lora_a is None else lora_a.shape[0]
@@ -197,7 +192,7 @@ def _gated_linear_backward(
                 aux=x2 if need_z_in else None, keep="y" if need_x else "",
             )  # fmt: skip
         if need_bias or need_z_out:
-            db, dz_out = column_sums(dy2, _rows(h) if need_z_out else None, outs)
+            db, dz_out = column_sums(dy2, rows_of(h) if need_z_out else None, outs)
         grads = []
         if need_x:
             grads.append(dx.view(*dy.shape[:-1], k))
@@ -266,15 +261,8 @@ def _backward(ctx, dy, *_):
     return *(next(grads) if needed else None for needed in needs), *(None,) * 5
 
 
-def _refuse_second_derivative(ctx, *_):
-    raise RuntimeError(
-        "gated_linear has no second derivative: its backward cannot be differentiated. Drop "
-        "create_graph=True, or use gated_linear_ref"
-    )
-
-
 _gated_linear.register_autograd(_backward, setup_context=_save_for_backward)
-_gated_linear_backward.register_autograd(_refuse_second_derivative)
+_gated_linear_backward.register_autograd(refuse_second_derivative("gated_linear"))
 
 
 def gated_linear_fn(

@@ -1,0 +1,85 @@
+"""What a file in benchmarks/ops/ holds, so that one runner compiles, checks and times every op.
+
+benchmarks/ops/<op>.py defines
+
+    AOT        {case: call}: calls of the public op, forward and backward, on bf16 tensors from
+               `bf16` below, at model shapes; benchmarks/aot.py compiles the launches they make
+    work(case) the contenders that compute one Case, and what the least work for it costs
+
+A new op is one more file.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from gatepack.testing import MODEL_SHAPES, ModelShape
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One setting to time: a model of MODEL_SHAPES, tokens T, the fraction of units open."""
+
+    model: str
+    tokens: int
+    kept: float
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def shape(self) -> ModelShape:
+        return MODEL_SHAPES[self.model]
+
+    def normal(self, *size: int, scale: float = 1.0, grad: bool = False) -> torch.Tensor:
+        """Gaussian values in the dtype and on the device of the case."""
+        values = torch.randn(*size, device=self.device) * scale
+        return values.to(self.dtype).requires_grad_(grad)
+
+    def gate(self, units: int, grad: bool = True) -> torch.Tensor:
+        """fp32 gate: round(kept * units) values in [0.5, 1), the others 0, at random places."""
+        z = 0.5 + 0.5 * torch.rand(units, device=self.device)
+        z[torch.randperm(units, device=self.device)[round(self.kept * units) :]] = 0.0
+        return z.requires_grad_(grad)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """forward(*inputs) gives a tensor or a tuple of them; those of `inputs` that require a
+    gradient get one."""
+
+    forward: Callable
+    inputs: tuple[torch.Tensor, ...]
+
+    def step(self, upstream: tuple[torch.Tensor, ...] | None = None) -> tuple[torch.Tensor, ...]:
+        """Outputs, then gradients. upstream: gradients of the floating-point outputs."""
+        outputs = self.forward(*self.inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        leaves = [t for t in self.inputs if t.requires_grad]
+        if not leaves or upstream is None:
+            return outputs
+        differentiable = [y for y in outputs if y.requires_grad]
+        return (*outputs, *torch.autograd.grad(differentiable, leaves, upstream))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The contenders of one case.
+
+    contenders: "ours" (the kernel), "masked" (eager torch, usually the op's _ref), and any of
+    "folded" (pack, then vendor matmuls), "liger", "dense" (no gates) and "oracle" (the physically
+    small model in torch). All but `differ` give the same results in the same order; `truth` gives
+    them in higher precision. flops, bytes: the least that forward and backward over open units
+    need, inputs and outputs moved once.
+    """
+
+    contenders: dict[str, Contender]
+    truth: Contender
+    flops: float
+    bytes: float
+    differ: tuple[str, ...] = ("dense", "oracle")
+
+
+def bf16(*shape: int, grad: bool = True) -> torch.Tensor:
+    """An uninitialised bf16 tensor for AOT cases: nothing is computed from it."""
+    return torch.empty(*shape, dtype=torch.bfloat16).requires_grad_(grad)
