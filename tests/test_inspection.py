@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from tiny import set_gates, tiny_model, token_ids
 from torch import nn
 
@@ -51,7 +50,7 @@ def test_gated_model_on_cpu():
 def test_prints_as_a_table_with_the_fold_pack_backend():
     explanation = gp.explain(gated())
     lines = str(explanation).splitlines()
-    assert lines[0].split() == ["module", "role", "<=", "64", "tokens", "more", "why"]
+    assert lines[0].split() == ["module", "role", "few", "tokens", "more", "why"]
     assert len(lines) == 16
     assert lines[4].split() == [
         "model.layers.0.self_attn.o_proj",
@@ -89,10 +88,10 @@ def test_wrapping_after_attach_needs_no_forward_first():
 def test_explains_what_runs(monkeypatch):
     model = gated()
     ran = []
-    original = modules.backend_of
-    monkeypatch.setattr(modules, "backend_of", lambda *args: ran.append(original(*args)) or ran[-1])
+    original = modules.path_of
+    monkeypatch.setattr(modules, "path_of", lambda *args: ran.append(original(*args)) or ran[-1])
     model(token_ids())
-    assert ran == [(row.few, row.why) for row in gp.explain(model).rows]
+    assert ran == [row.few for row in gp.explain(model).rows]
 
 
 def test_forced_backend(monkeypatch):
@@ -107,66 +106,6 @@ def test_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("GATEPACK_BACKEND", "torch")
     with pytest.raises(ValueError, match="must be folded or triton, got 'torch'"):
         gp.explain(gated())
-
-
-class TestBackendOf:
-    """A GPU's choice, on a stand-in for x that says it lives there."""
-
-    class OnGpu:
-        is_cuda = True
-        device = torch.device("cpu")
-        dtype = torch.float32
-
-        def __init__(self, tokens):
-            self.shape = (tokens, 8)
-
-        def numel(self):
-            return self.shape[0] * self.shape[1]
-
-    def operands(self, adapters=0, dtype=torch.float32, dropout=None):
-        adapter = modules.Adapter(
-            torch.zeros(2, 8, dtype=dtype),
-            torch.zeros(4, 2, dtype=dtype),
-            1.0,
-            dropout or nn.Identity(),
-        )
-        return modules.Operands(torch.zeros(4, 8), None, (adapter,) * adapters)
-
-    def test_few_and_many_tokens(self, monkeypatch):
-        monkeypatch.setattr(modules, "_has_triton", lambda: True)
-        assert modules.backend_of(self.OnGpu(64), self.operands(1)) == (
-            "triton",
-            "at most 64 tokens",
-        )
-        assert modules.backend_of(self.OnGpu(65), self.operands(1)) == (
-            "folded",
-            "more than 64 tokens",
-        )
-
-    def test_without_triton(self, monkeypatch):
-        monkeypatch.setattr(modules, "_has_triton", lambda: False)
-        assert modules.backend_of(self.OnGpu(1), self.operands()) == (
-            "folded",
-            "triton is not installed",
-        )
-
-    def test_adapters_and_autocast(self, monkeypatch):
-        monkeypatch.setattr(modules, "_has_triton", lambda: True)
-        x = self.OnGpu(1)
-        drops = nn.Dropout(0.1)
-        assert modules.backend_of(x, self.operands(2)) == ("folded", "2 adapters are active")
-        assert modules.backend_of(x, self.operands(1, torch.bfloat16)) == (
-            "folded",
-            "the adapter has another dtype",
-        )
-        assert modules.backend_of(x, self.operands(1, dropout=drops)) == (
-            "folded",
-            "the adapter drops out",
-        )
-        assert modules.backend_of(x, self.operands(1, dropout=drops.eval()))[0] == "triton"
-        with torch.autocast("cpu", torch.bfloat16):
-            assert modules.backend_of(x, self.operands()) == ("folded", "autocast is on")
-        assert modules.backend_of(x, "a reason") == ("dense", "a reason")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert"])

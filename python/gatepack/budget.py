@@ -26,6 +26,7 @@ class Costs:
         self.specs = dict(specs)
         self.fixed = fixed
         self.total = fixed + sum(gate_cost(spec) for spec in self.specs.values())
+        self._tensors = {}
 
     def kept_fraction(self, masks: Mapping[str, torch.Tensor]) -> float:
         """Kept fraction of all counted parameters for open masks (name -> bool [size])."""
@@ -36,15 +37,37 @@ class Costs:
         return kept / self.total
 
     def expected(self, probability: torch.Tensor) -> torch.Tensor:
-        """Expected kept fraction, differentiable; probability fp32 [N] that each unit is open."""
-        parts = torch.split(probability, [spec.size for spec in self.specs.values()])
-        kept = probability.new_tensor(float(self.fixed))
-        for part, spec in zip(parts, self.specs.values(), strict=True):
-            kept = kept + spec.unit_cost * part.sum()
-            if spec.shared_cost:
-                all_closed = (1.0 - part.reshape(-1, spec.shared_size)).prod(1)
-                kept = kept + spec.shared_cost * (1.0 - all_closed).sum()
+        """Expected kept fraction, a differentiable scalar, without a host sync.
+
+        probability fp32 [N]: how likely each unit is open; 0 and 1 give the kept fraction itself.
+        """
+        unit_cost, blocks = self._on(probability.device)
+        kept = (unit_cost * probability).sum() + self.fixed
+        for units, cost in blocks:
+            kept = kept + (cost * (1.0 - (1.0 - probability[units]).prod(1))).sum()
         return kept / self.total
+
+    def _on(self, device: torch.device):
+        """Cost of each unit [N], and (units [blocks, size], cost [blocks]) per block size."""
+        if device not in self._tensors:
+            costs, blocks, start = [], {}, 0
+            for spec in self.specs.values():
+                costs += [float(spec.unit_cost)] * spec.size
+                if spec.shared_cost:
+                    units = torch.arange(start, start + spec.size).reshape(-1, spec.shared_size)
+                    blocks.setdefault(spec.shared_size, []).append((units, spec.shared_cost))
+                start += spec.size
+            self._tensors[device] = (
+                torch.tensor(costs, device=device),
+                [
+                    (
+                        torch.cat([units for units, _ in same]).to(device),
+                        torch.cat([torch.full((len(u),), float(c)) for u, c in same]).to(device),
+                    )
+                    for same in blocks.values()
+                ],
+            )
+        return self._tensors[device]
 
 
 def gate_cost(spec) -> int:
@@ -77,7 +100,8 @@ class BudgetController(nn.Module):
         self.register_buffer("state", torch.zeros(2, dtype=torch.float32))
 
     def _apply(self, fn, recurse=True):
-        # The state is two host-side scalars: neither cast nor moved with the model.
+        # The state moves with the model, so that no step waits for the host, but is never cast.
+        self.state = fn(self.state).to(self.state.dtype)
         return self
 
     @property
@@ -90,23 +114,26 @@ class BudgetController(nn.Module):
 
     def current_target(self) -> float:
         """The kept fraction asked for at this step."""
-        progress = self.steps - self.warmup_steps
-        if progress < 0:
-            return 1.0
-        if progress >= self.ramp_steps:
-            return self.target
-        return 1.0 - (1.0 - self.target) * (1.0 - (1.0 - progress / self.ramp_steps) ** 3)
+        return float(self._target())
 
-    def penalty(self, expected: torch.Tensor, kept_fraction: float) -> torch.Tensor:
+    def _target(self) -> torch.Tensor:
+        progress = self.state[1].double() - self.warmup_steps
+        left = (1.0 - progress / max(self.ramp_steps, 1)).clamp(0.0, 1.0)
+        ramp = 1.0 - (1.0 - self.target) * (1.0 - left**3)
+        ramp = torch.where(progress >= self.ramp_steps, self.target, ramp)
+        return torch.where(progress < 0, 1.0, ramp)
+
+    def penalty(self, expected: torch.Tensor, kept_fraction: torch.Tensor | float) -> torch.Tensor:
         """Scalar term for the loss; expected is E[c], a differentiable scalar."""
-        return (self.multiplier + self.rho * (kept_fraction - self.current_target())) * expected
+        pressure = self.state[0] + self.rho * (kept_fraction - self._target())
+        return pressure.to(expected.dtype) * expected
 
-    def step(self, kept_fraction: float) -> None:
+    @torch.no_grad()
+    def step(self, kept_fraction: torch.Tensor | float) -> None:
         """Multiplier update after an optimizer step that left kept_fraction open."""
-        violation = kept_fraction - self.current_target()
-        if self.multiplier * violation < 0:
-            self.state[0] = 0.0
-        self.state[0] += self.RATE * self.rho * violation
+        violation = kept_fraction - self._target()
+        multiplier = torch.where(self.state[0] * violation < 0, 0.0, self.state[0])
+        self.state[0] = multiplier + self.RATE * self.rho * violation
         self.state[1] += 1
 
 

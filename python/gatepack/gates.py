@@ -57,8 +57,26 @@ class Gate:
         return self._set.sample().values[self.name]
 
     def open(self) -> "Open":
-        """The open set of the current sample."""
+        """The open set of the current sample; the first one of a sample waits for the host."""
         return self._set.sample().open(self)
+
+    def running(self) -> torch.Tensor:
+        """1 for open units and 0 for closed ones, fp32 [size], without gradient."""
+        return self._set.sample().running(self)
+
+    def shared_running(self) -> torch.Tensor:
+        """1 for blocks with an open unit, else 0, fp32 [size / shared_size], without gradient."""
+        return self._set.sample().shared_running(self)
+
+    @property
+    def width(self) -> int | None:
+        """Residual width of the model that the gate is attached to; None outside a model."""
+        return self._set.width
+
+    @property
+    def path(self) -> str | None:
+        """The path of this forward, if the model has decided on one (gatepack.paths)."""
+        return self._set.path
 
     def __repr__(self):
         return f"Gate({self.name!r}, {self.kind}, size={self.size}, lanes={self.lanes})"
@@ -124,33 +142,55 @@ class Open:
 
 
 class Sample:
-    """Values and open sets of all gates, drawn at one time."""
+    """Values and open sets of all gates, drawn at one time.
+
+    Open sets have their size on the host, which has to wait for a GPU to count: that is done for
+    all gates at once, when the first of them is asked for.
+    """
 
     def __init__(self, gates: "GateSet", key: tuple, flat: torch.Tensor):
         self.key = key
         self.flat = flat
-        handles = list(gates.gates.values())
-        parts = torch.split(flat, [gate.size for gate in handles])
+        self.gates = list(gates.gates.values())
+        parts = torch.split(flat, [gate.size for gate in self.gates])
         self.values = dict(zip(gates.gates, parts, strict=True))
-        detached = flat.detach()
-        is_open = detached > 0
-        # Two counts per gate cross to the host in one copy.
-        sizes = torch.tensor([gate.size for gate in handles], device=flat.device)
-        segments = torch.repeat_interleave(torch.arange(len(handles), device=flat.device), sizes)
-        counts = torch.zeros(2, len(handles), dtype=torch.int64, device=flat.device)
-        counts[0].index_add_(0, segments, is_open.long())
-        counts[1].index_add_(0, segments, (is_open & (detached == 1)).long())
-        open_counts, one_counts = counts.tolist()
-        indices = torch.split(is_open.nonzero().squeeze(1), open_counts)
-        self._open = {}
-        for gate, index, n_open, n_one in zip(
-            handles, indices, open_counts, one_counts, strict=True
-        ):
-            units = None if n_open == gate.size else index - gate.start
-            self._open[gate.name] = Open(gate, self.values[gate.name], units, n_one == n_open)
+        self._shared_running: dict[str, torch.Tensor] = {}
 
     def open(self, gate: Gate) -> Open:
         return self._open[gate.name]
+
+    @functools.cached_property
+    def _open(self) -> dict[str, Open]:
+        flat = self.flat.detach()
+        is_open = flat > 0
+        # Two counts per gate cross to the host in one copy.
+        sizes = torch.tensor([gate.size for gate in self.gates], device=flat.device)
+        segments = torch.repeat_interleave(torch.arange(len(sizes), device=flat.device), sizes)
+        counts = torch.zeros(2, len(sizes), dtype=torch.int64, device=flat.device)
+        counts[0].index_add_(0, segments, is_open.long())
+        counts[1].index_add_(0, segments, (is_open & (flat == 1)).long())
+        open_counts, one_counts = counts.tolist()
+        indices = torch.split(is_open.nonzero().squeeze(1), open_counts)
+        found = {}
+        for gate, index, n_open, n_one in zip(
+            self.gates, indices, open_counts, one_counts, strict=True
+        ):
+            units = None if n_open == gate.size else index - gate.start
+            found[gate.name] = Open(gate, self.values[gate.name], units, n_one == n_open)
+        return found
+
+    @functools.cached_property
+    def _running(self) -> torch.Tensor:
+        return (self.flat.detach() > 0).to(self.flat.dtype)
+
+    def running(self, gate: Gate) -> torch.Tensor:
+        return self._running[gate.start : gate.start + gate.size]
+
+    def shared_running(self, gate: Gate) -> torch.Tensor:
+        if gate.name not in self._shared_running:
+            blocks = self.running(gate).reshape(-1, gate.spec.shared_size)
+            self._shared_running[gate.name] = blocks.amax(1)
+        return self._shared_running[gate.name]
 
 
 class GateSet(nn.Module):
@@ -180,6 +220,8 @@ class GateSet(nn.Module):
         self.costs = Costs({name: gate.spec for name, gate in self.gates.items()}, fixed_cost)
         self.controller = BudgetController(config.target)
         self.frozen = False
+        self.width: int | None = None
+        self.path: str | None = None
         self._draws = 0
         self._sample: Sample | None = None
 
@@ -326,14 +368,19 @@ class GateSet(nn.Module):
 
         (multiplier + rho * violation) * expected kept fraction, where violation is measured on
         exact zeros and the expectation, through the estimator's open probability, carries the
-        gradient.
+        gradient. Never waits for a GPU.
         """
         probability = self.estimator.open_probability(self.logits).masked_fill(self.closed, 0.0)
-        return self.controller.penalty(self.costs.expected(probability), self.kept_fraction())
+        return self.controller.penalty(self.costs.expected(probability), self._kept())
 
     def step(self) -> None:
-        """Advances the budget: call it after each optimizer step."""
-        self.controller.step(self.kept_fraction())
+        """Advances the budget: call it after each optimizer step. Never waits for a GPU."""
+        self.controller.step(self._kept())
+
+    @torch.no_grad()
+    def _kept(self) -> torch.Tensor:
+        """kept_fraction as a scalar on the device of the gates."""
+        return self.costs.expected((self.deterministic_values() > 0).to(self.logits.dtype))
 
     def close(self, name: str, indices) -> None:
         """Closes units of a gate: exactly 0 until reopened."""

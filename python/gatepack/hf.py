@@ -4,6 +4,7 @@ import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from gatepack.budget import gate_cost
@@ -21,6 +22,7 @@ from gatepack.modules import (
     ungate_linear,
     ungate_mlp,
 )
+from gatepack.paths import choose_path
 
 GATES_NAME = "gatepack_gates"
 
@@ -94,8 +96,8 @@ class Attachment:
     """What attach changed, kept up to date while the model runs.
 
     Before each forward of the model's trunk it gates linears that were wrapped or replaced since
-    (get_peft_model after attach), draws the sample of this forward, and writes the running head
-    counts to the attention modules.
+    (get_peft_model after attach), chooses the path of this forward, draws its sample, and writes
+    the running head counts to the attention modules.
     """
 
     def __init__(self, root: nn.Module, gates: GateSet):
@@ -123,9 +125,14 @@ class Attachment:
                 wrapper = wrapper.base_layer
             setattr(parent, name, gate_linear(child, site))
 
-    def before_forward(self, module: nn.Module, args) -> None:
+    def before_forward(self, module: nn.Module, args, kwargs) -> None:
         self.bind()
+        tokens = _tokens(args, kwargs)
+        self.gates.path = choose_path(tokens, self.gates.width, self.gates.logits.device).path
         self.gates.draw()
+        if self.gates.path == "triton":
+            self._set_dense_head_counts()
+            return
         for attention, family, gate in self.attentions:
             current = gate.open()
             ragged = current.shared_of_unit is not None
@@ -142,9 +149,21 @@ class Attachment:
                 setattr(parent, name, ungate_linear(child))
         for parent, name in self.mlps:
             setattr(parent, name, ungate_mlp(parent._modules[name]))
+        self._set_dense_head_counts()
+
+    def _set_dense_head_counts(self) -> None:
         for attention, family, gate in self.attentions:
             blocks = gate.size // gate.spec.shared_size
             set_head_counts(attention, family, gate.size, blocks, gate.lanes)
+
+
+def _tokens(args, kwargs) -> int:
+    """Tokens of a call of a trunk: its first tensor holds ids [B, T] or hidden states [B, T, d]."""
+    named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
+    first = next((value for value in (*args, *named) if isinstance(value, torch.Tensor)), None)
+    if first is None:
+        return 0
+    return first.numel() // (first.shape[-1] if first.is_floating_point() else 1)
 
 
 def set_head_counts(
@@ -188,6 +207,7 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
             f"{1 - gates.costs.fixed / total:.1%} of the blocks' weights; gate more units or raise "
             "the target"
         )
+    gates.width = linear_shape(layers[0].linear(layers[0].family.out))[0]
     gates.to(next(root.parameters()).device).train(root.training)
     attachment = Attachment(root, gates)
     for layer in layers:
@@ -196,7 +216,7 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     # The module that runs the layers, not the model: some heads call the decoder inside the base
     # model directly.
     trunk = root.get_submodule(".".join(layers[0].name.split(".")[:-2]))
-    attachment.handle = trunk.register_forward_pre_hook(attachment.before_forward)
+    attachment.handle = trunk.register_forward_pre_hook(attachment.before_forward, with_kwargs=True)
     gates.attachment = attachment
     root.add_module(GATES_NAME, gates)
     root.config.gatepack = {

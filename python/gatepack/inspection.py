@@ -1,31 +1,29 @@
-"""Stage 3, modules: which backend each gated linear runs on, and why."""
+"""Stage 3, modules: which path each gated linear takes, and why."""
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from gatepack import _ext
 from gatepack.hf import GATES_NAME, hf_model, layers_of
 from gatepack.modules import (
-    FEW_TOKENS,
     PackedLinear,
     Site,
-    backend_of,
     base_linear,
     is_gated,
     linear_shape,
     operands_of,
+    width_of,
 )
+from gatepack.paths import choose_path, few_tokens
 
 
 @dataclass(frozen=True)
 class Explained:
-    """One linear: its name, what acts on it, the backend for few and for many tokens, and why.
+    """One linear: its name, what acts on it, the path for few and for many tokens, and why.
 
-    Backends: "folded" (pack the open part of W, then plain matmuls), "triton" (gates inside the
-    kernel), "dense" (the ungated forward at its full price, between multiplications), "packed" (an
-    ordinary small linear).
+    Paths: "folded" and "triton" (gatepack.paths), "dense" (the ungated forward at its full price,
+    between multiplications), "packed" (an ordinary small linear).
     """
 
     module: str
@@ -43,7 +41,7 @@ class Explanation:
     fold_pack: str
 
     def __str__(self):
-        header = ("module", "role", f"<= {FEW_TOKENS} tokens", "more", "why")
+        header = ("module", "role", "few tokens", "more", "why")
         table = [header, *((row.module, row.role, row.few, row.many, row.why) for row in self.rows)]
         widths = [max(len(cells[i]) for cells in table) for i in range(len(header))]
         lines = [
@@ -53,7 +51,7 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Names the backend of every gated or packed linear of a model, on the device it is on.
+    """Names the path of every gated or packed linear of a model, on the device it is on.
 
     The answer is for the present state: active adapters, autocast, training mode, GATEPACK_BACKEND.
     Any module is accepted; one without gates gives no rows.
@@ -99,15 +97,14 @@ def _packed_linears(model: nn.Module) -> set[int]:
 
 
 def _gated_row(name: str, module: nn.Module) -> Explained:
-    site: Site = module.site
     operands = operands_of(module)
-    weight = base_linear(module).weight
-    value = torch.empty((), device=weight.device, dtype=weight.dtype)
-    inner = linear_shape(base_linear(module))[1]
-    few, few_why = backend_of(value.expand(1, inner), operands)
-    many, many_why = backend_of(value.expand(FEW_TOKENS + 1, inner), operands)
-    why = few_why if (few, few_why) == (many, many_why) else f"{few}: {few_why}; {many}: {many_why}"
-    return Explained(name, _role(site), few, many, why)
+    if isinstance(operands, str):
+        return Explained(name, _role(module.site), "dense", "dense", operands)
+    width, device = width_of(module), base_linear(module).weight.device
+    few = choose_path(1, width, device)
+    many = choose_path(few_tokens(width, device) + 1, width, device)
+    why = few.why if few == many else f"{few.path}: {few.why}; {many.path}: {many.why}"
+    return Explained(name, _role(module.site), few.path, many.path, why)
 
 
 def _role(site: Site) -> str:

@@ -1,21 +1,15 @@
 """Stage 3, modules: linears that compute open units only, as stand-ins for nn.Linear."""
 
 import functools
-import importlib.util
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gatepack import _env
 from gatepack.functional import FoldedLinear, lane_values, low_rank
 from gatepack.gates import Gate, Open
-
-# Up to this many tokens gates are applied on the activation side, where only the open part of W is
-# read; above, packing W costs less than it saves. By counted bytes the two cross at 60-120 tokens
-# for widths <= 1024; not yet measured.
-FEW_TOKENS = 64
+from gatepack.paths import choose_path
 
 
 @dataclass(frozen=True)
@@ -174,6 +168,9 @@ def gated_forward(
 ) -> torch.Tensor:
     """Forward of a linear at its site; dense_forward, ungated, must run if opaque says why."""
     site: Site = module.site
+    operands = opaque or operands_of(module)
+    if path_of(module, x) == "triton":
+        return _full_width(module, operands, dense_forward, x)
     in_open = None if site.in_gate is None else site.in_gate.open()
     out_open = None if site.out_gate is None else site.out_gate.open()
     rows = _open_rows(site, out_open)
@@ -181,14 +178,13 @@ def gated_forward(
     full_in = None if in_open is None else site.in_gate.size * site.in_gate.lanes
     if in_open is not None and x.shape[-1] != full_in and not site.compact_in:
         raise ValueError(f"x must have {full_in} features, got shape {tuple(x.shape)}")
-    operands = opaque or operands_of(module)
-    path, _ = backend_of(x, operands)
-    if path == "folded":
-        y = _folded(module, operands, x, in_open, out_open, rows.index, cols, full_in)
+    if isinstance(operands, str):
+        if cols is not None and x.shape[-1] != full_in:
+            x = x.new_zeros(*x.shape[:-1], full_in).index_copy(-1, cols, x)
+        y = _masked(site, dense_forward, x)
+        y = y if rows.index is None else y.index_select(-1, rows.index)
     else:
-        y = _full_width(
-            module, operands, dense_forward, path, x, in_open, out_open, rows.index, cols, full_in
-        )
+        y = _folded(operands, x, in_open, out_open, rows.index, cols, full_in)
     if rows.index is not None and not site.compact_out:
         y = y.new_zeros(*y.shape[:-1], linear_shape(base_linear(module))[0]).index_copy(
             -1, rows.index, y
@@ -199,48 +195,31 @@ def gated_forward(
     return y
 
 
-def backend_of(x: torch.Tensor, operands: Operands | str) -> tuple[str, str]:
-    """Which path runs, and why: "folded" (fold-pack, then matmuls), "triton" (gates in the kernel)
-    or "dense".
-
-    The Triton op serves few tokens on a GPU, where reading W dominates; GATEPACK_BACKEND forces
-    either. "dense" is the ungated forward between two multiplications, for adapters that cannot be
-    taken apart.
-    """
-    if isinstance(operands, str):
-        return "dense", operands
-    forced = _env.backend()
-    if forced == "folded":
-        return "folded", "GATEPACK_BACKEND"
-    if forced != "triton":
-        if not x.is_cuda:
-            return "folded", f"on {x.device.type}"
-        if x.numel() // max(x.shape[-1], 1) > FEW_TOKENS:
-            return "folded", f"more than {FEW_TOKENS} tokens"
-        if not _has_triton():
-            return "folded", "triton is not installed"
-    if len(operands.adapters) > 1:
-        return "folded", f"{len(operands.adapters)} adapters are active"
-    if torch.is_autocast_enabled(x.device.type):
-        return "folded", "autocast is on"
-    if any(adapter.a.dtype != x.dtype for adapter in operands.adapters):
-        return "folded", "the adapter has another dtype"
-    if any(_drops(adapter) for adapter in operands.adapters):
-        return "folded", "the adapter drops out"
-    return "triton", "GATEPACK_BACKEND" if forced else f"at most {FEW_TOKENS} tokens"
+def path_of(module: nn.Module, x: torch.Tensor) -> str:
+    """The path of this call: what the model chose for its forward, else by the shape of x."""
+    decided = _gate_of(module.site).path if _gate_of(module.site) else None
+    tokens = x.numel() // max(x.shape[-1], 1)
+    return decided or choose_path(tokens, width_of(module), x.device).path
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def width_of(module: nn.Module) -> int:
+    """The width that gatepack.paths goes by: the model's residual, else the linear's own."""
+    gate = _gate_of(module.site)
+    return (gate and gate.width) or max(linear_shape(base_linear(module)))
 
 
-def _drops(adapter: Adapter) -> bool:
-    return (
-        isinstance(adapter.dropout, nn.Dropout)
-        and adapter.dropout.training
-        and adapter.dropout.p > 0
-    )
+def _gate_of(site: Site) -> Gate | None:
+    return site.in_gate or site.out_gate or site.rows_gate
+
+
+def _masked(site: Site, dense_forward, x: torch.Tensor) -> torch.Tensor:
+    """The ungated forward between two multiplications, for adapters that cannot be taken apart."""
+    if site.in_gate is not None:
+        x = x * lane_values(site.in_gate.values(), site.in_gate.lanes).to(x.dtype)
+    y = dense_forward(x)
+    if site.out_gate is not None:
+        y = y * lane_values(site.out_gate.values(), site.out_gate.lanes).to(y.dtype)
+    return y
 
 
 def _values(current: Open | None) -> torch.Tensor | None:
@@ -252,7 +231,7 @@ def _values(current: Open | None) -> torch.Tensor | None:
     return current.values
 
 
-def _folded(module, operands, x, in_open, out_open, rows, cols, full_in):
+def _folded(operands, x, in_open, out_open, rows, cols, full_in):
     if cols is not None and x.shape[-1] == full_in:
         x = x.index_select(-1, cols)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -279,42 +258,74 @@ def _folded(module, operands, x, in_open, out_open, rows, cols, full_in):
     return y
 
 
-def _full_width(module, operands, dense_forward, path, x, in_open, out_open, rows, cols, full_in):
-    """The paths that take all lanes: x is spread out, y is narrowed to its open rows."""
-    if cols is not None and x.shape[-1] != full_in:
-        x = x.new_zeros(*x.shape[:-1], full_in).index_copy(-1, cols, x)
-    if path == "triton":
-        y = _triton(module, operands, x, in_open, out_open, rows)
-    else:
-        if in_open is not None:
-            x = x * lane_values(in_open.gate.values(), in_open.gate.lanes).to(x.dtype)
-        y = dense_forward(x)
-        if out_open is not None:
-            y = y * lane_values(out_open.gate.values(), out_open.gate.lanes).to(y.dtype)
-    return y if rows is None else y.index_select(-1, rows)
+def _row_gate(site: Site) -> tuple[torch.Tensor | None, int]:
+    """What multiplies the rows at full width, and lanes per unit: the out-gate's values, or 0 and 1
+    for rows that go with the units of another gate."""
+    if site.out_gate is not None:
+        return site.out_gate.values(), site.out_gate.lanes
+    if site.rows_gate is None:
+        return None, 1
+    gate = site.rows_gate
+    parts = [gate.shared_running() if b.shared else gate.running() for b in site.row_blocks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts), gate.lanes
 
 
-def _triton(module, operands, x, in_open, out_open, rows):
+def _full_width(module, operands, dense_forward, x) -> torch.Tensor:
+    """x and y hold all lanes, closed ones 0; gates are applied inside the Triton op."""
+    site: Site = module.site
+    z_out, group_out = _row_gate(site)
+    if isinstance(operands, str):
+        y = _masked(site, dense_forward, x)
+        if site.rows_gate is not None:
+            y = y * lane_values(z_out, group_out).to(y.dtype)
+        return y
+    return _triton(site, operands, x, z_out, group_out)
+
+
+def _triton(site, operands, x, z_out, group_out):
     from gatepack.kernels import gated_linear_fn
 
-    z_out, group_out = None, 1
-    if out_open is not None:
-        z_out, group_out = out_open.gate.values(), out_open.gate.lanes
-    elif rows is not None:
-        z_out = torch.zeros(operands.w.shape[0], device=x.device).index_fill_(0, rows, 1.0)
-    adapter = operands.adapters[0] if operands.adapters else None
-    return gated_linear_fn(
+    z_in, group_in = None, 1
+    if site.in_gate is not None:
+        z_in, group_in = site.in_gate.values(), site.in_gate.lanes
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif x.dtype != operands.w.dtype:
+        raise RuntimeError(f"x must have the weight's dtype {operands.w.dtype}, got {x.dtype}")
+    bias = None if operands.bias is None else operands.bias.to(x.dtype)
+    fused = None
+    if len(operands.adapters) == 1 and _fits(operands.adapters[0], x.dtype):
+        fused = operands.adapters[0]
+    y = gated_linear_fn(
         x,
-        operands.w,
-        operands.bias,
-        z_in=None if in_open is None else in_open.gate.values(),
+        operands.w.to(x.dtype),
+        bias,
+        z_in=z_in,
         z_out=z_out,
-        lora_a=None if adapter is None else adapter.a,
-        lora_b=None if adapter is None else adapter.b,
-        scale=1.0 if adapter is None else adapter.scaling,
-        group_in=1 if in_open is None else in_open.gate.lanes,
+        lora_a=None if fused is None else fused.a.to(x.dtype),
+        lora_b=None if fused is None else fused.b.to(x.dtype),
+        scale=1.0 if fused is None else fused.scaling,
+        group_in=group_in,
         group_out=group_out,
     )
+    for adapter in operands.adapters if fused is None else ():
+        low = low_rank(
+            adapter.dropout(x.to(adapter.a.dtype)), adapter.a, adapter.b, adapter.scaling,
+            z_in, z_out, None, None, group_in, group_out,
+        )  # fmt: skip
+        y = y + low.to(y.dtype)
+    return y
+
+
+def _fits(adapter: Adapter, dtype: torch.dtype) -> bool:
+    """Whether an adapter can be part of the op: same dtype (or autocast) and no dropout now."""
+    drops = (
+        isinstance(adapter.dropout, nn.Dropout)
+        and adapter.dropout.training
+        and adapter.dropout.p > 0
+    )
+    same = adapter.a.dtype == dtype or torch.is_autocast_enabled(adapter.a.device.type)
+    return same and not drops
 
 
 class GatedLinear(nn.Linear):

@@ -1,0 +1,77 @@
+"""Stage 3, modules: which path computes gated layers, by shape and device, from one table.
+
+"folded"  pack the open part of the weights once per forward, then vendor matmuls on the small
+          shapes. The counts of open units cross to the host once per forward.
+"triton"  gates inside the kernels, at full width between layers: only open lanes are read, nothing
+          is packed, and nothing waits for the host, so that a step captures into a CUDA graph.
+"""
+
+import functools
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from gatepack import _env
+
+
+class Choice(NamedTuple):
+    """A path, and why it runs."""
+
+    path: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """On chips named `arch`..., layers up to `width` wide take "triton" up to `tokens` tokens."""
+
+    arch: str
+    width: float
+    tokens: int
+
+
+# The first rule that fits decides. Packing W costs as many bytes as it saves at about these token
+# counts, by counted bytes; not measured.
+RULES = (
+    Rule("", 1024, 64),
+    Rule("", 2048, 256),
+    Rule("", math.inf, 512),
+)
+
+
+def few_tokens(width: int, device: torch.device) -> int:
+    """Up to how many tokens layers of this residual width take "triton" on a device."""
+    if device.type != "cuda" or not _has_triton():
+        return 0
+    from gatepack.kernels._common import arch_of
+
+    arch = arch_of(device)
+    return next(r.tokens for r in RULES if arch.startswith(r.arch) and width <= r.width)
+
+
+def choose_path(tokens: int, width: int, device: torch.device) -> Choice:
+    """The path of a forward of `tokens` tokens through layers of a residual width.
+
+    GATEPACK_BACKEND forces either path; a CUDA graph under capture forces "triton".
+    """
+    forced = _env.backend()
+    if forced:
+        return Choice(forced, "GATEPACK_BACKEND")
+    if device.type != "cuda":
+        return Choice("folded", f"on {device.type}")
+    if not _has_triton():
+        return Choice("folded", "triton is not installed")
+    if torch.cuda.is_current_stream_capturing():
+        return Choice("triton", "a CUDA graph is being captured")
+    limit = few_tokens(width, device)
+    if tokens <= limit:
+        return Choice("triton", f"at most {limit} tokens")
+    return Choice("folded", f"more than {limit} tokens")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

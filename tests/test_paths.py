@@ -1,0 +1,55 @@
+"""choose_path, on a GPU that need not be there."""
+
+import pytest
+import torch
+
+from gatepack import paths
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A stand-in for an sm_90 that captures nothing."""
+    from gatepack.kernels import _common
+
+    monkeypatch.setattr(_common, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+@pytest.mark.parametrize(("width", "limit"), [(576, 64), (1024, 64), (2048, 256), (4096, 512)])
+def test_few_and_many_tokens(gpu, width, limit):
+    assert paths.few_tokens(width, GPU) == limit
+    few = paths.choose_path(limit, width, GPU)
+    assert few == ("triton", f"at most {limit} tokens")
+    assert paths.choose_path(limit + 1, width, GPU) == ("folded", f"more than {limit} tokens")
+
+
+def test_a_rule_can_name_a_chip(gpu, monkeypatch):
+    rules = (paths.Rule("sm_100", 1024, 8), paths.Rule("sm_9", 1024, 16), *paths.RULES)
+    monkeypatch.setattr(paths, "RULES", rules)
+    assert paths.few_tokens(1024, GPU) == 16 and paths.few_tokens(2048, GPU) == 256
+
+
+def test_every_width_has_a_rule():
+    assert any(rule.arch == "" and rule.width == float("inf") for rule in paths.RULES)
+
+
+def test_capture_never_waits_for_the_host(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    expected = ("triton", "a CUDA graph is being captured")
+    assert paths.choose_path(8192, 4096, GPU) == expected
+
+
+def test_without_triton(gpu, monkeypatch):
+    monkeypatch.setattr(paths, "_has_triton", lambda: False)
+    assert paths.choose_path(1, 4096, GPU) == ("folded", "triton is not installed")
+    assert paths.few_tokens(4096, GPU) == 0
+
+
+def test_cpu_and_force(gpu, monkeypatch):
+    cpu = torch.device("cpu")
+    assert paths.choose_path(1, 576, cpu) == ("folded", "on cpu")
+    for forced, device in (("triton", cpu), ("folded", GPU)):
+        monkeypatch.setenv("GATEPACK_BACKEND", forced)
+        assert paths.choose_path(1, 576, device) == (forced, "GATEPACK_BACKEND")
