@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+L2_BYTES = 256 << 20  # more than the L2 of any GPU at hand: 50 MB on H100, 126 MB on B200
 
 
 def _git(*arguments: str) -> str:
@@ -50,17 +51,26 @@ def environment(device: torch.device | str = "cpu") -> dict:
     }
 
 
-def interleaved(functions: dict, seconds: float = 2.0, device: torch.device | str = "cpu") -> dict:
-    """{name: {"ms", "p20", "p80", "runs"}}: the functions in turn, round by round, for `seconds`.
+def interleaved(
+    functions: dict, seconds: float = 2.0, device: torch.device | str = "cpu", graphs: bool = False
+) -> dict:
+    """{name: {"ms", "p20", "p80", "runs", "graph"}}: the functions in turn, round by round, for
+    `seconds`.
 
-    Interleaving lets a disturbance hit all of them; the first round warms up and is dropped.
+    Interleaving lets a disturbance hit all of them; the first round warms up and is dropped. On a
+    GPU the L2 cache is overwritten before each run. graphs: replay each function as a CUDA graph,
+    so that launches cost nothing; one that cannot be captured runs as it is ("graph": false).
     """
     on_gpu = torch.device(device).type == "cuda"
+    captured = {name: graphs and on_gpu and _capture(f) for name, f in functions.items()}
+    runs = {name: captured[name].replay if captured[name] else f for name, f in functions.items()}
+    flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if on_gpu else None
     times = {name: [] for name in functions}
     start, rounds = time.perf_counter(), 0
     while rounds < 6 or time.perf_counter() - start < seconds:
-        for name, function in functions.items():
+        for name, function in runs.items():
             if on_gpu:
+                flush.zero_()
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
                 function()
@@ -82,8 +92,43 @@ def interleaved(functions: dict, seconds: float = 2.0, device: torch.device | st
             "p20": p20,
             "p80": p80,
             "runs": len(values),
+            "graph": bool(captured[name]),
         }
     return summary
+
+
+def _capture(function):
+    """function as a CUDA graph, or None where it waits for the host, which capture forbids."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+def ceilings(device: torch.device | str, dtype: torch.dtype) -> dict:
+    """{"flops", "bytes"} per second that torch reaches here: a large matmul, and a large copy."""
+    on_gpu = torch.device(device).type == "cuda"
+    side, length = (8192, 1 << 29) if on_gpu else (1024, 1 << 26)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.zeros(length, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = interleaved(
+        {"matmul": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}, 1.0, device
+    )
+    return {
+        "flops": 2 * side**3 / times["matmul"]["ms"] * 1e3,
+        "bytes": 2 * length / times["copy"]["ms"] * 1e3,
+    }
 
 
 def append(path: Path | str, rows: list[dict]) -> None:

@@ -4,13 +4,17 @@ benchmarks/ops/<op>.py defines
 
     AOT        {case: call}: calls of the public op, forward and backward, on bf16 tensors from
                `bf16` below, at model shapes; benchmarks/aot.py compiles the launches they make
-    work(case) the contenders that compute one Case, and what the least work for it costs
+    work(case) the contenders that compute one Case, and what the least work for it costs, or None
+               where the op is not meant for it (decode ops and many tokens, for one)
 
 A new op is one more file.
 """
 
 import dataclasses
+import functools
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -78,6 +82,26 @@ class Work:
     flops: float
     bytes: float
     differ: tuple[str, ...] = ("dense", "oracle")
+    needs_gpu: tuple[str, ...] = ("ours", "liger")
+
+
+def modules(ops=None) -> dict:
+    """{op: module} of benchmarks/ops; SystemExit names an op that has no file there."""
+    files = sorted((Path(__file__).parent / "ops").glob("*.py"))
+    names = [file.stem for file in files]
+    unknown = set(ops or ()) - set(names)
+    if unknown:
+        raise SystemExit(f"--ops: expected some of {names}, got {sorted(unknown)}")
+    return {name: _load(name) for name in ops or names}
+
+
+@functools.cache
+def _load(name: str):
+    path = Path(__file__).parent / "ops" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarked_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def bf16(*shape: int, grad: bool = True) -> torch.Tensor:

@@ -15,7 +15,6 @@ descriptor (TMA) loads, and 32-bit products of run-time values that end in an ad
 import argparse
 import concurrent.futures
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -28,6 +27,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from _suite import modules
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
@@ -51,13 +51,7 @@ CHIPS = {
 
 def cases(ops=None) -> dict:
     """{(op, case): a call of its public op}. Nothing is computed: sizes cost address space only."""
-    files = sorted((Path(__file__).parent / "ops").glob("*.py"))
-    names = [file.stem for file in files]
-    unknown = set(ops or ()) - set(names)
-    if unknown:
-        raise SystemExit(f"--ops: expected some of {names}, got {sorted(unknown)}")
-    modules = {name: importlib.import_module(f"ops.{name}") for name in ops or names}
-    return {(op, name): call for op, m in modules.items() for name, call in m.AOT.items()}
+    return {(op, name): call for op, m in modules(ops).items() for name, call in m.AOT.items()}
 
 
 class _Recorder:
