@@ -93,13 +93,13 @@ def _compensate_layer(gates: GateSet, layer: Layer, masks, dense, pruned, calls,
         after_out.append(x + seen["out"][1])
     names = (f"{layer.heads_name}:heads", f"{layer.channels_name}:channels")
     gates.set_open({name: masks[name] for name in names if name in masks})
-    _refresh(gates)
+    _refresh(gates, pruned[0])
     inputs, residuals = [], []
     for x, target, call in zip(pruned, after_out, calls, strict=True):
         seen = {}
         with _watching(out, seen, "out", stop=True):
             _run(layer, x, call)
-        inputs.append(seen["out"][0])
+        inputs.append(_open_lanes(gates, names[0], seen["out"][0]))
         residuals.append(target - x - seen["out"][1])
     if names[0] in masks:
         _repair(out, gates, names[0], inputs, residuals, damping)
@@ -108,7 +108,7 @@ def _compensate_layer(gates: GateSet, layer: Layer, masks, dense, pruned, calls,
         seen = {}
         with _watching(down, seen, "down"):
             pruned[i] = _run(layer, x, call)
-        inputs.append(seen["down"][0])
+        inputs.append(_open_lanes(gates, names[1], seen["down"][0]))
         residuals.append(target - pruned[i])
     if names[1] in masks:
         change = _repair(down, gates, names[1], inputs, residuals, damping)
@@ -117,9 +117,18 @@ def _compensate_layer(gates: GateSet, layer: Layer, masks, dense, pruned, calls,
     return after_layer
 
 
-def _refresh(gates: GateSet) -> None:
+def _refresh(gates: GateSet, hidden: torch.Tensor) -> None:
     """Makes the layer's attention and linears see the open sets just written."""
-    gates.attachment.before_forward(None, None)
+    gates.attachment.before_forward(None, (hidden,), {})
+
+
+def _open_lanes(gates: GateSet, name: str, x: torch.Tensor) -> torch.Tensor:
+    """The open lanes of what a gate feeds: all of x where layers exchange compact activations."""
+    gate = gates.gates.get(name)
+    lanes = None if gate is None else gate.open().lanes
+    if lanes is None or x.shape[-1] != gate.size * gate.lanes:
+        return x
+    return x.index_select(-1, lanes)
 
 
 def _run(layer: Layer, x: torch.Tensor, call) -> torch.Tensor | None:
