@@ -4,11 +4,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from ops import DTYPES, GATES, ids, make_gate, no_host_sync, run, to
+from linears import RANK, SMALL_TILES, K, N, T, check, make_inputs
+from ops import DTYPES, GATES, captured, ids, no_host_sync, run, to
 
 from gatepack.kernels import (
-    GatedLinearConfig,
-    Tile,
     gated_linear_fn,
     gated_linear_ref,
     open_set_fn,
@@ -16,84 +15,6 @@ from gatepack.kernels import (
 from gatepack.kernels.column_sums import ROWS, column_sums
 from gatepack.kernels.open_sets import Axis
 from gatepack.testing import MODEL_SHAPES, assert_close_to_fp64, poisoned_empty
-
-T, N, K, RANK = 5, 40, 48, 3
-SMALL_TILES = GatedLinearConfig(*[Tile(16, 16, 16, num_warps=1, num_stages=1, group_m=2)] * 3)
-
-
-def make_inputs(
-    dtype,
-    t=T,
-    n=N,
-    k=K,
-    rank=RANK,
-    z_in="fractional",
-    z_out="fractional",
-    group_in=1,
-    group_out=1,
-    seed=0,
-):
-    """CPU tensors for gated_linear_fn; z_in and z_out name a kind of gate, or None."""
-    random = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=random).to(dtype)
-
-    inputs = {"x": normal(t, k), "w": normal(n, k) / k**0.5, "bias": normal(n)}
-    if z_in is not None:
-        inputs["z_in"] = make_gate(z_in, k // group_in, seed + 1)
-    if z_out is not None:
-        inputs["z_out"] = make_gate(z_out, n // group_out, seed + 2)
-    if rank:
-        inputs["lora_a"], inputs["lora_b"] = normal(rank, k) / k**0.5, normal(n, rank)
-    return inputs
-
-
-def check(inputs, device, dy=None, **settings):
-    """Forward and every gradient, from poisoned memory, against fp64 and torch's own error."""
-    inputs = {name: t.to(device) for name, t in inputs.items()}
-    if dy is None:
-        random = torch.Generator().manual_seed(7)
-        shape = (*inputs["x"].shape[:-1], inputs["w"].shape[0])
-        dy = torch.randn(*shape, generator=random).to(inputs["x"].dtype)
-    dy = dy.to(device)
-    settings = {"scale": 0.7, **settings}
-    config = settings.pop("config", None)
-    truth = run(gated_linear_ref, {k: t.double() for k, t in inputs.items()}, dy, **settings)
-    theirs = run(gated_linear_ref, inputs, dy, **settings)
-    with poisoned_empty():
-        ours = run(gated_linear_fn, inputs, dy, config=config, **settings)
-    for name, got in ours.items():
-        factor = 2 if name == "y" else 3
-        terms = summed_terms(name, inputs, truth, dy.double())
-        dtype = inputs["x"].dtype
-        assert_close_to_fp64(name, got, theirs[name], truth[name], factor, dtype, terms)
-    check_closed_lanes_are_zero(inputs, ours, settings)
-    return ours
-
-
-def summed_terms(name, inputs, truth, dy):
-    """The largest sum of |terms| behind one gate gradient, from dz_out = sum dy * y / z_out."""
-    if name == "dz_out":
-        terms, z = dy * truth["y"], inputs["z_out"]
-    elif name == "dz_in":
-        terms, z = inputs["x"] * truth["dx"], inputs["z_in"]
-    else:
-        return 0.0
-    if terms.numel() == 0:
-        return 0.0
-    per_lane = terms.abs().reshape(-1, terms.shape[-1]).sum(0)
-    per_unit = per_lane.view(len(z), -1).sum(1)
-    return torch.where(z != 0, per_unit / z, 0.0).max().item()
-
-
-def check_closed_lanes_are_zero(inputs, results, settings):
-    for gate, outputs in (("z_in", ("dx",)), ("z_out", ("y",))):
-        if gate in inputs:
-            group = settings.get(gate.replace("z_", "group_"), 1)
-            closed = (inputs[gate] == 0).repeat_interleave(group)
-            for name in outputs:
-                assert (results[name][..., closed] == 0).all(), f"{name}: closed lanes are not 0"
 
 
 @pytest.mark.parametrize("gates", GATES)
@@ -170,6 +91,51 @@ def test_leading_dimensions_that_do_not_collapse(device):
 @pytest.mark.parametrize("rank", [1, 16, 70])
 def test_ranks(rank, device):
     check(make_inputs(torch.bfloat16, rank=rank), device)
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_masked_form(dtype, gates, device):
+    check(make_inputs(dtype, z_in=gates, z_out=gates), device, form="masked")
+
+
+@pytest.mark.parametrize("present", [("z_in",), ("z_out",), ("z_out", "lora_a", "lora_b")], ids=str)
+def test_masked_form_without_some_arguments(present, device):
+    inputs = make_inputs(torch.float32)
+    check({k: t for k, t in inputs.items() if k in ("x", "w", *present)}, device, form="masked")
+
+
+@pytest.mark.parametrize("form", ["gated", "masked"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_dropout(dtype, form, device):
+    check(make_inputs(dtype, t=19, rank=16), device, form=form, dropout=0.3, seed=2**40 + 1)
+
+
+def test_dropout_follows_its_seed_and_no_tile(device):
+    inputs, dy = to(make_inputs(torch.float32, t=19), device), torch.randn(19, N, device=device)
+    first = run(gated_linear_fn, inputs, dy, dropout=0.3, seed=1)
+    seed = torch.tensor(1, device=device)
+    again = run(gated_linear_fn, inputs, dy, dropout=0.3, seed=seed, config=SMALL_TILES)
+    other = run(gated_linear_fn, inputs, dy, dropout=0.3, seed=2)
+    for name in ("y", "dx", "dlora_a", "dlora_b"):
+        torch.testing.assert_close(first[name], again[name])
+        assert not torch.allclose(first[name], other[name], rtol=0.01)
+
+
+@pytest.mark.parametrize("form", ["gated", "masked"])
+@pytest.mark.parametrize("groups", [(16, 20), (24, 8)], ids=str)
+def test_forms_with_groups(groups, form, device):
+    settings = {"group_in": groups[0], "group_out": groups[1], "form": form}
+    inputs = make_inputs(torch.bfloat16, t=19, group_in=groups[0], group_out=groups[1])
+    check(inputs, device, dropout=0.3, seed=1, **settings)
+
+
+def test_dropout_without_lora_changes_nothing(device):
+    inputs, dy = to(make_inputs(torch.float32, rank=0), device), torch.randn(T, N, device=device)
+    plain = run(gated_linear_fn, inputs, dy)
+    dropped = run(gated_linear_fn, inputs, dy, dropout=0.5, seed=1)
+    for name in plain:
+        assert torch.equal(plain[name], dropped[name]), name
 
 
 def test_rows_beyond_one_program_of_the_column_sums(device):
@@ -298,31 +264,36 @@ def operator_arguments(inputs):
     return tuple(inputs.get(name) for name in names)
 
 
+SETTINGS = (0.5, 1, 1, "gated", 0.25, "exact", 1.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=ids)
 def test_opcheck_forward(dtype, device):
     inputs = to(make_inputs(dtype), device)
     arguments = [t.requires_grad_() for t in operator_arguments(inputs)]
-    keep_h = dtype == torch.float16
+    seed, keep_h = torch.tensor(3, device=device), dtype == torch.float16
     operator = torch.ops.gatepack.gated_linear.default
-    torch.library.opcheck(operator, (*arguments, 0.5, 1, 1, keep_h, []))
+    torch.library.opcheck(operator, (*arguments, seed, *SETTINGS, keep_h, []))
 
 
 def test_opcheck_backward(device):
     x, w, bias, z_in, z_out, a, b = operator_arguments(to(make_inputs(torch.float32), device))
+    seed = torch.tensor(3, device=device)
     y, _, u, open_in, open_out = torch.ops.gatepack.gated_linear(
-        x, w, bias, z_in, z_out, a, b, 0.5, 1, 1, False, []
+        x, w, bias, z_in, z_out, a, b, seed, *SETTINGS, False, []
     )
-    saved = (x, w, z_in, z_out, open_in, open_out, a, b, y, u)
-    arguments = (torch.randn_like(y), *saved, 0.5, 1, 1, True, [True] * 7, [])
+    saved = (x, w, bias, z_in, z_out, open_in, open_out, a, b, y, u, seed)
+    arguments = (torch.randn_like(y), *saved, *SETTINGS, True, [True] * 7, [])
     torch.library.opcheck(torch.ops.gatepack.gated_linear_backward.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=ids)
 def test_compiles_into_one_graph(dtype, device):
     inputs, dy = to(make_inputs(dtype), device), torch.randn(T, N, device=device)
+    settings = {"dropout": 0.3, "seed": 1, "closed_grad": "exact", "config": SMALL_TILES}
     compiled = torch.compile(gated_linear_fn, fullgraph=True, backend="aot_eager")
-    expected = run(gated_linear_fn, inputs, dy, config=SMALL_TILES)
-    got = run(compiled, inputs, dy, config=SMALL_TILES)
+    expected = run(gated_linear_fn, inputs, dy, **settings)
+    got = run(compiled, inputs, dy, **settings)
     for name in expected:
         assert torch.equal(expected[name], got[name]), name
 
@@ -333,6 +304,26 @@ def test_second_derivative_is_refused(device):
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y).requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match="gated_linear has no second derivative"):
         dx.sum().backward()
+
+
+REFUSED_SETTINGS = [
+    ({"form": "soft"}, r"form: expected one of \('gated', 'masked'\), got 'soft'"),
+    ({"dropout": 1.0}, "dropout: expected at least 0 and below 1, got 1.0"),
+    ({"dropout": 0.1}, "seed: expected an integer or an int64 tensor for dropout, got None"),
+    ({"dropout": 0.1, "seed": 0.5}, "seed: expected an integer of 64 bits, got 0.5"),
+    ({"seed": torch.zeros(2)}, r"seed: expected an int64 tensor of one element on .*, got"),
+    ({"closed_grad": "all"}, "closed_grad: expected one of .* got 'all'"),
+    ({"closed_grad": "sampled"}, "seed: expected .* for closed_grad 'sampled', got None"),
+    ({"closed_fraction": 0.0}, "closed_fraction: expected above 0 and at most 1, got 0.0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), REFUSED_SETTINGS, ids=[m for _, m in REFUSED_SETTINGS]
+)
+def test_refused_settings(settings, message, device):
+    with pytest.raises(ValueError, match=message):
+        gated_linear_fn(**to(make_inputs(torch.float32), device), **settings)
 
 
 REFUSED = [
@@ -394,3 +385,19 @@ def test_no_host_synchronisation(device):
     run(gated_linear_fn, inputs, dy)
     with no_host_sync():
         run(gated_linear_fn, inputs, dy)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_draws_again_when_the_seed_changes(device):
+    inputs, dy = to(make_inputs(torch.bfloat16), device), torch.randn(T, N, device=device)
+    seed = torch.tensor(1, device=device)
+    settings = {"form": "masked", "dropout": 0.3, "closed_grad": "sampled", "seed": seed}
+
+    def step():
+        seed.add_(1)
+        return run(gated_linear_fn, inputs, dy, **settings)
+
+    replayed = captured(step)
+    expected = run(gated_linear_fn, inputs, dy, **settings)
+    for name in expected:
+        assert torch.equal(replayed[name], expected[name]), name

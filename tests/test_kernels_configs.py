@@ -26,12 +26,13 @@ def test_consumer_chips_get_tiles_that_fit_99_kB():
 def test_integers_round_trip():
     config = choose_config("gated_linear", (64, 128, 256), torch.float16, "sm_90")
     assert GatedLinearConfig.from_ints(config.to_ints()) == config
-    with pytest.raises(ValueError, match="config: expected 18 integers"):
+    with pytest.raises(ValueError, match="config: expected 21 integers"):
         GatedLinearConfig.from_ints([1, 2, 3])
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("block_m", 8), ("block_n", 48), ("num_warps", 3), ("num_stages", 0)]
+    ("field", "value"),
+    [("block_m", 8), ("block_n", 48), ("num_warps", 3), ("num_stages", 0), ("persistent", -1)],
 )
 def test_tile_refuses(field, value):
     tile = Tile(16, 16, 16, num_warps=4, num_stages=2)

@@ -92,3 +92,32 @@ def round_to(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
             x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+def philox(seed: int, counter: torch.Tensor) -> list[torch.Tensor]:
+    """The four words of tl.randint4x(seed, counter), as int64 in [0, 2**32): Philox4x32-10.
+
+    counter int64, any shape. Source: Salmon et al. 2011, Parallel random numbers.
+    """
+    low_half, low_word = 0xFFFF, 0xFFFFFFFF
+
+    def multiply(constant, word):
+        """High and low word of a product of two words, whose 64 bits overflow an int64."""
+        low = (constant & low_half) * word
+        high = (constant >> 16) * word + (low >> 16)
+        return high >> 16, (high & low_half) << 16 | low & low_half
+
+    c0, c1 = counter & low_word, counter >> 32 & low_word
+    c2 = c3 = torch.zeros_like(counter)
+    k0, k1 = seed & low_word, seed >> 32 & low_word
+    for _ in range(10):
+        (high_0, low_0), (high_2, low_2) = multiply(0xD2511F53, c0), multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_2 ^ c1 ^ k0, low_2, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = k0 + 0x9E3779B9 & low_word, k1 + 0xBB67AE85 & low_word
+    return [c0, c1, c2, c3]
+
+
+def philox_uniform(words: torch.Tensor) -> torch.Tensor:
+    """tl.uint_to_uniform_float: words of `philox` -> fp32 in [0, 1), the same bits."""
+    signed = words.to(torch.int32)
+    return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10

@@ -30,7 +30,7 @@ def _column_sums_kernel(
     pid = tl.program_id(0)
     split = (pid // tiles_n).to(tl.int64)
     tile = pid % tiles_n
-    unit = tile_unit(tile, open_ptr, GROUP, BLOCK_N)
+    unit = tile_unit(tile, open_ptr, N, GROUP, BLOCK_N)
     n, in_n, n_open, _ = axis_tile(tile, unit, open_ptr, z_ptr, N, GROUP, BLOCK_N)
     total = tl.zeros([BLOCK_N], tl.float32)
     product = tl.zeros([BLOCK_N], tl.float32)

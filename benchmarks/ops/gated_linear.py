@@ -1,4 +1,4 @@
-"""gated_linear: head gates on o_proj and LoRA, channel gates on down_proj, row gates."""
+"""gated_linear: head gates on o_proj with LoRA, channels of down_proj, row gates, both forms."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from _suite import Case, Contender, Work, bf16
 from gatepack.functional import FoldedLinear
 
 
-def _call(t, n, k, *, gates=(), rank=0, channel_major=False, **groups):
+def _call(t, n, k, *, gates=(), rank=0, channel_major=False, settings=None, **groups):
     from gatepack.kernels import gated_linear_fn
 
     inputs = {"x": bf16(t, k), "w": bf16(k, n).t() if channel_major else bf16(n, k)}
@@ -18,8 +18,26 @@ def _call(t, n, k, *, gates=(), rank=0, channel_major=False, **groups):
         inputs["bias"] = bf16(n)
     if rank:
         inputs["lora_a"], inputs["lora_b"] = bf16(rank, k), bf16(n, rank)
-    y = gated_linear_fn(**inputs, **groups)
+    y = gated_linear_fn(**inputs, **groups, **settings or {})
     torch.autograd.grad(y, inputs.values(), torch.empty_like(y))
+
+
+def _compact(t, n, k):
+    """down_proj [N, K], stored channel-major, on the open channels of an MLP."""
+    from gatepack.kernels import choose_config
+    from gatepack.kernels._common import arch_of
+    from gatepack.kernels.gated_matmul import gated_matmul, gated_outer
+    from gatepack.kernels.open_sets import Axis
+
+    tiles = choose_config("gated_linear", (t, n, k), torch.bfloat16, arch_of(torch.device("cpu")))
+    units = torch.empty(k + 1, dtype=torch.int32)
+    gated = Axis(k, torch.empty(k), units, compact=True, capacity=k // 2)
+    applied = gated._replace(z=None)
+    x, dy, w = bf16(t, k // 2), bf16(t, n), bf16(k, n).t()
+    gated_matmul(x, w, applied, Axis(n), tiles.fwd)
+    gated_matmul(x, w, gated, Axis(n), tiles.fwd)
+    gated_matmul(dy, w.t(), Axis(n), gated, tiles.dx, aux=x)
+    gated_outer(dy, x, Axis(n), gated, tiles.dw, w)
 
 
 AOT = {
@@ -27,7 +45,16 @@ AOT = {
     "heads+lora": lambda: _call(4096, 4096, 4096, gates=("z_in",), rank=16, group_in=128),
     "channels": lambda: _call(4096, 4096, 14336, gates=("z_in",), channel_major=True),
     "rows+bias": lambda: _call(4096, 14336, 4096, gates=("z_out",)),
-}
+    "masked+drop": lambda: _call(
+        4096, 4096, 4096, gates=("z_out",), rank=16,
+        settings={"form": "masked", "dropout": 0.1, "seed": 1, "closed_grad": "sampled"},
+    ),
+    "heads+drop": lambda: _call(
+        4096, 4096, 4096, gates=("z_in",), rank=16, group_in=128,
+        settings={"dropout": 0.1, "seed": 1, "closed_grad": "exact"},
+    ),
+    "compact": lambda: _compact(4096, 4096, 14336),
+}  # fmt: skip
 
 
 def work(case: Case) -> Work:
