@@ -208,6 +208,7 @@ def compile_launch(op: str, case: str, arch: str, kernel, args, kwargs) -> dict:
         "spill_bytes": spill,
         "shared_bytes": compiled.metadata.shared,
         "shared_limit": chip.shared_limit,
+        "tensor_columns": getattr(compiled.metadata, "tmem_size", 0),
         "matrix_instruction": bool(re.search(chip.matrix_instruction, text)),
         "load_bytes": load_bytes(text, chip.target.backend),
         "descriptor_loads": len(re.findall(r"tt\.descriptor_(?:load|gather)", ttir)),

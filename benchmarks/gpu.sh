@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # One self-contained run on a bare CUDA machine: extension, gpu tests, benchmarks in order of importance.
-#   benchmarks/gpu.sh --out DIR [--minutes N] [--wheels DIR]
+#   benchmarks/gpu.sh --out DIR [--minutes N] [--wheels DIR] [--parts "build tests goals curves tune"]
 # Results are written as they come; a step that does not fit in the time left is cut off or skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-out="" minutes=9 wheels=""
+out="" minutes=9 wheels="" parts="build tests goals curves tune"
 while [ $# -gt 0 ]; do
     case "$1" in
         --out) out=$2 ;;
         --minutes) minutes=$2 ;;
         --wheels) wheels=$2 ;;
-        *) echo "unknown option $1; known: --out DIR --minutes N --wheels DIR" >&2; exit 2 ;;
+        --parts) parts=$2 ;;
+        *) echo "unknown option $1; known: --out --minutes --wheels --parts" >&2; exit 2 ;;
     esac
     shift 2
 done
@@ -40,11 +41,36 @@ step() { # seconds at most, name, command...
     timeout "$limit" "$@" 2>&1 | tee "$out/$name.log" || { echo "FAILED $name"; failed=1; }
 }
 
+ops() { # name of the step, seconds at most, then options of bench_ops.py
+    local name=$1 limit=$2
+    shift 2
+    step "$limit" "$name" python3 benchmarks/bench_ops.py --device cuda --json "$out/ops.jsonl" "$@"
+}
+tune() { # op, seconds at most
+    step "$2" "tune-$1" python3 benchmarks/tune.py "$1" --json "$out/tuned.jsonl"
+}
+
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$out/device.txt"
-step 240 build python3 -c "from gatepack import _ext; print(_ext.backend()); exit(_ext.backend().name != 'cuda')"
-step 240 tests python3 -m pytest -q -m gpu tests
-step 60 fold_pack python3 benchmarks/bench_fold_pack.py --device cuda --seconds 1 --json "$out/fold_pack.jsonl"
-step 120 mlp python3 benchmarks/bench_mlp.py --device cuda --dtype bfloat16 --models llama-3-8b smollm2-135m \
-    --tokens 2048 8192 --seconds 1 --json "$out/mlp.jsonl"
-step 180 gated_linear python3 benchmarks/bench_gated_linear.py --device cuda --json "$out/gated_linear.jsonl"
+for part in $parts; do
+    case "$part" in
+        build) step 240 build python3 -c "from gatepack import _ext; print(_ext.backend()); exit(_ext.backend().name != 'cuda')" ;;
+        tests) step 300 tests python3 -m pytest -q -m gpu tests ;;
+        # The rows of DESIGN's speed goals first, then the curves.
+        goals)
+            ops mlp 90 --ops gated_mlp --models llama-3-8b --tokens 8192 --open 1.0 0.6
+            ops attention 60 --ops gated_attention --models llama-3-8b --tokens 2048 8192 --open 1.0 0.6
+            ops decode 60 --ops packed_linear --models llama-3-8b smollm2-135m --tokens 1 16 --open 1.0 0.6
+            step 60 fold_pack python3 benchmarks/bench_fold_pack.py --device cuda --seconds 1 --json "$out/fold_pack.jsonl"
+            step 90 mlp-model python3 benchmarks/bench_mlp.py --device cuda --dtype bfloat16 --models llama-3-8b smollm2-135m --tokens 2048 8192 --seconds 1 --json "$out/mlp.jsonl"
+            ;;
+        curves) ops curves 600 --models llama-3-8b smollm2-135m --tokens 1 16 256 2048 8192 ;;
+        tune)
+            tune gated_mlp 240
+            tune gated_attention 120
+            tune gated_linear 120
+            tune packed_linear 60
+            ;;
+        *) echo "unknown part $part" >&2; exit 2 ;;
+    esac
+done
 exit $failed

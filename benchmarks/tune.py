@@ -34,9 +34,9 @@ def neighbours(config):
         elif isinstance(value, bool):
             changed = iter((not value,))
         elif field.name.startswith("block") or field.name == "num_warps":
-            changed = (v for v in (value // 2, value * 2))
+            changed = iter((value // 2, value * 2))
         else:
-            changed = (v for v in (value - 1, value + 1, value * 2))
+            changed = iter(sorted({value - 1, value + 1, value * 2}))
         while True:
             try:
                 yield dataclasses.replace(config, **{field.name: next(changed)})
