@@ -465,7 +465,7 @@ def test_config_refusals():
         AttentionTile(16, 16, 3, 1)
     with pytest.raises(ValueError, match="num_stages: expected at least 1, got 0"):
         AttentionTile(16, 16, 4, 0)
-    with pytest.raises(ValueError, match=r"config: expected 12 integers \(GatedAttentionConfig\), got 2"):
+    with pytest.raises(ValueError, match="config: expected 12 integers .*, got 2"):
         GatedAttentionConfig.from_ints([16, 16])
     assert GatedAttentionConfig.from_ints(SMALL_TILES.to_ints()) == SMALL_TILES
 

@@ -110,3 +110,27 @@ def low_rank(x, a, b, scaling, z_in, z_out, rows, cols, in_lanes, out_lanes) -> 
     if z_out is not None:
         b = (b * lane_values(z_out, out_lanes)[:, None]).to(b.dtype)
     return F.linear(F.linear(x, a), b * scaling)
+
+
+def sampled_values(gates) -> torch.Tensor:
+    """Gate values fp32 [N] of a GateSet by the kernel: one launch, noise from Philox, no host sync.
+
+    The noise depends on the seed and the buffer `draws`, which is advanced on the device: a
+    captured CUDA graph draws anew on each replay.
+    """
+    from gatepack.kernels import sample_gates_fn
+
+    draw = gates.draws.clone()
+    if gates.noisy:
+        gates.draws.add_(1)
+    return sample_gates_fn(
+        gates.logits,
+        gates.offsets(),
+        max_segment=max(gate.size for gate in gates.gates.values()),
+        seed=gates.config.seed,
+        draw=draw,
+        estimator=gates.config.estimator,
+        sigma=gates.config.noise,
+        noise=gates.noisy,
+        closed=gates.closed,
+    )[0]

@@ -6,7 +6,7 @@ of its Gate.
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -199,7 +199,8 @@ class GateSet(nn.Module):
     config: GateConfig. specs: name -> GateSpec, in model order. fixed_cost: parameters that the
     budget counts and no gate can remove. Logits are one fp32 parameter [N]; a forward of the model
     draws one sample (values, open sets) that all its modules read, also when gradient checkpointing
-    runs them again.
+    runs them again. An attached model sets `path`, the path of the present forward, `width`, its
+    residual width, and `sampler`, which draws the values where kernels run (None: plain torch).
     """
 
     def __init__(self, config: GateConfig, specs: Mapping[str, GateSpec], fixed_cost: int = 0):
@@ -222,7 +223,9 @@ class GateSet(nn.Module):
         self.frozen = False
         self.width: int | None = None
         self.path: str | None = None
+        self.sampler: Callable[[GateSet], torch.Tensor] | None = None
         self._draws = 0
+        self._offsets: torch.Tensor | None = None
         self._sample: Sample | None = None
 
     def _apply(self, fn, recurse=True):
@@ -232,7 +235,8 @@ class GateSet(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(move, recurse)
-        self._sample = None
+        if not self.draws.is_meta:
+            self.sync_from_buffers()
         return self
 
     def __getstate__(self):
@@ -296,7 +300,9 @@ class GateSet(nn.Module):
             and not self.noisy
         ):
             return self._sample
-        if self.noisy:
+        if self.sampler is not None:
+            flat = self.sampler(self)
+        elif self.noisy:
             generator = torch.Generator(self.logits.device)
             generator.manual_seed(_mix(self.config.seed, self._draws))
             noise = self.estimator.noise_like(self.logits.detach(), generator)
@@ -338,6 +344,14 @@ class GateSet(nn.Module):
         if grad is None:
             raise RuntimeError("no gate gradient yet: run a training forward and backward first")
         return grad
+
+    def offsets(self) -> torch.Tensor:
+        """Where each gate begins in the flat vectors, and their end: int32, on their device."""
+        if self._offsets is None or self._offsets.device != self.logits.device:
+            starts = [gate.start for gate in self.gates.values()]
+            ends = [*starts, self.logits.numel()]
+            self._offsets = torch.tensor(ends, dtype=torch.int32, device=self.logits.device)
+        return self._offsets
 
     def slices(self) -> Iterator[tuple[Gate, slice]]:
         """Each gate with its range in the flat vectors."""

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+import gatepack.attention  # noqa: F401  registers attn_implementation="gatepack"
 from gatepack.budget import gate_cost
 from gatepack.config import GateConfig
 from gatepack.families import Family, family_of
+from gatepack.functional import sampled_values
 from gatepack.gates import Gate, GateSet, GateSpec
 from gatepack.modules import (
     GatedMLP,
@@ -22,7 +24,7 @@ from gatepack.modules import (
     ungate_linear,
     ungate_mlp,
 )
-from gatepack.paths import choose_path
+from gatepack.paths import choose_path, has_kernels
 
 GATES_NAME = "gatepack_gates"
 
@@ -127,8 +129,9 @@ class Attachment:
 
     def before_forward(self, module: nn.Module, args, kwargs) -> None:
         self.bind()
-        tokens = _tokens(args, kwargs)
-        self.gates.path = choose_path(tokens, self.gates.width, self.gates.logits.device).path
+        device = self.gates.logits.device
+        self.gates.path = choose_path(_tokens(args, kwargs), self.gates.width, device).path
+        self.gates.sampler = sampled_values if has_kernels(device) else None
         self.gates.draw()
         if self.gates.path == "triton":
             self._set_dense_head_counts()
@@ -150,6 +153,8 @@ class Attachment:
         for parent, name in self.mlps:
             setattr(parent, name, ungate_mlp(parent._modules[name]))
         self._set_dense_head_counts()
+        for attention, _, _ in self.attentions:
+            del attention.gatepack_heads
 
     def _set_dense_head_counts(self) -> None:
         for attention, family, gate in self.attentions:
@@ -289,7 +294,9 @@ def _add_sites(attachment: Attachment, layer: Layer) -> None:
     for path, site in gated_sites(family, heads, channels):
         attachment.add_site(layer, path, site)
     if heads is not None:
-        attachment.attentions.append((layer.module.get_submodule(family.attention), family, heads))
+        attention = layer.module.get_submodule(family.attention)
+        attention.gatepack_heads = heads
+        attachment.attentions.append((attention, family, heads))
 
 
 def gated_sites(
