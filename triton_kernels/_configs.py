@@ -33,6 +33,14 @@ class Tile:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
+def _fields(*tiles) -> list[int]:
+    """Every field of the tiles, in order.
+
+    dataclasses.astuple copies deeply before Python 3.12, which torch.compile of 2.9 cannot trace.
+    """
+    return [getattr(tile, field.name) for tile in tiles for field in dataclasses.fields(tile)]
+
+
 @dataclasses.dataclass(frozen=True)
 class GatedLinearConfig:
     """Tiles of gated_linear: forward [T, N], input gradient [T, K], weight gradient [N, K]."""
@@ -43,7 +51,7 @@ class GatedLinearConfig:
 
     def to_ints(self) -> list[int]:
         """Flat form that fits an operator schema; `from_ints` reads it back."""
-        return [v for tile in (self.fwd, self.dx, self.dw) for v in dataclasses.astuple(tile)]
+        return _fields(self.fwd, self.dx, self.dw)
 
     @classmethod
     def from_ints(cls, values: list[int]) -> "GatedLinearConfig":
