@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -125,9 +126,11 @@ class TestTypes:
         assert not [line for line in ours if "gatepack" in line], done.stdout
 
     def test_pyright(self, env, source):
-        pyright = shutil.which("pyright") or shutil.which("basedpyright")
+        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+        names = ("pyright", "basedpyright")
+        pyright = next((found for name in names if (found := shutil.which(name, path=path))), None)
         if pyright is None:
-            pytest.skip("pyright is not installed: npm install -g pyright")
+            pytest.skip("pyright is not installed: pip install basedpyright")
         settings = env.folder / "pyrightconfig.json"
         settings.write_text(json.dumps({"include": [source.name], "typeCheckingMode": "standard"}))
         command = [pyright, "--outputjson", "-p", str(settings)]

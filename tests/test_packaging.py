@@ -216,6 +216,15 @@ class TestInstall:
         backend = env.python(FOLD_PACK).splitlines()[-1]
         assert backend.startswith(("cpp", "cuda")) and "installed with the package" in backend
 
+    @pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
+    def test_editable_with_a_compiler(self, mode, folder):
+        env = Env(folder / f"compiled {mode}")
+        source = checkout(folder / f"compiled {mode} source")
+        settings = ("--config-settings", f"editable_mode={mode}", "-e", str(source))
+        env.install(*settings, GATEPACK_SKIP_EXT="0", TORCH_CUDA_ARCH_LIST="9.0")
+        backend = env.python(FOLD_PACK).splitlines()[-1]
+        assert backend.startswith(("cpp", "cuda")) and "installed with the package" in backend
+
     def test_without_a_compiler(self, folder):
         env = Env(folder / "uncompiled")
         source = checkout(folder / "uncompiled source")
