@@ -6,13 +6,22 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*)
 ARGS ?=
 
-.PHONY: test test-slow demo lint bench readme clean
+.PHONY: test test-slow test-ranges api demo lint bench readme clean
 
 test: lint $(VENV)/cuda-compiled
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# The oldest and the newest releases that pyproject.toml admits; ARGS=oldest runs one end.
+test-ranges: $(STAMP)
+	$(BIN)/python tests/support/ranges.py $(ARGS)
+
+# Writes down the public names and signatures that tests/test_api.py compares with.
+api: $(STAMP)
+	$(BIN)/python tests/support/api.py
+	$(BIN)/ruff format python/gatepack/__init__.py
 
 demo: $(STAMP)
 	$(BIN)/gatepack demo $(ARGS)

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import tempfile
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -17,14 +18,21 @@ for link, target in (("kernels", "triton_kernels"), ("csrc", "csrc")):
 
 
 def extension() -> dict:
-    """C++ always, CUDA when there is a toolkit and a CUDA torch; nothing without torch."""
+    """C++ always, CUDA when there is a toolkit and a CUDA torch; nothing without torch.
+
+    Where the extension cannot be built, one line says so and the wheel is pure Python.
+    """
     if os.environ.get("GATEPACK_SKIP_EXT", "0") not in ("", "0"):
         return {}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError:
         return {}
-    plan = runpy.run_path(str(ROOT / "python" / "gatepack" / "_build.py"))["plan"]()
+    try:
+        plan = runpy.run_path(str(ROOT / "python" / "gatepack" / "_build.py"))["plan"]()
+    except RuntimeError as error:
+        print(f"gatepack: {error}: installing without gatepack._C", flush=True)
+        return {}
     kind = CUDAExtension if plan["cuda"] else CppExtension
     module = kind(
         "gatepack._C",
@@ -39,9 +47,15 @@ def extension() -> dict:
     }
 
 
-setup(
-    package_dir={"": "python"},
-    packages=find_packages("python"),
-    package_data={"gatepack": ["py.typed", "csrc/*"]},
-    **extension(),
-)
+arguments = extension()
+# An empty folder for each build: what an earlier one left in build/lib would go into the wheel, and
+# two builds at once would mix.
+with tempfile.TemporaryDirectory(prefix="gatepack-build-") as scratch:
+    options = {**arguments.pop("options", {}), "build": {"build_base": scratch}}
+    setup(
+        package_dir={"": "python"},
+        packages=find_packages("python"),
+        package_data={"gatepack": ["py.typed", "csrc/*"]},
+        options=options,
+        **arguments,
+    )

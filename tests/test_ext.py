@@ -1,11 +1,13 @@
 """gatepack._C: when it is loaded, built and rebuilt, and what happens without it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from gatepack import _build, _ext
 
@@ -82,6 +84,29 @@ def test_simd_level_can_be_capped():
         pytest.skip(_ext.backend().reason)
     code = "from gatepack import _ext; _ext.backend(); print(_ext.build_info()['simd'])"
     assert run(code, GATEPACK_SIMD="scalar") == ["scalar"]
+
+
+def test_location_is_the_file_that_is_loaded():
+    if _ext.backend().name == "torch":
+        assert _ext.location() is None
+    else:
+        assert _ext.location().is_file() and _ext.location().name.startswith("_C")
+
+
+def test_every_op_is_listed():
+    _ext.backend()
+    for name in _ext.OPS:
+        assert hasattr(torch.ops.gatepack, name)
+
+
+def test_compiler_is_tried_and_named(monkeypatch):
+    first = _build.compiler()
+    monkeypatch.setenv("CXX", first.split(":")[0] + " -pipe")
+    assert _build.compiler() != first
+    for broken in ("false", "/nonexistent/c++"):
+        monkeypatch.setenv("CXX", broken)
+        with pytest.raises(RuntimeError, match=re.escape(f"no C++17 compiler: {broken}")):
+            _build.compiler()
 
 
 def test_arch_list_is_explicit(monkeypatch):

@@ -6,6 +6,7 @@ export.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -32,15 +33,61 @@ _EXPORTS = {
     "measure": "timing",
 }
 
-__all__ = [*_EXPORTS, "__version__"]
+# What type checkers and editors see: _EXPORTS once more, written by `make api`.
+if TYPE_CHECKING:
+    from gatepack.budget import BudgetController as BudgetController
+    from gatepack.checkpoint import from_pretrained as from_pretrained
+    from gatepack.checkpoint import save_pretrained as save_pretrained
+    from gatepack.config import GateConfig as GateConfig
+    from gatepack.families import Family as Family
+    from gatepack.families import register_family as register_family
+    from gatepack.gates import Gate as Gate
+    from gatepack.gates import GateSet as GateSet
+    from gatepack.hf import attach as attach
+    from gatepack.hf import detach as detach
+    from gatepack.hf import gates_of as gates_of
+    from gatepack.importance import calibrate as calibrate
+    from gatepack.inspection import explain as explain
+    from gatepack.modules import GatedLinear as GatedLinear
+    from gatepack.modules import GatedMLP as GatedMLP
+    from gatepack.modules import PackedLinear as PackedLinear
+    from gatepack.packing import PackReport as PackReport
+    from gatepack.packing import pack as pack
+    from gatepack.packing import unpack as unpack
+    from gatepack.timing import measure as measure
 
+    __all__ = [
+        "BudgetController",
+        "Family",
+        "Gate",
+        "GateConfig",
+        "GateSet",
+        "GatedLinear",
+        "GatedMLP",
+        "PackReport",
+        "PackedLinear",
+        "__version__",
+        "attach",
+        "calibrate",
+        "detach",
+        "explain",
+        "from_pretrained",
+        "gates_of",
+        "measure",
+        "pack",
+        "register_family",
+        "save_pretrained",
+        "unpack",
+    ]
+else:
+    __all__ = [*_EXPORTS, "__version__"]
 
-def __getattr__(name):
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'gatepack' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"gatepack.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name):
+        if name not in _EXPORTS:
+            raise AttributeError(f"module 'gatepack' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"gatepack.{_EXPORTS[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__():

@@ -4,6 +4,7 @@ setup.py runs this file by path, before gatepack is importable: nothing of the p
 """
 
 import os
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -44,8 +45,25 @@ def gencode(archs: str) -> list[str]:
     return flags
 
 
+def compiler() -> str:
+    """CXX (or c++) and the first line of its --version; RuntimeError where it takes no C++17."""
+    from torch.utils.cpp_extension import get_cxx_compiler
+
+    command = shlex.split(get_cxx_compiler())
+    empty = [*command, "-std=c++17", "-x", "c++", "-fsyntax-only", os.devnull]
+    try:
+        subprocess.run(empty, check=True, capture_output=True)
+        done = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(f"no C++17 compiler: {shlex.join(command)} does not work") from error
+    return f"{shlex.join(command)}: {done.stdout.splitlines()[0]}"
+
+
 def plan() -> dict:
-    """Sources and flags for the torch at hand; raises RuntimeError where none can work."""
+    """Sources, flags and what else decides the binary, for the torch at hand.
+
+    Raises RuntimeError where none can work.
+    """
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -62,6 +80,8 @@ def plan() -> dict:
         "cxx": CXX_FLAGS + defines,
         "nvcc": NVCC_FLAGS + DEFINES + (gencode(archs) if archs else []),
         "cuda": archs is not None,
+        "compiler": compiler(),
+        "torch": [torch.__version__, torch.version.cuda, torch.compiled_with_cxx11_abi()],
     }
 
 

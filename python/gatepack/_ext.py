@@ -32,6 +32,7 @@ except ImportError:  # Windows
 
 CSRC = Path(__file__).resolve().parent / "csrc"
 
+OPS = ("fold_pack", "fold_pack_adjoint")
 _SCHEMAS = (
     "fold_pack(Tensor w, Tensor? rows, Tensor? cols, Tensor? z_out, Tensor? z_in, "
     "ScalarType? dtype) -> Tensor",
@@ -50,6 +51,7 @@ class Backend(NamedTuple):
 
 
 _backend: Backend | None = None
+_location: Path | None = None
 _library: torch.library.Library | None = None
 _loading = threading.Lock()
 
@@ -179,13 +181,13 @@ def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-def _load_from_cache() -> str:
+def _load_from_cache() -> Path:
     """Load the cached extension, building it when absent, damaged or from other sources."""
     plan = _build.plan()
     files = sorted(path for path in CSRC.iterdir() if path.suffix in (".cpp", ".cu", ".h"))
     if not files:
         raise RuntimeError(f"no C++ sources in {CSRC}")
-    made_of = (json.dumps(plan), torch.__version__, platform.machine())
+    made_of = (json.dumps(plan), platform.machine())
     key = _digest(*(path.read_bytes() for path in files), *(part.encode() for part in made_of))
     folder = _env.cache_dir() / key[:16]
     library, stamp = folder / "_C.so", folder / "_C.sha256"
@@ -194,7 +196,7 @@ def _load_from_cache() -> str:
         with contextlib.suppress(OSError):
             if stamp.read_text() == _digest(library.read_bytes()):
                 torch.ops.load_library(library)
-                return f"built on first use, {library}"
+                return library
         for leftover in folder.glob("build-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
@@ -212,21 +214,24 @@ def _load_from_cache() -> str:
             built = next(Path(scratch).glob("*.so"))
             stamp.write_text(_digest(built.read_bytes()))
             os.replace(built, library)
-    return f"built on first use, {library}"
+    return library
 
 
-def _load_extension() -> str:
+def _load_extension() -> tuple[Path, str]:
+    """The library that is now loaded, and where it came from."""
     if importlib.util.find_spec("gatepack._C"):
-        importlib.import_module("gatepack._C")
-        return "installed with the package"
-    return _load_from_cache()
+        module = importlib.import_module("gatepack._C")
+        return Path(module.__file__), "installed with the package"
+    library = _load_from_cache()
+    return library, f"built on first use, {library}"
 
 
 def _choose() -> Backend:
+    global _location
     if _env.skip_ext():
         return Backend("torch", "GATEPACK_SKIP_EXT is set")
     try:
-        origin = _load_extension()
+        _location, origin = _load_extension()
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return Backend("torch", f"gatepack._C did not load ({lines[0]})")
@@ -330,6 +335,12 @@ def backend() -> Backend:
     """Which implementation fold_pack runs, and why; loads or builds it if no call has yet."""
     _load()
     return _backend
+
+
+def location() -> Path | None:
+    """The file that gatepack._C was loaded from, None where plain torch runs."""
+    _load()
+    return _location
 
 
 def build_info() -> dict:

@@ -147,25 +147,19 @@ def _exchange(first: Path, second: Path) -> None:
 def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwargs) -> nn.Module:
     """Loads a gated or packed model saved by save_pretrained (ours or the model's own).
 
-    Builds the architecture that config.json names, gives it the recorded open sets and gates, and
-    lets transformers load the weights, so kwargs are those of its from_pretrained (dtype,
-    device_map, attn_implementation, ...). verify checks the manifest's checksums first. Only
+    Builds the architecture that config.json names (a class of transformers, or one registered with
+    its AutoModel classes), gives it the recorded open sets and gates, and lets transformers load
+    the weights, so kwargs are those of its from_pretrained (dtype, device_map,
+    attn_implementation, ...). verify checks the manifest's checksums first. Only
     safetensors are read. Raises ValueError for a folder that is not such a checkpoint or whose
     files are truncated, altered or do not fit the config, naming file or tensor.
     """
-    import transformers
-
     directory = Path(directory)
     config = _read_config(directory)
     if verify:
         _verify_manifest(directory)
     _check_readable(directory)
-    name = (config.architectures or [""])[0]
-    dense_class = getattr(transformers, name, None)
-    if dense_class is None or not hasattr(dense_class, "from_pretrained"):
-        raise ValueError(
-            f"{directory}/config.json names architecture {name!r}, which transformers does not have"
-        )
+    dense_class = _class_of(config, directory)
     record = config.gatepack
 
     class Rebuilt(dense_class):
@@ -234,6 +228,28 @@ def _read_config(directory: Path):
             f"{FORMAT_VERSION}"
         )
     return config
+
+
+def _class_of(config, directory: Path):
+    """The model class that config.json names: of transformers, or registered there."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    name = (config.architectures or [""])[0]
+    found = getattr(transformers, name, None)
+    if hasattr(found, "from_pretrained"):
+        return found
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None)
+        registered = None if mapping is None else mapping.get(type(config), None)
+        for found in registered if isinstance(registered, tuple) else (registered,):
+            if found is not None and found.__name__ == name:
+                return found
+    raise ValueError(
+        f"{directory}/config.json names architecture {name!r}, which transformers does not have; "
+        f"where {name!r} is a class of your own, register it first: "
+        "transformers.AutoModelForCausalLM.register(config_class, model_class)"
+    )
 
 
 def _check_readable(directory: Path) -> None:

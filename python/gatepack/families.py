@@ -7,6 +7,8 @@ no patched forward.
 
 from dataclasses import dataclass
 
+_COUNTS = ("queries", "groups", "width")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -16,9 +18,12 @@ class Family:
     linear instead of q and kv. up: linears that produce MLP channels; down: the one that consumes
     them; mlp: a container whose forward is down(act(up[0](x)) * up[1](x)), or None.
     head_attributes: attribute of `attention` -> "queries" (query heads), "groups" (query heads per
-    key/value head) or "width" (query lanes). head_dim and kv_heads: config fields, tried in order,
-    with hidden_size // num_attention_heads and num_attention_heads where none is set. post_norm:
-    the residual stream is normalised after each sublayer is added (BERT), not before it.
+    key/value head) or "width" (query lanes); its forward must take head counts from these or from
+    the widths of its linears. post_norm: the residual stream is normalised after each sublayer is
+    added (BERT), not before it. The model's config has head_dim, or hidden_size and
+    num_attention_heads.
+
+    Raises ValueError naming the field, what it must be and what it is.
     """
 
     attention: str
@@ -32,11 +37,50 @@ class Family:
     mlp: str | None = None
     post_norm: bool = False
 
+    def __post_init__(self):
+        for field in ("attention", "out", "down"):
+            _require(_is_path(getattr(self, field)), self, field, "the path of a module")
+        for field in ("q", "qkv"):
+            value = getattr(self, field)
+            _require(value == "" or _is_path(value), self, field, 'the path of a linear or ""')
+        _require(
+            self.mlp is None or _is_path(self.mlp), self, "mlp", "the path of a module or None"
+        )
+        for field in ("kv", "up"):
+            _require(_is_paths(getattr(self, field)), self, field, "a tuple of paths of linears")
+        _require(bool(self.up), self, "up", "at least one path")
+        if bool(self.qkv) == bool(self.q) or bool(self.q) != bool(self.kv):
+            raise ValueError(
+                "a family has either q and kv or, for one fused linear, qkv; "
+                f"got q={self.q!r}, kv={self.kv!r}, qkv={self.qkv!r}"
+            )
+        _require(
+            isinstance(self.head_attributes, tuple)
+            and all(isinstance(p, tuple) and len(p) == 2 for p in self.head_attributes)
+            and all(isinstance(n, str) and what in _COUNTS for n, what in self.head_attributes),
+            self,
+            "head_attributes",
+            f"a tuple of pairs (attribute, one of {_COUNTS})",
+        )
+
     @property
     def linears(self) -> tuple[str, ...]:
         """Paths of every linear whose weights the budget counts."""
         heads = (self.qkv,) if self.qkv else (self.q, *self.kv)
         return (*heads, self.out, *self.up, self.down)
+
+
+def _is_path(value) -> bool:
+    return isinstance(value, str) and all(part.isidentifier() for part in value.split("."))
+
+
+def _is_paths(value) -> bool:
+    return isinstance(value, tuple) and all(_is_path(part) for part in value)
+
+
+def _require(holds: bool, family: Family, field: str, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{field} must be {expected}, got {getattr(family, field)!r}")
 
 
 LLAMA = Family(
@@ -89,10 +133,23 @@ FAMILIES = {
 }
 
 
-def register_family(model_type: str, family: Family) -> None:
-    """Teaches attach a model family; model_type as in the model's config."""
+def register_family(model_type: str, family: Family, *, replace: bool = False) -> None:
+    """Teaches attach a model family; model_type as in the model's config.
+
+    Checkpoints of a class that is not in transformers load once the class is registered there
+    (AutoConfig.register and, say, AutoModelForCausalLM.register). Raises ValueError for a
+    model_type that already has another family, unless replace is set.
+    """
+    if not isinstance(model_type, str) or not model_type:
+        raise ValueError(f"model_type must be a name as in the model's config, got {model_type!r}")
     if not isinstance(family, Family):
         raise ValueError(f"family must be a gatepack.Family, got {type(family).__name__}")
+    known = FAMILIES.get(model_type)
+    if known not in (None, family) and not replace:
+        raise ValueError(
+            f"model_type {model_type!r} already has the family {known}; pass replace=True to "
+            "put another in its place"
+        )
     FAMILIES[model_type] = family
 
 
