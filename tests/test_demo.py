@@ -1,22 +1,24 @@
 """The main job from end to end: on a tiny model in seconds, on SmolLM2 in the slow test."""
 
+import importlib.util
 import json
 import os
 import signal
 
 import pytest
 import torch
+from letters import letter_tokenizer
 from tiny import tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import gatepack as gp
 from gatepack import demo, training
 from gatepack.cli import app
 from gatepack.demo import DemoConfig, ParityError
+from gatepack.progress import Log
 from gatepack.training import Interrupted, TrainConfig
 
+QUIET = Log("quiet")
 TRAIN = TrainConfig(
     steps=3, batch_size=2, window=16, lora_rank=2, calibration_batches=2, learning_rate=1e-3
 )
@@ -25,17 +27,9 @@ TRAIN = TrainConfig(
 @pytest.fixture
 def model_folder(tmp_path):
     """A checkpoint of a tiny Llama with a tokenizer of one token per printable ASCII character."""
-    characters = ["<eos>", "\n", *(chr(code) for code in range(32, 127))][:97]
-    tokenizer = Tokenizer(
-        models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<eos>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
     folder = tmp_path / "tiny"
     tiny_model("llama", torch.float32).save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<eos>"
-    ).save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -66,8 +60,7 @@ def config(model_folder, text_file, tmp_path):
 
 
 def test_runs_from_text_to_a_packed_model(config):
-    said = []
-    report = demo.run(config, said.append)
+    report = demo.run(config, QUIET)
     assert abs(report["pack"]["kept_fraction"] - 0.7) <= 0.005
     assert report["parity"]["max_abs_difference"] <= report["parity"]["bound"]
     assert report["reload_identical"] is True
@@ -86,7 +79,7 @@ def test_interrupted_demo_goes_on_to_the_same_result(config, tmp_path, monkeypat
     def result(report):
         return report["perplexity"], report["pack"], report["samples"]
 
-    whole = demo.run(config, lambda text: None)
+    whole = demo.run(config, QUIET)
     calls = []
     real_step = training.FineTuning._train_step
 
@@ -99,9 +92,9 @@ def test_interrupted_demo_goes_on_to_the_same_result(config, tmp_path, monkeypat
     monkeypatch.setattr(training.FineTuning, "_train_step", interrupting_step)
     again = DemoConfig(**{**vars(config), "out": tmp_path / "again"})
     with pytest.raises(Interrupted):
-        demo.run(again, lambda text: None)
+        demo.run(again, QUIET)
     assert (again.out / demo.STATE / "gated" / "run.safetensors").is_file()
-    resumed = demo.run(again, lambda text: None)
+    resumed = demo.run(again, QUIET)
     assert len(calls) == 2 * TRAIN.steps
     assert result(resumed) == result(whole)
 
@@ -118,16 +111,16 @@ def test_other_settings_do_not_resume(config):
 def test_parity_failure_is_an_error(config, monkeypatch):
     monkeypatch.setattr(demo, "max_logit_difference", lambda *args: 1.0)
     with pytest.raises(ParityError, match="differ by 1"):
-        demo.run(config, lambda text: None)
+        demo.run(config, QUIET)
     assert not (config.out / "config.json").exists()
 
 
 def test_failed_run_leaves_an_earlier_result(config, monkeypatch):
-    demo.run(config, lambda text: None)
+    demo.run(config, QUIET)
     before = (config.out / "model.safetensors").read_bytes()
     monkeypatch.setattr(demo, "max_logit_difference", lambda *args: float("nan"))
     with pytest.raises(ParityError):
-        demo.run(config, lambda text: None)
+        demo.run(config, QUIET)
     assert (config.out / "model.safetensors").read_bytes() == before
     gp.from_pretrained(config.out)
 
@@ -175,19 +168,19 @@ def test_bad_input_is_one_sentence_and_exit_1(options, message, text_file, tmp_p
 
 
 def test_missing_package_is_said_before_any_work(config, monkeypatch):
-    real = demo.importlib.util.find_spec
+    real = importlib.util.find_spec
 
     def without_matplotlib(name, *rest):
         return None if name == "matplotlib" else real(name, *rest)
 
-    monkeypatch.setattr(demo.importlib.util, "find_spec", without_matplotlib)
+    monkeypatch.setattr(importlib.util, "find_spec", without_matplotlib)
     with pytest.raises(ImportError, match="the demo needs matplotlib: pip install matplotlib"):
-        demo.run(config, lambda text: None)
+        demo.run(config, QUIET)
     assert not config.out.exists()
 
 
 def test_full_disk_is_one_sentence_and_keeps_the_earlier_result(config, monkeypatch):
-    demo.run(config, lambda text: None)
+    demo.run(config, QUIET)
     before = (config.out / "model.safetensors").read_bytes()
 
     def full(*args, **kwargs):
@@ -195,7 +188,7 @@ def test_full_disk_is_one_sentence_and_keeps_the_earlier_result(config, monkeypa
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     with pytest.raises(OSError, match="what was there is unchanged: .*No space left on device"):
-        demo.run(config, lambda text: None)
+        demo.run(config, QUIET)
     assert (config.out / "model.safetensors").read_bytes() == before
     gp.from_pretrained(config.out)
 
@@ -216,7 +209,7 @@ def test_smollm2_gate_three_steps_pack_reload(tmp_path):
             repeats=1,
             train=train,
         ),
-        print,
+        QUIET,
     )
     assert abs(report["pack"]["kept_fraction"] - 0.8) <= 0.005
     assert report["parity"]["max_abs_difference"] <= report["parity"]["bound"]

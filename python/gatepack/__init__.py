@@ -30,6 +30,7 @@ _EXPORTS = {
     "from_pretrained": "checkpoint",
     "explain": "inspection",
     "measure": "timing",
+    "evaluate": "evaluation",
 }
 
 __all__ = [*_EXPORTS, "__version__"]

