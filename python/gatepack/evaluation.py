@@ -12,7 +12,7 @@ from torch import nn
 
 from gatepack.data import load_documents, split_documents
 from gatepack.hf import GATES_NAME, hf_model, layers_of
-from gatepack.models import load_model, torch_device
+from gatepack.models import load_model, torch_device, torch_dtype
 from gatepack.modules import linear_shape
 from gatepack.optional import require
 from gatepack.progress import Log
@@ -29,12 +29,6 @@ from gatepack.texts import TextScore, check_windows, score_text, sha256_of
 from gatepack.timing import Measurement, environment, measure
 from gatepack.training import write_json
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "auto": "auto",
-}
 DEFAULT_TEXT = "Python's manual, held out"
 POOLED = "pooled"
 
@@ -130,14 +124,12 @@ def run(
 
     The file is written whole or not at all. Raises ValueError for an unknown dtype or device.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     _require_lm_eval(config)
-    place = torch_device(device)
-    scored, tokenizer = load_model(model, DTYPES[dtype])
+    place, precision = torch_device(device), torch_dtype(dtype)
+    scored, tokenizer = load_model(model, precision)
     beside = None
     if base is not None:
-        other, other_tokenizer = load_model(base, DTYPES[dtype])
+        other, other_tokenizer = load_model(base, precision)
         beside = other.to(place), other_tokenizer
     report = evaluate(scored.to(place), tokenizer, config, name=model, base=beside, log=log)
     if base is not None:

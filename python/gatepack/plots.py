@@ -34,10 +34,28 @@ def draw_report(report: dict, path: str | os.PathLike) -> None:
             raise ValueError(f"report has no {key!r}, only {sorted(report)}")
     figure = _figure(12, 8)
     left, right = figure.subfigures(1, 2, width_ratios=(1.1, 1))
-    _draw_widths(left, report["pack"])
+    _draw_widths(left.subplots(2, 1), report["pack"]["layers"])
     _draw_speed_and_perplexity(right, report["speed"], report["perplexity"])
     kept, target = report["pack"]["kept_fraction"], report["target"]
     title = f"{report['model']}: {kept:.1%} of the blocks' weights kept (target {target:.1%})"
+    figure.suptitle(title, fontsize=14)
+    figure.savefig(Path(path), format="png")
+
+
+def draw_bench(report: dict, path: str | os.PathLike) -> None:
+    """Writes a PNG of 1200 x 800 pixels: tokens/s and memory, and units per layer below.
+
+    report: of gatepack.bench.run. Raises ImportError with the pip line if matplotlib is missing.
+    """
+    figure = _figure(12, 8)
+    top, bottom = figure.subfigures(2, 1)
+    axes = top.subplots(1, 3)
+    for each, phase in zip(axes, _PHASES, strict=False):
+        _draw_phase(each, report["speed"], phase)
+    _draw_memory(axes[2], report["speed"])
+    _draw_widths(bottom.subplots(1, 2), report["layers"])
+    model = report["model"]
+    title = f"{model['name']}: {model['kept_fraction']:.1%} of the blocks' weights kept"
     figure.suptitle(title, fontsize=14)
     figure.savefig(Path(path), format="png")
 
@@ -183,20 +201,21 @@ def _scatter(axes, names, xs, ys, x_label: str, y_label: str) -> None:
     axes.set_ylabel(y_label)
 
 
-def _draw_widths(figure, pack: dict) -> None:
-    for axes, kind in zip(figure.subplots(2, 1), ("heads", "channels"), strict=True):
-        rows = [row for row in pack["layers"] if row["kind"] == kind]
+def _draw_widths(pair, layers: list[dict]) -> None:
+    """layers: {"kind", "gate" (its name), "before", "kept"} for each layer and kind."""
+    for axes, kind in zip(pair, ("heads", "channels"), strict=True):
+        rows = [row for row in layers if row["kind"] == kind]
         _clean(axes)
         if not rows:
             _say(axes, f"{kind} were not gated")
             continue
-        layers = [_layer_number(row["gate"], i) for i, row in enumerate(rows)]
+        numbers = [_layer_number(row["gate"], i) for i, row in enumerate(rows)]
         kept, before = [row["kept"] for row in rows], [row["before"] for row in rows]
         share = f"{sum(kept):,} of {sum(before):,} ({sum(kept) / sum(before):.0%})"
         axes.set_title(f"Kept {kind}: {share}", loc="left")
         axes.margins(x=0.01)
-        axes.bar(layers, kept, width=0.8, color=_PACKED, label="packed")
-        axes.bar(layers, before, width=0.8, fill=False, edgecolor=_DENSE, label="dense")
+        axes.bar(numbers, kept, width=0.8, color=_PACKED, label="packed")
+        axes.bar(numbers, before, width=0.8, fill=False, edgecolor=_DENSE, label="dense")
         axes.set_xlabel("layer")
         axes.set_ylabel(f"{kind} per layer")
         axes.set_ylim(0, 1.15 * max(before))
@@ -238,6 +257,20 @@ def _draw_phase(axes, speed: dict, phase: str) -> None:
     axes.bar(labels, medians, width=0.6, color=colors, yerr=whiskers, capsize=5)
     _label_bars(axes, [rate["p80"] for rate in rates], medians)
     axes.set_ylabel("tokens/s, median and p20–p80")
+
+
+def _draw_memory(axes, speed: dict) -> None:
+    axes.set_title("Memory", loc="left")
+    _clean(axes)
+    found = [("dense", "dense", _DENSE), ("model", "packed", _PACKED)]
+    found = [(label, speed[key], color) for key, label, color in found if speed.get(key)]
+    kinds = [("parameter_bytes", "parameters"), ("peak_bytes", "peak")]
+    kinds = [(key, what) for key, what in kinds if all(each[key] for _, each, _ in found)]
+    labels = [f"{label},\n{what}" for _, what in kinds for label, _, _ in found]
+    sizes = [each[key] / 1e6 for key, _ in kinds for _, each, _ in found]
+    axes.bar(labels, sizes, width=0.6, color=[color for _, _, color in found] * len(kinds))
+    _label_bars(axes, sizes, sizes)
+    axes.set_ylabel("MB")
 
 
 def _draw_perplexity(axes, perplexity: dict) -> None:
