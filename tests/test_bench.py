@@ -14,6 +14,7 @@ from tiny import tiny_model
 from typer.testing import CliRunner
 
 import gatepack as gp
+from gatepack import timing
 from gatepack.bench import BenchConfig, page, plan, run
 from gatepack.cli import app
 from gatepack.progress import Log
@@ -22,6 +23,11 @@ from gatepack.timing import Measurement
 pytest.importorskip("matplotlib")
 QUIET = Log("quiet")
 SIZES = {"prompt_tokens": 8, "new_tokens": 2, "repeats": 2}
+
+
+@pytest.fixture(autouse=True)
+def no_warm_up(monkeypatch):
+    monkeypatch.setattr(timing, "WARMUP_SECONDS", 0.0)
 
 
 def save_gated(folder, packed):

@@ -170,3 +170,11 @@ def test_other_files_are_refused(tmp_path, content, message):
 def test_reports_are_read_back(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(report()), encoding="utf-8")
     assert load_report(tmp_path / "r.json") == report()
+
+
+@pytest.mark.parametrize("entry", [3, {"kind": "text", "name": "a.txt"}])
+def test_entries_without_their_fields_are_refused(tmp_path, entry):
+    content = {"format": FORMAT_VERSION, "entries": [entry]}
+    (tmp_path / "r.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="r.json has an entry without .*inputs, metrics"):
+        load_report(tmp_path / "r.json")

@@ -165,26 +165,13 @@ def plan_training(config: RecipeConfig, log: Log) -> dict:
     kept = gates.plan({name: torch.ones(gate.size) for name, gate in gates.items()}).kept_fraction
     wrapped = add_lora(inputs.model, config.train)
     lora = [p for p in wrapped.parameters() if p.requires_grad]
-    short = replace(config.train, steps=2, warmup_steps=0)
-    marks = [time.perf_counter()]
-    with log.bar("timing a step", "step", short.steps) as tell:
-
-        def on_step(run: FineTuning) -> None:
-            marks.append(time.perf_counter())
-            tell(run.step)
-
-        FineTuning(wrapped, inputs.windows, short).run(on_step)
-    step = marks[-1] - marks[-2]
-    scored = len(inputs.held_out)
-    start = time.perf_counter()
-    perplexity(wrapped, inputs.held_out[:1])
-    scoring = 2 * scored * (time.perf_counter() - start)
-    counts = config.train
+    step, scoring = _timed(wrapped, inputs, config.train, log)
+    steps, tokens = config.train.steps, config.train.batch_size * config.train.window
     return {
         "model": config.model,
         "target": config.target,
-        "windows": {"train": len(inputs.windows), "held_out": scored},
-        "tokens": counts.steps * counts.batch_size * counts.window,
+        "windows": {"train": len(inputs.windows), "held_out": len(inputs.held_out)},
+        "tokens": steps * tokens,
         "params": {
             "model": sum(p.numel() for p in parameters),
             "blocks": gates.costs.total,
@@ -193,7 +180,7 @@ def plan_training(config: RecipeConfig, log: Log) -> dict:
         },
         "seconds": {
             "step": step,
-            "total": (counts.steps + counts.calibration_batches) * step + scoring,
+            "total": (steps + config.train.calibration_batches) * step + 2 * scoring,
         },
         "bytes": {
             "weights": sum(p.numel() * p.element_size() for p in parameters),
@@ -201,6 +188,22 @@ def plan_training(config: RecipeConfig, log: Log) -> dict:
         },
         "environment": environment(inputs.held_out.device),
     }
+
+
+def _timed(model, inputs: Inputs, config: TrainConfig, log: Log) -> tuple[float, float]:
+    """Seconds of a training step, the second of two, and of scoring all held-out windows."""
+    short = replace(config, steps=2, warmup_steps=0)
+    marks = []
+    with log.bar("timing a step", "step", short.steps) as tell:
+
+        def on_step(run: FineTuning) -> None:
+            marks.append(time.perf_counter())
+            tell(run.step)
+
+        FineTuning(model, inputs.windows, short).run(on_step)
+    start = time.perf_counter()
+    perplexity(model, inputs.held_out[:1])
+    return marks[1] - marks[0], len(inputs.held_out) * (time.perf_counter() - start)
 
 
 def pack_checkpoint(config: PackConfig, log: Log) -> dict:

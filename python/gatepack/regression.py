@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FORMAT_VERSION = 1
+_FIELDS = ("kind", "name", "inputs", "metrics")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ def load_report(path: Path) -> dict:
             f"{path} is not a report of gatepack eval in format {FORMAT_VERSION} "
             f"(it says {version!r})"
         )
+    for entry in report["entries"]:
+        found = entry if isinstance(entry, dict) else {}
+        missing = [field for field in _FIELDS if field not in found]
+        if missing:
+            raise ValueError(f"{path} has an entry without {', '.join(missing)}")
     return report
 
 
