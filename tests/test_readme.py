@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import gatepack
@@ -36,15 +37,30 @@ def test_python_blocks_parse_and_use_public_names(code):
             assert node.attr in gatepack.__all__, node.attr
 
 
-def test_flags_exist():
-    help_text = (
-        CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if "--" in line
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_flags_exist(line):
+    command = re.search(r"(?:gatepack|make) (\w+)", line).group(1)
+    options = {"env": {"COLUMNS": "200", "NO_COLOR": "1"}}
+    help_text = CliRunner().invoke(app, [command, "--help"], **options).output
+    for flag in re.findall(r"--[a-z][a-z-]*", line):
+        assert flag in help_text
+
+
+def test_flags_named_in_prose_exist():
+    help_text = "".join(
+        CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+        for name in typer.main.get_command(app).commands
     )
-    flags = set(
-        re.findall(r"--[a-z][a-z-]*", "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)))
-    )
-    assert flags
-    assert not {flag for flag in flags - {"--help"} if flag not in help_text}
+    for flag in re.findall(r"`(--[a-z][a-z-]*)", README):
+        assert flag in help_text, flag
 
 
 def test_make_targets_exist():

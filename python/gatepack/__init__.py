@@ -31,6 +31,7 @@ _EXPORTS = {
     "from_pretrained": "checkpoint",
     "explain": "inspection",
     "measure": "timing",
+    "evaluate": "evaluation",
 }
 
 # What type checkers and editors see: _EXPORTS once more, written by `make api`.

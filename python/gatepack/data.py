@@ -103,15 +103,16 @@ def _usable(relative: Path) -> bool:
 
 
 def _documents(file: Path) -> list[str]:
-    text = _read(file)
-    found = _lines(file, text) if file.suffix.lower() == ".jsonl" else _blocks(text)
+    text = read_text(file)
+    found = _texts(file, text) if file.suffix.lower() == ".jsonl" else _blocks(text)
     documents = [document for document in found if document.strip()]
     if not documents:
         raise ValueError(f"{file} is empty" if not text.strip() else f"{file} holds no text")
     return documents
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """A file's text, without a byte order mark; ValueError naming the file if it is not UTF-8."""
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -141,37 +142,45 @@ def _pieces(text: str) -> Iterator[str]:
             yield from re.findall(r"[^\n]*\n|[^\n]+", paragraph)
 
 
-def _lines(file: Path, text: str) -> Iterator[str]:
+def json_lines(file: Path, text: str) -> Iterator[tuple[str, object]]:
+    """("FILE line N", its value) for each line of a .jsonl file that is not blank.
+
+    Raises ValueError, with the same words in front, for a line that is not JSON or that holds a
+    lone surrogate, which no tokenizer takes.
+    """
     # Not splitlines: JSON strings may hold U+2028 and other line ends of Unicode.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield _text_of(line, f"{file} line {number}")
+            where = f"{file} line {number}"
+            try:
+                value = json.loads(line)
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{where} has a lone surrogate") from error
+            except ValueError as error:
+                raise ValueError(f"{where} is not JSON: {error}") from error
+            yield where, value
 
 
-def _text_of(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
-    document = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(document, str):
-        raise ValueError(f"{where} must be an object with a string field `text`")
-    try:
-        document.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where} has a lone surrogate at character {error.start} of `text`"
-        ) from error
-    return document
+def _texts(file: Path, text: str) -> Iterator[str]:
+    for where, record in json_lines(file, text):
+        document = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(document, str):
+            raise ValueError(f"{where} must be an object with a string field `text`")
+        yield document
+
+
+def separator_token(tokenizer) -> int | None:
+    """What stands between two texts: eos, else sep, else nothing."""
+    eos = tokenizer.eos_token_id
+    return tokenizer.sep_token_id if eos is None else eos
 
 
 def _joined_tokens(documents: Sequence[str], tokenizer) -> list[int]:
     if not documents:
         return []
     encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    separator = tokenizer.eos_token_id
-    if separator is None:
-        separator = tokenizer.sep_token_id
+    separator = separator_token(tokenizer)
     tokens = list(encoded[0])
     for ids in encoded[1:]:
         if separator is not None:

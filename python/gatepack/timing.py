@@ -1,12 +1,16 @@
 """Stage 5, pack: how fast a model is and what memory it takes, with the dense model beside it."""
 
+import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 
+import gatepack
 from gatepack.hf import hf_model
 from gatepack.quality import evaluating, forward_arguments, input_device, vocabulary_size
 
@@ -46,6 +50,14 @@ class Speed:
     peak_bytes: int | None
     dtype: str
 
+    @classmethod
+    def from_dict(cls, record: dict | None) -> "Speed | None":
+        """The inverse of dataclasses.asdict; None for None."""
+        if record is None:
+            return None
+        decode = record["decode"] and Rate(**record["decode"])
+        return cls(**{**record, "prefill": Rate(**record["prefill"]), "decode": decode})
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -78,7 +90,15 @@ class Measurement:
     def to_dict(self) -> dict:
         return {**asdict(self), "ratios": self.ratios}
 
-    def __str__(self):
+    @classmethod
+    def from_dict(cls, record: dict) -> "Measurement":
+        """The inverse of to_dict."""
+        fields = {name: value for name, value in record.items() if name != "ratios"}
+        speeds = {name: Speed.from_dict(fields[name]) for name in ("model", "dense")}
+        return cls(**{**fields, **speeds})
+
+    def rows(self) -> list[list[str]]:
+        """A table of text: a header, then a row for each phase and each kind of memory."""
         columns = {"dense": self.dense} if self.dense else {}
         columns["model"] = self.model
         rows = [["", *columns, *(["ratio"] if self.dense else [])]]
@@ -91,10 +111,15 @@ class Measurement:
         for label, what in (("parameters, MB", "parameter_bytes"), ("peak, MB", "peak_bytes")):
             sizes = [getattr(speed, what) for speed in columns.values()]
             if None not in sizes:
-                rows.append([label, *(f"{size / 1e6:,.1f}" for size in sizes)])
-        return "\n".join([*_aligned(rows), self._conditions()])
+                ratio = [f"{sizes[1] / sizes[0]:.2f}x"] if self.dense else []
+                rows.append([label, *(f"{size / 1e6:,.1f}" for size in sizes), *ratio])
+        return rows
 
-    def _conditions(self) -> str:
+    def __str__(self):
+        return "\n".join([*_aligned(self.rows()), self.conditions()])
+
+    def conditions(self) -> str:
+        """What was run, and on what."""
         return (
             f"median (p20-p80) of {self.repeats}; batch {self.batch_size}, prompt "
             f"{self.prompt_tokens}, {self.new_tokens} new tokens; {self.model.dtype}, "
@@ -112,6 +137,7 @@ def measure(
     batch_size: int = 1,
     repeats: int = 5,
     seed: int = 0,
+    progress: Callable[[int], None] | None = None,
 ) -> Measurement:
     """Times prefill and decode of a transformers model on random prompts, in eval mode.
 
@@ -120,7 +146,8 @@ def measure(
     prompt_tokens] that fills the cache and computes only the last logits where the model can;
     decode then takes new_tokens greedy steps, whatever they say. A model without a key/value cache
     (an encoder) is timed on the forward alone and has decode None. Training modes are restored;
-    on CUDA the peak memory statistics are reset. Raises ValueError for sizes below 1, prompts
+    on CUDA the peak memory statistics are reset. progress is called with the number of repeats
+    done. Raises ValueError for sizes below 1, prompts
     longer than the model's positions, or models on different devices.
     """
     runners = [_Runner(each) for each in (model, dense) if each is not None]
@@ -133,6 +160,8 @@ def measure(
         for runner in runners if repeat % 2 else runners[::-1]:
             with evaluating(runner.model):
                 runner.record(prompts, new_tokens)
+        if progress is not None:
+            progress(repeat + 1)
     speeds = [runner.speed(prompts.numel(), batch_size * new_tokens) for runner in runners]
     return Measurement(
         speeds[0],
@@ -243,6 +272,19 @@ def _check(runners: list[_Runner], prompt_tokens, new_tokens, batch_size, repeat
                 f"{type(runner.root).__name__} has {positions} positions, "
                 f"prompt_tokens and new_tokens need {longest}"
             )
+
+
+def environment(device: torch.device) -> dict:
+    """What figures depend on besides the model and its inputs: versions, machine, threads."""
+    return {
+        "gatepack": gatepack.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": _device_name(device),
+    }
 
 
 def _device_name(device: torch.device) -> str:

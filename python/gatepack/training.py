@@ -56,7 +56,7 @@ class TrainConfig:
         return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Training stopped on request after a whole step; everything up to it is on disk."""
 
 
@@ -223,7 +223,7 @@ def _gated_base(gates: GateSet) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _replacing(path: Path):
+def replacing(path: Path):
     """A path to write beside the target, renamed to it at the end; a failure leaves the target."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_suffix(".tmp")
@@ -238,13 +238,13 @@ def write_safetensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 ) -> None:
     """Writes the file whole or not at all."""
-    with _replacing(path) as staging:
+    with replacing(path) as staging:
         save_file({name: t.contiguous() for name, t in tensors.items()}, staging, metadata=metadata)
 
 
 def write_json(path: Path, value) -> None:
     """Writes the file whole or not at all."""
-    with _replacing(path) as staging:
+    with replacing(path) as staging:
         staging.write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 

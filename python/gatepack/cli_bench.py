@@ -1,0 +1,64 @@
+"""Stage 7, command line: the command that times a packed model beside the dense one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gatepack.cli_common import (
+    MODEL_HELP,
+    Config,
+    Device,
+    DryRun,
+    Dtype,
+    LogForm,
+    NewTokens,
+    PromptTokens,
+    Quiet,
+    Repeats,
+    command,
+)
+
+
+def bench(
+    model: Annotated[
+        str, typer.Argument(help="Packed model, or a gated one, which is packed in memory first.")
+    ] = "out/packed",
+    dense: Annotated[
+        str | None,
+        typer.Option(help=f"{MODEL_HELP} Default: the same config with random weights."),
+    ] = None,
+    prompt_tokens: PromptTokens = 256,
+    new_tokens: NewTokens = 32,
+    batch_size: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    repeats: Repeats = 5,
+    out: Annotated[
+        Path, typer.Option(help="Folder for bench.json, bench.png and bench.html.")
+    ] = Path("out/bench"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    dry_run: DryRun = False,
+    config: Config = None,
+    log: LogForm = "text",
+    quiet: Quiet = False,
+) -> None:
+    """Time dense against packed, in turn: prefill, decode, tokens/s and memory."""
+    with command(log, quiet) as shown:
+        from gatepack.bench import BenchConfig, plan, run
+        from gatepack.report import print_bench, print_bench_plan
+
+        settings = BenchConfig(
+            model=model,
+            dense=dense,
+            out=out,
+            device=device,
+            dtype=dtype,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+            repeats=repeats,
+        )
+        if dry_run:
+            shown.result(plan(settings, shown), print_bench_plan)
+        else:
+            shown.result(run(settings, shown), lambda report: print_bench(report, out))

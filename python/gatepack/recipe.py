@@ -1,0 +1,354 @@
+"""Stage 7, command line: runs of the default recipe, which can be cut off, and their parts."""
+
+import copy
+import json
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import gatepack
+from gatepack.checkpoint import from_pretrained, save_pretrained
+from gatepack.config import GateConfig
+from gatepack.data import load_documents, split_documents, to_windows
+from gatepack.hf import attach, gates_of, layers_of
+from gatepack.models import load_model, torch_device, torch_dtype
+from gatepack.optional import require
+from gatepack.packing import PackReport, pack
+from gatepack.plots import draw_gate_map, draw_training
+from gatepack.progress import Log
+from gatepack.quality import max_logit_difference, perplexity, token_logits
+from gatepack.resume import State
+from gatepack.texts import sha256_of
+from gatepack.timing import environment
+from gatepack.training import (
+    FineTuning,
+    TrainConfig,
+    add_lora,
+    close_to_budget,
+    load_gated_base,
+    save_gated_base,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """What is trained, on which text, and down to which size.
+
+    target: kept fraction of the blocks' weights. out: the folder of the result and, until then, of
+    what is finished so far. device: "auto" takes CUDA where there is one. eval_windows: held-out
+    windows to score, at most.
+    """
+
+    model: str = "smollm2"
+    text: str | Path | None = None
+    target: float = 0.8
+    out: Path = Path("out/gated")
+    device: str = "auto"
+    width_multiple: int = 32
+    equal_layers: bool = False
+    eval_windows: int = 24
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        self.gates()
+        if self.eval_windows < 1:
+            raise ValueError(f"eval_windows must be >= 1, got {self.eval_windows}")
+
+    def gates(self) -> GateConfig:
+        return GateConfig(
+            noise=0.0,
+            target=self.target,
+            width_multiple=self.width_multiple,
+            equal_layers=self.equal_layers,
+            seed=self.train.seed,
+        )
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Which gated checkpoint is packed and where to, and the held-out text that checks it.
+
+    text: as it was trained on, so that the same part of it is held out. window in tokens; windows:
+    at most so many. dtype: a name of gatepack.models.DTYPES.
+    """
+
+    model: str = "out/gated"
+    text: str | Path | None = None
+    out: Path = Path("out/packed")
+    window: int = 256
+    windows: int = 24
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self):
+        if self.window < 2:
+            raise ValueError(f"window must be >= 2 tokens, got {self.window}")
+        if self.windows < 1:
+            raise ValueError(f"windows must be >= 1, got {self.windows}")
+        if Path(self.model).resolve() == Path(self.out).resolve():
+            raise ValueError(f"out must not be the gated model's own folder, got {self.out}")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model on its device, its tokenizer, and windows of token ids to train on and to score."""
+
+    model: nn.Module
+    tokenizer: object
+    windows: torch.Tensor
+    held_out: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A gated PEFT model, and the loss of each step, nats per token."""
+
+    model: nn.Module
+    losses: list[float]
+
+
+class ParityError(FloatingPointError):
+    """A model does not compute what the one that it was made from did."""
+
+
+def train(config: RecipeConfig, log: Log) -> dict:
+    """Prices, closes and repairs, trains LoRA through what stays open; saves the gated model.
+
+    config.out gets the checkpoint with LoRA merged in, train.json (the report that is returned),
+    losses.png and gates.png. Interrupted or failed, it goes on from its last finished stage (in
+    training: step) when run again with the same settings. Raises Interrupted, ParityError, or
+    ValueError, ImportError or OSError with one sentence on what to change.
+    """
+    require("training", "peft", "matplotlib")
+    documents = load_documents(config.text)
+    state = open_state(config, documents)
+    inputs = load_inputs(config, documents, log)
+    base = state.once("base", lambda: score(inputs.model, inputs.held_out, "base model", log))
+    trained = train_gated(inputs, config, state, log)
+    gated = trained.model.merge_and_unload()
+    gates = gates_of(gated)
+    report = {
+        "model": config.model,
+        "target": config.target,
+        "kept_fraction": gates.kept_fraction(),
+        "perplexity": {"base": base, "gated": score(gated, inputs.held_out, "gated model", log)},
+        "losses": trained.losses,
+        "settings": plain(asdict(config)),
+        "environment": environment(inputs.held_out.device),
+    }
+    save_pretrained(gated, config.out, inputs.tokenizer)
+    check_reload(gated, config.out, inputs.held_out)
+    draw_training({"gates and LoRA": trained.losses}, config.out / "losses.png")
+    draw_gate_map(gates, config.out / "gates.png")
+    write_json(config.out / "train.json", report)
+    state.clear()
+    return report
+
+
+def plan_training(config: RecipeConfig, log: Log) -> dict:
+    """What train would do and cost, from two timed steps; writes nothing.
+
+    params: of the model, of its blocks' linears, of those the kept ones, and of LoRA. seconds: a
+    step with every gate open, which is more than one with closed gates takes, and all steps,
+    calibration and scoring at that rate; pricing and repairing units come on top. bytes: of the
+    weights, and of what training keeps for LoRA (gradients and Adam's moments). Raises as train,
+    where the target cannot be met too.
+    """
+    require("training", "peft")
+    inputs = load_inputs(config, load_documents(config.text), log)
+    parameters = list(inputs.model.parameters())
+    gates = attach(inputs.model, config.gates())
+    kept = gates.plan({name: torch.ones(gate.size) for name, gate in gates.items()}).kept_fraction
+    wrapped = add_lora(inputs.model, config.train)
+    lora = [p for p in wrapped.parameters() if p.requires_grad]
+    step, scoring = _timed(wrapped, inputs, config.train, log)
+    steps, tokens = config.train.steps, config.train.batch_size * config.train.window
+    return {
+        "model": config.model,
+        "target": config.target,
+        "windows": {"train": len(inputs.windows), "held_out": len(inputs.held_out)},
+        "tokens": steps * tokens,
+        "params": {
+            "model": sum(p.numel() for p in parameters),
+            "blocks": gates.costs.total,
+            "kept": round(kept * gates.costs.total),
+            "lora": sum(p.numel() for p in lora),
+        },
+        "seconds": {
+            "step": step,
+            "total": (steps + config.train.calibration_batches) * step + 2 * scoring,
+        },
+        "bytes": {
+            "weights": sum(p.numel() * p.element_size() for p in parameters),
+            "training": sum(3 * p.numel() * p.element_size() for p in lora),
+        },
+        "environment": environment(inputs.held_out.device),
+    }
+
+
+def _timed(model, inputs: Inputs, config: TrainConfig, log: Log) -> tuple[float, float]:
+    """Seconds of a training step, the second of two, and of scoring all held-out windows."""
+    short = replace(config, steps=2, warmup_steps=0)
+    marks = []
+    with log.bar("timing a step", "step", short.steps) as tell:
+
+        def on_step(run: FineTuning) -> None:
+            marks.append(time.perf_counter())
+            tell(run.step)
+
+        FineTuning(model, inputs.windows, short).run(on_step)
+    start = time.perf_counter()
+    perplexity(model, inputs.held_out[:1])
+    return marks[1] - marks[0], len(inputs.held_out) * (time.perf_counter() - start)
+
+
+def pack_checkpoint(config: PackConfig, log: Log) -> dict:
+    """Packs a gated checkpoint into config.out, after comparing its logits; returns the report.
+
+    config.out is written whole or not at all, with pack.json beside the weights. Raises
+    ParityError if the packed or the reloaded model gives other logits, and ValueError for a
+    checkpoint without gates.
+    """
+    gated, tokenizer = _load_gated(config, log)
+    documents = split_documents(load_documents(config.text))[1]
+    held_out = to_windows(documents, tokenizer, config.window)[: config.windows]
+    held_out = held_out.to(torch_device(config.device))
+    packed, packing, parity = pack_and_check(gated, held_out)
+    report = {
+        "model": config.model,
+        "pack": packing,
+        "parity": parity,
+        "perplexity": {
+            "gated": score(gated, held_out, "gated model", log),
+            "packed": score(packed, held_out, "packed model", log),
+        },
+        "settings": plain(asdict(config)),
+        "environment": environment(held_out.device),
+    }
+    save_pretrained(packed, config.out, tokenizer)
+    check_reload(packed, config.out, held_out)
+    write_json(Path(config.out) / "pack.json", report)
+    return report
+
+
+def plan_packing(config: PackConfig, log: Log) -> PackReport:
+    """What pack_checkpoint would keep; packs in memory and writes nothing."""
+    return pack(_load_gated(config, log)[0])
+
+
+def _load_gated(config: PackConfig, log: Log) -> tuple[nn.Module, object]:
+    device = torch_device(config.device)
+    log.say(f"loading {config.model}")
+    model, tokenizer = load_model(config.model, torch_dtype(config.dtype))
+    try:
+        gates_of(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{config.model} has no gates to pack: name a folder that gatepack train has written"
+        ) from error
+    return model.to(device), tokenizer
+
+
+def open_state(config: RecipeConfig, documents: list[str]) -> State:
+    """What an earlier run with the same settings, text and version has finished."""
+    settings = {**plain(asdict(config)), "text_sha256": sha256_of(documents)}
+    return State.open(config.out, {**settings, "version": gatepack.__version__})
+
+
+def load_inputs(config: RecipeConfig, documents: list[str], log: Log) -> Inputs:
+    """config.model on its device, and its text as windows; every sixth document is held out."""
+    training, held_out = split_documents(documents)
+    device = torch_device(config.device)
+    log.say(f"loading {config.model}")
+    model, tokenizer = load_model(config.model)
+    length = config.train.window
+    windows = to_windows(training, tokenizer, length)
+    scored = to_windows(held_out, tokenizer, length)[: config.eval_windows]
+    log.say(f"{len(windows)} training, {len(scored)} held-out windows of {length} tokens")
+    return Inputs(model.to(device), tokenizer, windows.to(device), scored.to(device))
+
+
+def train_gated(inputs: Inputs, config: RecipeConfig, state: State, log: Log) -> Trained:
+    """Puts gates on inputs.model, closes them down to the target, and trains LoRA."""
+    gates = attach(inputs.model, config.gates())
+    folder = state.folder / "gated"
+    if not load_gated_base(gates, folder):
+        with log.phases() as progress:
+            close_to_budget(inputs.model, inputs.windows, config.train, progress)
+        save_gated_base(gates, folder)
+    wrapped = add_lora(inputs.model, config.train)
+    budget = {
+        "open": f"{gates.open_fraction():.1%}",
+        "budget": f"{gates.kept_fraction():.1%}/{config.target:.1%}",
+    }
+    losses = fine_tune(wrapped, inputs.windows, config.train, folder, "gates and LoRA", log, budget)
+    return Trained(wrapped, losses)
+
+
+def fine_tune(
+    model: nn.Module,
+    windows: torch.Tensor,
+    config: TrainConfig,
+    folder: Path,
+    title: str,
+    log: Log,
+    shown: dict[str, str] | None = None,
+) -> list[float]:
+    """FineTuning with a bar that shows the loss, and `shown` beside it; returns the losses."""
+    tuning = FineTuning(model, windows, config, folder)
+    with log.bar(title, "step", config.steps, tuning.step, leave=True) as tell:
+        return tuning.run(
+            lambda run: tell(run.step, loss=round(run.losses[-1], 3), **(shown or {}))
+        )
+
+
+def pack_and_check(gated: nn.Module, held_out: torch.Tensor) -> tuple[nn.Module, dict, dict]:
+    """(packed copy, PackReport and parity as dicts); adapters of the copy are merged first.
+
+    Raises ParityError if logits on held_out differ by more than rounding explains.
+    """
+    packed = copy.deepcopy(gated)
+    if hasattr(packed, "merge_and_unload"):
+        packed = packed.merge_and_unload()
+    report = pack(packed)
+    packed.eval()
+    sample = held_out[:4]
+    difference = max_logit_difference(gated, packed, sample)
+    with torch.no_grad():
+        largest = float(token_logits(packed, sample[:1]).abs().max())
+    # One rounding of the running sum per sublayer and linear, added up in the worst direction.
+    layers = layers_of(packed)
+    roundings = len(layers) * len(layers[0].family.linears)
+    bound = torch.finfo(packed.dtype).eps * roundings * largest
+    parity = {"max_abs_difference": difference, "bound": bound, "largest_logit": largest}
+    if not difference <= bound:
+        raise ParityError(
+            f"packed and gated logits differ by {difference:.3g}, "
+            f"more than rounding explains ({bound:.3g})"
+        )
+    return packed, report.to_dict(), parity
+
+
+def check_reload(model: nn.Module, folder: Path, held_out: torch.Tensor) -> None:
+    """Raises ParityError unless the checkpoint in folder gives the model's logits, bit for bit."""
+    reloaded = from_pretrained(folder).to(held_out.device).eval()
+    difference = max_logit_difference(model, reloaded, held_out[:2])
+    if difference != 0:
+        raise ParityError(
+            f"the model reloaded from {folder} gives logits that differ by {difference:.3g}"
+        )
+
+
+def score(model: nn.Module, held_out: torch.Tensor, what: str, log: Log) -> float:
+    """The perplexity of windows [n, length], with a bar."""
+    with log.bar(f"scoring {what}", "window", len(held_out)) as tell:
+        return perplexity(model, held_out, progress=tell)
+
+
+def plain(value):
+    """value with paths as strings and tuples as lists, as JSON gives them back."""
+    return json.loads(json.dumps(value, default=str))

@@ -1,0 +1,188 @@
+"""gatepack train and pack: what they leave on disk, how they go on, and what they plan."""
+
+import json
+
+import pytest
+import torch
+from checkpoints import save_tiny, write_documents
+from typer.testing import CliRunner
+
+import gatepack as gp
+from gatepack import recipe, training
+from gatepack.cli import app
+from gatepack.progress import Log
+from gatepack.quality import max_logit_difference
+from gatepack.recipe import (
+    PackConfig,
+    ParityError,
+    RecipeConfig,
+    pack_checkpoint,
+    plan_packing,
+    plan_training,
+    train,
+)
+from gatepack.resume import STATE
+from gatepack.training import Interrupted, TrainConfig
+
+QUIET = Log("quiet")
+SMALL = TrainConfig(
+    steps=4, batch_size=2, window=16, lora_rank=2, calibration_batches=2, learning_rate=1e-3
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return RecipeConfig(
+        model=str(save_tiny(tmp_path / "tiny")),
+        text=write_documents(tmp_path / "text.jsonl"),
+        target=0.7,
+        out=tmp_path / "gated",
+        device="cpu",
+        width_multiple=8,
+        eval_windows=4,
+        train=SMALL,
+    )
+
+
+@pytest.fixture
+def packing(config, tmp_path):
+    return PackConfig(str(config.out), config.text, tmp_path / "packed", window=16, windows=4)
+
+
+def flags(**values):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def invoke(*arguments):
+    environment = {"COLUMNS": "200", "NO_COLOR": "1"}
+    return CliRunner().invoke(app, [str(each) for each in arguments], env=environment)
+
+
+def test_train_then_pack(config, packing):
+    report = train(config, QUIET)
+    assert abs(report["kept_fraction"] - 0.7) <= 0.005
+    assert len(report["losses"]) == SMALL.steps
+    assert set(report["perplexity"]) == {"base", "gated"}
+    assert json.loads((config.out / "train.json").read_text()) == json.loads(json.dumps(report))
+    for name in ("losses.png", "gates.png"):
+        assert (config.out / name).read_bytes().startswith(b"\x89PNG")
+    assert not (config.out / STATE).exists()
+    gated = gp.from_pretrained(config.out).eval()
+    assert gp.gates_of(gated).kept_fraction() == report["kept_fraction"]
+
+    done = pack_checkpoint(packing, QUIET)
+    assert done["pack"]["kept_fraction"] == report["kept_fraction"]
+    assert done["perplexity"]["gated"] == report["perplexity"]["gated"]
+    assert done["parity"]["max_abs_difference"] <= done["parity"]["bound"]
+    assert json.loads((packing.out / "pack.json").read_text()) == json.loads(json.dumps(done))
+    packed = gp.from_pretrained(packing.out).eval()
+    assert sum(p.numel() for p in packed.parameters()) == done["pack"]["params"][1]
+    ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert max_logit_difference(gated, packed, ids) <= done["parity"]["bound"]
+
+
+def test_interrupted_training_goes_on_to_the_same_result(config, tmp_path, monkeypatch):
+    whole = train(config, QUIET)
+    step = training.FineTuning._train_step
+    again = RecipeConfig(**{**vars(config), "out": tmp_path / "again"})
+
+    def two_steps(self):
+        if self.step == 2:
+            self.save()
+            raise Interrupted
+        step(self)
+
+    monkeypatch.setattr(training.FineTuning, "_train_step", two_steps)
+    with pytest.raises(Interrupted):
+        train(again, QUIET)
+    assert not (again.out / "config.json").exists()
+    monkeypatch.setattr(training.FineTuning, "_train_step", step)
+    resumed = train(again, QUIET)
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["perplexity"] == whole["perplexity"]
+    weights = [(out / "model.safetensors").read_bytes() for out in (config.out, again.out)]
+    assert weights[0] == weights[1]
+
+
+def test_plan_counts_what_training_then_does(config):
+    plan = plan_training(config, QUIET)
+    assert not config.out.exists()
+    assert plan["tokens"] == SMALL.steps * SMALL.batch_size * SMALL.window
+    assert plan["windows"]["held_out"] == 4
+    dense = gp.models.load_model(config.model)[0]
+    gates = gp.attach(dense, config.gates())
+    assert plan["params"]["blocks"] == gates.costs.total
+    assert abs(plan["params"]["kept"] / gates.costs.total - 0.7) <= 0.005
+    # A and B of rank 2 on each linear: q, k, v, o, gate, up and down of two layers.
+    sizes = ((48, 48), (48, 16), (48, 16), (48, 48), (48, 40), (48, 40), (40, 48))
+    assert plan["params"]["lora"] == 2 * sum(2 * (i + o) for i, o in sizes)
+    assert plan["bytes"]["training"] == 3 * 4 * plan["params"]["lora"]
+    steps = SMALL.steps + SMALL.calibration_batches
+    assert plan["seconds"]["total"] >= steps * plan["seconds"]["step"] > 0
+
+
+def test_plan_refuses_what_training_would(config):
+    small = TrainConfig(**{**vars(SMALL), "batch_size": 10_000})
+    with pytest.raises(ValueError, match="batch_size must lie between 1 and the number of windows"):
+        plan_training(RecipeConfig(**{**vars(config), "train": small}), QUIET)
+
+
+def test_plan_of_packing_writes_nothing(config, packing):
+    train(config, QUIET)
+    report = plan_packing(packing, QUIET)
+    assert abs(report.kept_fraction - 0.7) <= 0.005
+    assert not packing.out.exists()
+
+
+def test_pack_refuses_a_model_without_gates_and_its_own_folder(config, packing, tmp_path):
+    with pytest.raises(ValueError, match="tiny has no gates to pack"):
+        pack_checkpoint(PackConfig(config.model, config.text, tmp_path / "p", window=16), QUIET)
+    with pytest.raises(ValueError, match="out must not be the gated model's own folder"):
+        PackConfig(str(config.out), out=config.out)
+    for name, value in (("window", 1), ("windows", 0)):
+        with pytest.raises(ValueError, match=f"{name} must be >="):
+            PackConfig(**{name: value})
+
+
+def test_other_logits_are_not_written(config, packing, monkeypatch):
+    train(config, QUIET)
+    monkeypatch.setattr(recipe, "max_logit_difference", lambda *args: 1.0)
+    with pytest.raises(ParityError, match="packed and gated logits differ by 1"):
+        pack_checkpoint(packing, QUIET)
+    assert not packing.out.exists()
+
+
+def test_commands_print_write_and_plan(config, packing, tmp_path):
+    settings = {"text": config.text, "target": 0.7, "out": config.out, "device": "cpu"}
+    shape = {"width_multiple": 8, "eval_windows": 4}
+    length = {name: getattr(SMALL, name) for name in ("steps", "batch_size", "window", "lora_rank")}
+    yaml = tmp_path / "train.yaml"
+    yaml.write_text("\n".join(f"{name}: {value}" for name, value in {**shape, **length}.items()))
+    arguments = ["train", config.model, "--config", yaml, *flags(**settings)]
+    done = invoke(*arguments, "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "parameters when packed, about" in done.output and not config.out.exists()
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.output
+    assert "held-out perplexity, gated" in done.output
+
+    options = flags(text=config.text, out=packing.out, window=16, windows=4)
+    done = invoke("pack", config.out, *options, "--dry-run")
+    assert done.exit_code == 0 and "in blocks" in done.output and not packing.out.exists()
+    done = invoke("pack", config.out, *options, "--log", "json")
+    assert done.exit_code == 0, done.output
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["event"] == "result" and "params" in last["result"]["pack"]
+    assert gp.from_pretrained(packing.out)
+
+
+def test_restart_drops_an_unfinished_run(config):
+    state = config.out / STATE
+    state.mkdir(parents=True)
+    (state / "settings.json").write_text('{"target": 0.5}')
+    options = flags(text=config.text, out=config.out, steps=1, batch_size=2, window=16)
+    options += flags(width_multiple=8, eval_windows=2, target=0.7)
+    done = invoke("train", config.model, *options)
+    assert done.exit_code == 1 and "pass --restart to drop it" in done.stderr
+    done = invoke("train", config.model, *options, "--restart")
+    assert done.exit_code == 0, done.output
