@@ -8,7 +8,14 @@ import torch
 from tiny import VOCAB, tiny_model, token_ids
 
 from gatepack import quality
-from gatepack.quality import evaluating, max_logit_difference, perplexity
+from gatepack.quality import (
+    TokenScores,
+    calibration_error,
+    evaluating,
+    max_logit_difference,
+    perplexity,
+    token_scores,
+)
 
 
 def perplexity_by_hand(model, windows):
@@ -33,6 +40,52 @@ def test_perplexity_of_uniform_predictions_is_the_vocabulary():
     model = tiny_model("llama", torch.float32)
     torch.nn.init.zeros_(model.lm_head.weight)
     assert perplexity(model, token_ids(2, 9)) == pytest.approx(VOCAB, rel=1e-6)
+
+
+@torch.no_grad()
+def test_scores_are_those_of_the_tokens_asked_for():
+    model = tiny_model("llama", torch.float32).eval()
+    windows = token_ids(3, 7)
+    scored = torch.zeros(3, 7, dtype=torch.bool)
+    scored[0, 1], scored[0, 6], scored[2, 3] = True, True, True
+    scores = token_scores(model, windows, scored, batch_size=2)
+    p = model(input_ids=windows).logits.double().softmax(-1)
+    rows = [p[0, 0], p[0, 5], p[2, 2]]
+    targets = [int(windows[0, 1]), int(windows[0, 6]), int(windows[2, 3])]
+    expected = [-math.log(row[target]) for row, target in zip(rows, targets, strict=True)]
+    assert scores.nats.dtype == torch.float64
+    assert scores.nats.tolist() == pytest.approx(expected, rel=1e-5)
+    assert scores.confidence.tolist() == pytest.approx([float(row.max()) for row in rows], rel=1e-5)
+    hits = [int(row.argmax()) == target for row, target in zip(rows, targets, strict=True)]
+    assert scores.hit.tolist() == hits
+    assert scores.perplexity == pytest.approx(math.exp(sum(expected) / 3), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "scored",
+    [torch.ones(2, 9, dtype=torch.bool), torch.ones(2, 9), torch.zeros(2, 8, dtype=torch.bool)],
+)
+def test_scored_tokens_of_another_form_are_refused(scored):
+    with pytest.raises(ValueError, match=r"scored must be bool \[2, 9\] and False for each window"):
+        token_scores(tiny_model("llama", torch.float32), token_ids(), scored)
+
+
+def test_calibration_error_is_its_definition():
+    confidence = torch.tensor([0.0, 0.1, 0.62, 0.65, 0.66, 0.95, 1.0])
+    hit = torch.tensor([True, False, True, False, True, True, False])
+    # Of 15 bins: 0 alone, 0.1 alone, three in (0.6, 0.667], two above 0.933.
+    gaps = (1.0, 0.1, abs(2 - 1.93), abs(1 - 1.95))
+    assert calibration_error(confidence, hit) == pytest.approx(sum(gaps) / 7)
+    # In one bin, the signs cancel.
+    assert calibration_error(confidence, hit, bins=1) == pytest.approx(abs(4 - 3.98) / 7, abs=1e-6)
+    scores = TokenScores(torch.zeros(7), confidence, hit)
+    assert scores.calibration_error == calibration_error(confidence, hit)
+
+
+def test_calibration_error_of_nothing_or_nan():
+    with pytest.raises(ValueError, match="must be \\[n >= 1\\]"):
+        calibration_error(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+    assert math.isnan(calibration_error(torch.tensor([0.5, math.nan]), torch.tensor([True, False])))
 
 
 def test_forwards_hold_no_more_logits_than_allowed(monkeypatch):

@@ -32,10 +32,12 @@ _EXPORTS = {
     "measure": "timing",
 }
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [*_EXPORTS, "methods", "__version__"]
 
 
 def __getattr__(name):
+    if name == "methods":
+        return importlib.import_module("gatepack.methods")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'gatepack' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"gatepack.{_EXPORTS[name]}"), name)

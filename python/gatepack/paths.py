@@ -72,6 +72,11 @@ def choose_path(tokens: int, width: int, device: torch.device) -> Choice:
     return Choice("folded", f"more than {limit} tokens")
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton kernels run on this device: GPUs, or the interpreter where it is forced."""
+    return _has_triton() and (device.type == "cuda" or _env.backend() == "triton")
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

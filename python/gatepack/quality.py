@@ -2,7 +2,9 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -12,7 +14,80 @@ from gatepack.hf import hf_model
 LOGITS_AT_ONCE = 64 * 1024**2
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model said of each scored token, in the order of the windows.
+
+    nats: -log p(token), fp64 [n]. confidence: probability of the likeliest token, fp32 [n]. hit:
+    whether that was the token, bool [n].
+    """
+
+    nats: torch.Tensor
+    confidence: torch.Tensor
+    hit: torch.Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean over tokens of -log p)."""
+        return self.nats.mean().exp().item()
+
+    @property
+    def calibration_error(self) -> float:
+        return calibration_error(self.confidence, self.hit)
+
+    @classmethod
+    def joined(cls, parts: Sequence["TokenScores"]) -> "TokenScores":
+        names = [field.name for field in fields(cls)]
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
 @torch.no_grad()
+def token_scores(
+    model: nn.Module,
+    windows: torch.Tensor,
+    scored: torch.Tensor | None = None,
+    batch_size: int = 4,
+    progress: Callable[[int], None] | None = None,
+) -> TokenScores:
+    """-log p(token | tokens before it in its window) over windows [n, length] of token ids.
+
+    scored, bool [n, length]: which tokens count; by default all but the first of each window, which
+    nothing precedes. Runs in eval mode (and restores it) without gradients; log-probabilities are
+    fp32. batch_size is an upper bound: a forward never holds more than 64 Mi logits. progress is
+    called with the number of windows done. Raises ValueError for windows of another form, a scored
+    first token, or a model without token logits.
+    """
+    _check(windows, shortest=2)
+    if scored is None:
+        scored = torch.ones_like(windows, dtype=torch.bool)
+        scored[:, 0] = False
+    elif scored.dtype != torch.bool or scored.shape != windows.shape or bool(scored[:, 0].any()):
+        raise ValueError(
+            f"scored must be bool {list(windows.shape)} and False for each window's first token, "
+            f"got {scored.dtype} {list(scored.shape)}"
+        )
+    rows = _rows(model, windows, batch_size)
+    parts = []
+    done = 0
+    with evaluating(model):
+        for ids, wanted in zip(windows.split(rows), scored.split(rows), strict=True):
+            logits = token_logits(model, ids)
+            places = zip(logits, ids.to(logits.device), wanted.to(logits.device), strict=True)
+            for row, targets, mask in places:
+                parts.append(_token_scores(row[:-1][mask[1:]].float(), targets[mask]))
+            done += len(ids)
+            if progress is not None:
+                progress(done)
+    scores = TokenScores.joined(parts)
+    return TokenScores(scores.nats.double().cpu(), scores.confidence.cpu(), scores.hit.cpu())
+
+
+def _token_scores(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+    nats = nn.functional.cross_entropy(logits, targets, reduction="none")
+    highest, guess = logits.max(-1)
+    return TokenScores(nats, (highest - logits.logsumexp(-1)).exp(), guess == targets)
+
+
 def perplexity(
     model: nn.Module,
     windows: torch.Tensor,
@@ -21,24 +96,29 @@ def perplexity(
 ) -> float:
     """exp(mean over tokens of -log p(next token)) over windows [n, length] of token ids.
 
-    Each window gives length - 1 predictions, all of equal weight. Runs in eval mode (and restores
-    it) without gradients; log-probabilities are fp32 and their sum fp64. batch_size is an upper
-    bound: a forward never holds more than 64 Mi logits. progress is called with the number of
-    windows done. Raises ValueError for windows of another form or a model without token logits.
+    Each window gives length - 1 predictions, all of equal weight; their mean is fp64. The rest is
+    as in token_scores.
     """
-    _check(windows, shortest=2)
-    total = torch.zeros((), dtype=torch.float64)
-    done = 0
-    with evaluating(model):
-        for ids in windows.split(_rows(model, windows, batch_size)):
-            logits = token_logits(model, ids)
-            for row, targets in zip(logits, ids.to(logits.device), strict=True):
-                loss = nn.functional.cross_entropy(row[:-1].float(), targets[1:], reduction="sum")
-                total += loss.double().cpu()
-            done += len(ids)
-            if progress is not None:
-                progress(done)
-    return (total / (len(windows) * (windows.shape[1] - 1))).exp().item()
+    return token_scores(model, windows, None, batch_size, progress).perplexity
+
+
+def calibration_error(confidence: torch.Tensor, hit: torch.Tensor, bins: int = 15) -> float:
+    """sum over bins of n_b / n * |mean(hit) - mean(confidence)|, in bins of equal width.
+
+    confidence [n] in [0, 1]; hit bool [n]. Bin b holds confidences in (b / bins, (b + 1) / bins],
+    and bin 0 also those of 0 (Guo et al. 2017, section 2, with 15 bins). NaN if a confidence is.
+    Raises ValueError for nothing to average.
+    """
+    if confidence.shape != hit.shape or confidence.dim() != 1 or len(hit) == 0:
+        raise ValueError(
+            f"confidence and hit must be [n >= 1], got {list(confidence.shape)}, {list(hit.shape)}"
+        )
+    if confidence.isnan().any():
+        return math.nan
+    confidence = confidence.double()
+    bin_of = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, hit.double() - confidence)
+    return gaps.abs().sum().item() / len(hit)
 
 
 @torch.no_grad()
