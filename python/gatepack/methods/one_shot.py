@@ -67,6 +67,13 @@ class OneShot:
         self._close(gates, masks, measured)
         return pack(model)
 
+    def prepare(self, model: nn.Module, batches: Iterable[Batch] = ()) -> PackReport:
+        """prune, under the name by which GateCallback calls a method."""
+        return self.prune(model, batches)
+
+    def start(self, model: nn.Module, steps: int, batches: Iterable[Batch] = ()) -> None:
+        """Nothing is left to step once the model is pruned."""
+
     def run(
         self,
         model: nn.Module,
