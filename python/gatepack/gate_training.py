@@ -97,10 +97,7 @@ class GateTraining:
         gradient, self.gradient = self.gradient, None
         (total,) = torch.autograd.grad(self._penalty(), self.gates.logits)
         if gradient is not None:
-            gradient = gradient / loss_scale
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(gradient)
-                gradient = gradient / dist.get_world_size()
+            gradient = over_ranks(gradient / loss_scale)
             total = total + torch.where(gradient.isfinite().all(), gradient, 0.0)
         self.gates.logits.grad = total
         self.optimizer.step()
@@ -158,6 +155,14 @@ class GateTraining:
         self.done = int(state["done"])
         if bool(state["frozen"]):
             self._freeze()
+
+
+def over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all ranks; the tensor itself without torch.distributed."""
+    if not dist.is_available() or not dist.is_initialized():
+        return tensor
+    dist.all_reduce(tensor)
+    return tensor / dist.get_world_size()
 
 
 @dataclass(frozen=True)

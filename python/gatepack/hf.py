@@ -193,8 +193,8 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     """Gates a transformers model (or a PEFT model around one) in place and returns its GateSet.
 
     Units "rows" and "columns" give a gatepack.row_column.RowColumnGateSet. Swaps child modules by
-    name; the GateSet becomes the submodule `gatepack_gates`, so optimizers,
-    checkpoints and .to() see it. Works before or after get_peft_model; after it, call
+    name; the GateSet becomes the submodule `gatepack_gates`, so optimizers, checkpoints and .to()
+    see it. Works before or after get_peft_model; after it, call
     gates.unfreeze() before building the optimizer. Gradient checkpointing must be non-reentrant
     (use_reentrant=False): all layers share one sample. Raises ValueError for a model of no known
     family, gates attached twice, or a target that the gated units cannot reach.

@@ -118,10 +118,10 @@ def pack(model: nn.Module) -> PackReport:
 
     What is closed is what the noiseless gates say (eval mode): packed logits equal gated logits in
     eval mode up to rounding. LoRA factors are sliced with their weights and go on training; merge
-    them first for a plain model, and for gates on rows and columns (whose linears then gather their
-    input and scatter their output on the residual side). The gates are taken off and config.gatepack records which units
-    stayed, for unpack and from_pretrained. Raises ValueError if the model has no gates or an
-    adapter that cannot be sliced; then nothing has changed.
+    them first for a plain model, and for gates on rows and columns, whose linears then gather their
+    input and scatter their output on the residual side. The gates are taken off and config.gatepack
+    records which units stayed, for unpack and from_pretrained. Raises ValueError if the model has
+    no gates or an adapter that cannot be sliced; then nothing has changed.
     """
     root = hf_model(model)
     gates = gates_of(root)

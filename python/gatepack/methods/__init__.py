@@ -10,6 +10,7 @@ import importlib
 _EXPORTS = {
     "ContextPruning": "context_pruning",
     "FLAP": "flap",
+    "FineGates": "fine_gates",
     "Magnitude": "magnitude",
     "MethodRun": "one_shot",
     "OneShot": "one_shot",
