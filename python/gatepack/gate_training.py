@@ -144,8 +144,8 @@ class GateTraining:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """The inverse of state_dict, on a model with the same gates."""
-        self.gates.load_state_dict(_under("gates.", state))
-        moments = _under("adam.", state)
+        self.gates.load_state_dict(under("gates.", state))
+        moments = under("adam.", state)
         if moments:
             device = self.gates.logits.device
             self.optimizer.state[self.gates.logits] = {
@@ -192,5 +192,6 @@ class GateRecipe:
         return GateTraining(model, steps, self.schedule)
 
 
-def _under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The entries of a state whose names begin with prefix, without it."""
     return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}

@@ -14,7 +14,7 @@ from gatepack.hf import Attachment, Layer, layers_of
 from gatepack.modules import Site, base_linear, is_conv1d, linear_shape
 
 # How q and k lanes meet, by model_type: lane by lane, or rotated in pairs (j, j + head_dim / 2).
-_QUERY_KEY = {
+QUERY_KEY = {
     **dict.fromkeys(("bert", "roberta", "gpt2", "opt"), "lanes"),
     **dict.fromkeys(("llama", "mistral", "qwen2"), "pairs"),
 }
@@ -273,7 +273,7 @@ def _couplings(root: nn.Module, layer: Layer, gates: GateSet) -> Iterator[Coupli
 
     if v is not None and out is not None:
         yield Coupling(by_head(v, out, 1), shared=True)
-    meeting = _QUERY_KEY.get(root.config.model_type)
+    meeting = QUERY_KEY.get(root.config.model_type)
     if q is not None and k is not None and meeting is not None:
         yield Coupling(by_head(k, q, 2 if meeting == "pairs" else 1), shared=True)
 

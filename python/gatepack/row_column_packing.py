@@ -181,7 +181,7 @@ def unpack_rows_columns(root: nn.Module) -> dict[str, torch.Tensor]:
         for side, mask in zip(("rows", "columns"), module.masks, strict=True):
             if mask is not None:
                 kept[f"{name}:{side}"] = mask
-        _set(root, name, module.to_dense())
+        root.set_submodule(name, module.to_dense())
     record.pop("format")
     root.config.gatepack = record
     if not record:
@@ -199,7 +199,7 @@ def _replace(root: nn.Module, masks: Mapping[str, tuple[Mask, Mask]], values: Ma
         packed = IndexedLinear.from_linear(
             root.get_submodule(name), rows, columns, tuple(compact[name]), values.get(name)
         )
-        _set(root, name, packed)
+        root.set_submodule(name, packed)
 
 
 def _interior(layer: Layer, masks: Mapping[str, tuple[Mask, Mask]]) -> list[tuple[str, int]]:
@@ -211,8 +211,3 @@ def _interior(layer: Layer, masks: Mapping[str, tuple[Mask, Mask]]) -> list[tupl
     if channels is None or any(r is None or not torch.equal(r, channels) for r in rows):
         return []
     return [*((name, 0) for name in up), (down, 1)]
-
-
-def _set(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)

@@ -8,6 +8,7 @@ result = method.run(model, windows)       # the same, then LoRA on what is left
 import importlib
 
 _EXPORTS = {
+    "ATP": "atp",
     "ContextPruning": "context_pruning",
     "FLAP": "flap",
     "FineGates": "fine_gates",

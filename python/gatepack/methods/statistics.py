@@ -12,7 +12,7 @@ from gatepack.gates import GateSet
 from gatepack.hf import hf_model
 from gatepack.importance import gated_inputs
 from gatepack.paths import has_kernels
-from gatepack.quality import evaluating, input_device
+from gatepack.quality import evaluating, forward_arguments, input_device
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Batch = torch.Tensor | Mapping[str, torch.Tensor]
@@ -165,6 +165,20 @@ def token_mask(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     if mask.dim() != 2:
         raise ValueError(f"attention_mask must be [batch, tokens], got {list(mask.shape)}")
     return mask.bool()
+
+
+def with_labels(root: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """inputs with labels (those of a language model are its input ids) and without a cache."""
+    if "labels" not in inputs:
+        if not hf_model(root).can_generate():
+            raise ValueError(
+                f"batches for {type(root).__name__} need labels: its loss is not that of the next "
+                "token"
+            )
+        mask = token_mask(inputs)
+        labels = inputs["input_ids"]
+        inputs["labels"] = labels if mask is None else labels.masked_fill(~mask, -100)
+    return {**inputs, "use_cache": False} if "use_cache" in forward_arguments(root) else inputs
 
 
 def require_batches(done: int) -> None:

@@ -8,12 +8,12 @@ from torch import nn
 from tqdm import tqdm
 
 from gatepack.gates import GateSet
-from gatepack.hf import hf_model, layers_of
+from gatepack.hf import layers_of
 from gatepack.methods.coupling import gated_linears, unit_totals
 from gatepack.methods.one_shot import OneShot, comparable, plan_masks, worth
-from gatepack.methods.statistics import Batch, inputs_of, require_batches, token_mask
+from gatepack.methods.statistics import Batch, inputs_of, require_batches, with_labels
 from gatepack.modules import is_conv1d, weight_matrix
-from gatepack.quality import evaluating, forward_arguments, input_device
+from gatepack.quality import evaluating, input_device
 
 VARIANTS = ("param_first", "vectorize", "unit")
 
@@ -101,7 +101,7 @@ def _gradients(
             weight.requires_grad_(True)
         with evaluating(root), torch.enable_grad():
             for batch in tqdm(batches, desc="gradients", unit="batch", leave=False, disable=None):
-                inputs = _with_labels(root, inputs_of(batch, input_device(root)))
+                inputs = with_labels(root, inputs_of(batch, input_device(root)))
                 count = (inputs["labels"] != -100).sum()
                 loss = root(**inputs).loss * count
                 found = torch.autograd.grad(loss, weights)
@@ -117,17 +117,3 @@ def _gradients(
         id(linear): (total.t() if is_conv1d(linear) else total) / tokens
         for linear, total in zip(linears, sums, strict=True)
     }
-
-
-def _with_labels(root: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """inputs with labels (those of a language model are its input ids) and without a cache."""
-    if "labels" not in inputs:
-        if not hf_model(root).can_generate():
-            raise ValueError(
-                f"batches for {type(root).__name__} need labels: its loss is not that of the next "
-                "token"
-            )
-        mask = token_mask(inputs)
-        labels = inputs["input_ids"]
-        inputs["labels"] = labels if mask is None else labels.masked_fill(~mask, -100)
-    return {**inputs, "use_cache": False} if "use_cache" in forward_arguments(root) else inputs
