@@ -231,6 +231,29 @@ def test_soft_decisions_have_the_gradient_of_the_evaluation_formula(family):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * scale)
 
 
+def test_kernels_compute_both_formulas(monkeypatch):
+    pytest.importorskip("triton")
+    found = {}
+    for path in ("folded", "triton"):
+        monkeypatch.setenv("GATEPACK_BACKEND", path)
+        model, training = started("llama", torch.float32)
+        loss_of(model, 0).backward()
+        grads = [
+            p.grad for name, p in model.named_parameters() if "layers.0" in name and "lora" in name
+        ]
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            values = float64([0.0, 0.3, 1.0])[torch.randint(3, training.decisions.hard.shape)]
+        values = values.float().requires_grad_()
+        model.eval()
+        with training.decisions.softened(values):
+            loss = model(input_ids=token_ids(), labels=token_ids()).loss
+        found[path] = [*grads, *torch.autograd.grad(loss, values)]
+    for ours, expected in zip(found["triton"], found["folded"], strict=True):
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * scale)
+
+
 def test_all_kept_is_plain_lora():
     model, training = started("llama", decide=False)
     ids = token_ids()

@@ -21,6 +21,7 @@ from gatepack.methods.decisions import (
 from gatepack.methods.group_lasso import lasso, proximal
 from gatepack.methods.masked_lora import Decisions, mask_linears, merge_adapters, unmask_linears
 from gatepack.methods.statistics import Batch, inputs_of, with_labels
+from gatepack.modules import linear_shape
 from gatepack.quality import evaluating, input_device
 from gatepack.row_column import QUERY_KEY
 
@@ -148,9 +149,11 @@ class ATPTraining:
         tied = method.tie_pairs
         if tied is None:
             tied = QUERY_KEY.get(self.root.config.model_type) == "pairs"
-        layout = layout_of(layers_of(self.root), method.per_head, tied)
+        layers = layers_of(self.root)
+        layout = layout_of(layers, method.per_head, tied)
+        width = linear_shape(layers[0].linear(layers[0].family.out))[0]
         device = input_device(self.root)
-        self.decisions = Decisions(layout, device)
+        self.decisions = Decisions(layout, width, device)
         mask_linears(self.root, self.decisions)
         self.generator = DecisionGenerator(
             layout.layers, layout.lengths, method.generator_dropout, method.seed

@@ -10,17 +10,20 @@ from torch import nn
 
 from gatepack.functional import FoldedLinear
 from gatepack.methods.decisions import Layout, Place
-from gatepack.modules import adopt, operands_of
+from gatepack.modules import Operands, adopt, operands_of
+from gatepack.paths import choose_path
 
 
 class Decisions:
     """The decisions that a model's linears obey: hard ones, bool [N], or for a while soft ones.
 
+    width: of the model's residual stream, by which gatepack.paths chooses.
+
     Which rows run is found once for all linears, with one copy to the host, when decisions change.
     """
 
-    def __init__(self, layout: Layout, device: torch.device):
-        self.layout = layout
+    def __init__(self, layout: Layout, width: int, device: torch.device):
+        self.layout, self.width = layout, width
         self.soft: torch.Tensor | None = None
         self.index = {
             place.name: (place.columns if place.rows is None else place.rows).to(device)
@@ -78,18 +81,39 @@ def masked_forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         decisions.autocast = x.dtype if lowered else None
     if place.columns is not None and place.power and not tunes:
         x = x * decisions.values(place, x.dtype).pow(place.power)
-    rows = decisions.open_rows(place) if tunes else None
-    if rows is None:
-        y = F.linear(x, operands.w.to(x.dtype), _cast(operands.bias, x.dtype))
-    else:
-        kept = FoldedLinear.apply(x, operands.w, operands.bias, None, None, rows, None, 1, 1)
-        y = kept.new_zeros(*kept.shape[:-1], len(operands.w)).index_copy(-1, rows, kept)
+    masks = place.rows is not None and (tunes or place.masks_output)
+    y = _frozen(operands, x, decisions, place if masks else None, tunes)
     for adapter in operands.adapters:
         low = adapter.dropout(F.linear(x.to(adapter.a.dtype), adapter.a))
-        y = y + (F.linear(low, adapter.b) * adapter.scaling).to(y.dtype)
-    if place.masks_output and not tunes:
-        y = y * decisions.values(place, y.dtype)
+        low = (F.linear(low, adapter.b) * adapter.scaling).to(y.dtype)
+        y = y + (low * decisions.values(place, y.dtype) if masks and not tunes else low)
     return y
+
+
+def _frozen(
+    operands: Operands, x: torch.Tensor, decisions: Decisions, place: Place | None, tunes: bool
+) -> torch.Tensor:
+    """m * (x W^T + b), or x W^T + b without a place; hard decisions leave out what they prune."""
+    w, bias = operands.w, operands.bias
+    if place is None:
+        return F.linear(x, w.to(x.dtype), _cast(bias, x.dtype))
+    tokens = x.numel() // max(x.shape[-1], 1)
+    if choose_path(tokens, decisions.width, x.device).path == "triton":
+        from gatepack.kernels import gated_linear_fn
+
+        m = decisions.values(place, torch.float32)
+        closed_grad = "exact" if m.requires_grad else "none"
+        return gated_linear_fn(
+            x, w.to(x.dtype), _cast(bias, x.dtype), z_out=m, closed_grad=closed_grad
+        )
+    if not tunes:
+        y = F.linear(x, w.to(x.dtype), _cast(bias, x.dtype))
+        return y * decisions.values(place, y.dtype)
+    rows = decisions.open_rows(place)
+    if rows is None:
+        return F.linear(x, w.to(x.dtype), _cast(bias, x.dtype))
+    kept = FoldedLinear.apply(x, w, bias, None, None, rows, None, 1, 1)
+    return kept.new_zeros(*kept.shape[:-1], len(w)).index_copy(-1, rows, kept)
 
 
 def _cast(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
