@@ -23,6 +23,17 @@ def test_public_name_imports(name):
     assert name in dir(gatepack)
 
 
+@pytest.mark.parametrize("name", gatepack.methods.__all__)
+def test_method_imports_on_first_use(name):
+    assert getattr(gatepack.methods, name) is not None
+    assert name in dir(gatepack.methods)
+
+
+def test_unknown_method_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Guess'"):
+        _ = gatepack.methods.Guess
+
+
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing_like_this'"):
         _ = gatepack.nothing_like_this

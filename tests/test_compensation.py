@@ -7,7 +7,9 @@ import torch
 from tiny import set_gates, tiny_model, token_ids
 
 import gatepack as gp
-from gatepack.compensation import close_and_compensate
+from gatepack.compensation import add_removed_means, close_and_compensate
+from gatepack.gates import lane_indices
+from gatepack.importance import gated_inputs
 
 CONFIG = gp.GateConfig(noise=0.0, target=0.7, width_multiple=4)
 
@@ -40,6 +42,21 @@ def test_redundant_channels_are_repaired_exactly(model_type):
     assert gates.open_fraction(names[0]) == 39 / 40
     got = model(ids).logits
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_repair_is_the_same_on_either_path(monkeypatch):
+    pytest.importorskip("triton")
+    ids = token_ids(batch=2, length=16)
+    logits = {}
+    for path in ("folded", "triton"):
+        monkeypatch.setenv("GATEPACK_BACKEND", path)
+        model = tiny_model("llama", torch.float32, num_hidden_layers=1).eval()
+        gates = gp.attach(model, CONFIG)
+        names = {name: [0, 4] for name, gate in gates.items()}
+        close_and_compensate(model, keep_all_but(gates, names), [ids], damping=0.01)
+        monkeypatch.setenv("GATEPACK_BACKEND", "folded")
+        logits[path] = model(ids).logits
+    torch.testing.assert_close(logits["triton"], logits["folded"], rtol=1e-3, atol=1e-3)
 
 
 def test_repair_beats_plain_closing_on_fresh_text():
@@ -81,3 +98,64 @@ def test_post_norm_models_are_refused_untouched():
     with pytest.raises(ValueError, match="without compensation"):
         close_and_compensate(model, keep_all_but(gates, {}), [token_ids()])
     assert gates.open_fraction() == 1
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "bert"])
+def test_removed_means_are_exact_for_constant_units(model_type, tmp_path):
+    model = tiny_model(model_type, torch.float32).eval()
+    ids = token_ids(batch=4, length=12)
+    gates = gp.attach(model, CONFIG)
+    closed = {name: [1] if gate.kind == "heads" else [0, 5] for name, gate in gates.items()}
+    masks = keep_all_but(gates, closed)
+    expected, means = constant_units(model, gates, masks, ids)
+    add_removed_means(gates, masks, means)
+    gates.set_open(masks)
+    with torch.no_grad():
+        gated = model(ids).logits
+    torch.testing.assert_close(gated, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    if model_type == "llama":
+        assert model.config.attention_bias and model.config.mlp_bias
+        assert not model.model.layers[1].self_attn.q_proj.bias.any()
+    gp.pack(model)
+    packed = model(ids).logits
+    torch.testing.assert_close(packed, gated, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    gp.save_pretrained(model, tmp_path)
+    assert torch.equal(gp.from_pretrained(tmp_path).eval()(ids).logits, packed)
+
+
+def constant_units(model, gates, masks, ids):
+    """Logits and mean inputs of a model in which the units that masks leave out are constant."""
+    handles, seen = [], {}
+    for gate, linear in gated_inputs(gates):
+        lanes = lane_indices((~masks[gate.name]).nonzero().squeeze(1), gate.lanes)
+
+        def hold(module, args, name=gate.name, lanes=lanes):
+            x = args[0].clone()
+            x[..., lanes] = 0.3
+            seen[name] = x.reshape(-1, x.shape[-1]).mean(0).double()
+            return (x,)
+
+        handles.append(linear.register_forward_pre_hook(hold))
+    with torch.no_grad():
+        logits = model(ids).logits
+    for handle in handles:
+        handle.remove()
+    return logits, seen
+
+
+def test_removed_means_need_room_for_a_bias():
+    model = tiny_model("mistral", torch.float32)
+    gates = gp.attach(model, CONFIG)
+    means = {name: torch.zeros(gate.size * gate.lanes) for name, gate in gates.items()}
+    with pytest.raises(ValueError, match="MistralForCausalLM has no bias"):
+        add_removed_means(gates, keep_all_but(gates, {}), means)
+    assert model.model.layers[0].mlp.down_proj.bias is None
+
+
+def test_nothing_closed_adds_no_bias():
+    model = tiny_model("llama", torch.float32)
+    gates = gp.attach(model, CONFIG)
+    means = {name: torch.ones(gate.size * gate.lanes) for name, gate in gates.items()}
+    add_removed_means(gates, keep_all_but(gates, {}), means)
+    assert not model.config.attention_bias and not model.config.mlp_bias
+    assert model.model.layers[0].mlp.down_proj.bias is None

@@ -12,6 +12,7 @@ REFUSALS = [
     ({"units": None}, ["units", "None", "list or tuple of strings"]),
     ({"units": 3}, ["units", "3", "list or tuple of strings"]),
     ({"units": ()}, ["units", "none", "heads", "channels"]),
+    ({"units": ("heads", "rows")}, ["units", "'heads'", "'rows'", "among"]),
     ({"units": ("heads", "lanes")}, ["units", "'lanes'", "heads", "channels"]),
     ({"estimator": "gumbel"}, ["estimator", "'gumbel'", "stg", "hard_concrete"]),
     ({"target_of": "flops"}, ["target_of", "'flops'", "params"]),

@@ -24,6 +24,9 @@ _EXPORTS = {
     "detach": "hf",
     "gates_of": "hf",
     "calibrate": "importance",
+    "GateCallback": "callback",
+    "GateSchedule": "gate_training",
+    "GateTraining": "gate_training",
     "pack": "packing",
     "unpack": "packing",
     "PackReport": "packing",
@@ -36,12 +39,17 @@ _EXPORTS = {
 
 # What type checkers and editors see: _EXPORTS once more, written by `make api`.
 if TYPE_CHECKING:
+    from gatepack import methods as methods
     from gatepack.budget import BudgetController as BudgetController
+    from gatepack.callback import GateCallback as GateCallback
     from gatepack.checkpoint import from_pretrained as from_pretrained
     from gatepack.checkpoint import save_pretrained as save_pretrained
     from gatepack.config import GateConfig as GateConfig
+    from gatepack.evaluation import evaluate as evaluate
     from gatepack.families import Family as Family
     from gatepack.families import register_family as register_family
+    from gatepack.gate_training import GateSchedule as GateSchedule
+    from gatepack.gate_training import GateTraining as GateTraining
     from gatepack.gates import Gate as Gate
     from gatepack.gates import GateSet as GateSet
     from gatepack.hf import attach as attach
@@ -61,8 +69,11 @@ if TYPE_CHECKING:
         "BudgetController",
         "Family",
         "Gate",
+        "GateCallback",
         "GateConfig",
+        "GateSchedule",
         "GateSet",
+        "GateTraining",
         "GatedLinear",
         "GatedMLP",
         "PackReport",
@@ -71,19 +82,23 @@ if TYPE_CHECKING:
         "attach",
         "calibrate",
         "detach",
+        "evaluate",
         "explain",
         "from_pretrained",
         "gates_of",
         "measure",
+        "methods",
         "pack",
         "register_family",
         "save_pretrained",
         "unpack",
     ]
 else:
-    __all__ = [*_EXPORTS, "__version__"]
+    __all__ = [*_EXPORTS, "methods", "__version__"]
 
     def __getattr__(name):
+        if name == "methods":
+            return importlib.import_module("gatepack.methods")
         if name not in _EXPORTS:
             raise AttributeError(f"module 'gatepack' has no attribute {name!r}")
         value = getattr(importlib.import_module(f"gatepack.{_EXPORTS[name]}"), name)

@@ -16,6 +16,7 @@ from torch import nn
 from gatepack.config import GateConfig
 from gatepack.hf import GATES_NAME, attach, hf_model
 from gatepack.packing import FORMAT_VERSION, shrink
+from gatepack.row_column_packing import shrink_linears
 
 MANIFEST = "gatepack.json"
 _SUPERSEDED = re.compile(
@@ -175,6 +176,8 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
             super().__init__(config, *args, **kwargs)
             if "kept" in record:
                 shrink(self, record["kept"])
+            if "linears" in record:
+                shrink_linears(self, record["linears"])
             if "gates" in record:
                 attach(self, GateConfig.from_dict(record["gates"]))
 
@@ -217,12 +220,13 @@ def _read_config(directory: Path):
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     record = raw.get("gatepack")
-    if not isinstance(record, dict) or not {"kept", "gates"} & record.keys():
+    if not isinstance(record, dict) or not {"kept", "linears", "gates"} & record.keys():
         raise ValueError(
             f"{path} has no gatepack record: this is not a gated or packed model; load it with "
             "transformers"
         )
-    if "kept" in record and record.get("format") != FORMAT_VERSION:
+    packed = "kept" in record or "linears" in record
+    if packed and record.get("format") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has packed format {record.get('format')!r}, this release reads "
             f"{FORMAT_VERSION}"

@@ -6,10 +6,19 @@ import torch
 from torch import nn
 
 from gatepack.families import family_of
-from gatepack.gates import GateSet
+from gatepack.gates import Gate, GateSet, lane_indices
 from gatepack.hf import Layer, gates_of, hf_model, layers_of
-from gatepack.importance import DAMPING, damped
+from gatepack.importance import DAMPING, damped, gated_inputs
 from gatepack.modules import base_linear, weight_matrix
+
+# Config fields that give linears of a layer a bias, by model_type, with those linears.
+_BIAS_FIELDS = {
+    "llama": {
+        "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
+    },
+    "qwen3": {"attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj")},
+}
 
 
 class _Stop(Exception):
@@ -176,3 +185,68 @@ def _repair(
     else:
         matrix.index_add_(1, lanes, change.to(matrix.dtype))
     return change
+
+
+def check_biases(gates: GateSet) -> None:
+    """ValueError if a linear that units feed has no bias and its model's config cannot give one."""
+    for _, field in _without_bias(gates):
+        if field is None:
+            root = gates.attachment.root
+            raise ValueError(
+                f"{type(root).__name__} has no bias where the mean of removed units would go, and "
+                "its config cannot ask for one: prune without compensation (compensate=False)"
+            )
+
+
+@torch.no_grad()
+def add_removed_means(
+    gates: GateSet, masks: Mapping[str, torch.Tensor], means: Mapping[str, torch.Tensor]
+) -> None:
+    """b += W[:, c] E[x_c], c the lanes that masks (name -> bool [units]) leave out, E[x] = means.
+
+    means: name -> [K] of the out or down linear that a gate's units feed. Exact where those lanes
+    are constant. A linear without a bias gets one where the config can say so (Llama:
+    attention_bias, mlp_bias), and with it, in all layers, the others that the field stands for,
+    as zeros; so the model saves and loads like any other. Source: FLAP, arXiv 2312.11983. Raises
+    ValueError as check_biases does, before anything has changed.
+    """
+    check_biases(gates)
+    closing = {name for name, mask in masks.items() if not mask.all()}
+    for gate, field in _without_bias(gates):
+        if gate.name in closing:
+            _switch_on(gates, field)
+    for gate, linear in gated_inputs(gates):
+        if gate.name not in closing:
+            continue
+        closed = (~masks[gate.name]).nonzero().squeeze(1)
+        base = base_linear(linear)
+        lanes = lane_indices(closed, gate.lanes).to(base.weight.device)
+        weight = weight_matrix(base)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        removed = weight[:, lanes].to(wide) @ means[gate.name].to(lanes.device)[lanes].to(wide)
+        base.bias.add_(removed.to(base.bias.dtype))
+
+
+def _without_bias(gates: GateSet) -> list[tuple[Gate, str | None]]:
+    """Gates that feed a linear without a bias, each with the config field that gives it one."""
+    root = gates.attachment.root
+    fields = _BIAS_FIELDS.get(root.config.model_type, {})
+    found = []
+    for parent, name, site in gates.attachment.sites:
+        if site.in_gate is not None and base_linear(parent._modules[name]).bias is None:
+            field = next((field for field, linears in fields.items() if name in linears), None)
+            found.append((site.in_gate, field))
+    return found
+
+
+def _switch_on(gates: GateSet, field: str) -> None:
+    """Sets a config field that means biases, with zeros in every linear that it stands for."""
+    root = gates.attachment.root
+    linears = _BIAS_FIELDS[root.config.model_type][field]
+    for layer in layers_of(root):
+        for path in layer.family.linears:
+            linear = layer.linear(path)
+            if path.rpartition(".")[2] in linears and linear.bias is None:
+                zeros = linear.weight.new_zeros(linear.weight.shape[0])
+                linear.bias = nn.Parameter(zeros, requires_grad=linear.weight.requires_grad)
+    setattr(root.config, field, True)

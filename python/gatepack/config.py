@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from gatepack.estimators import ESTIMATORS
 
 UNITS = ("heads", "channels")
+LINEAR_UNITS = ("rows", "columns")
 COSTS = ("params",)
 CONFIG_VERSION = 1
 
@@ -18,7 +19,8 @@ class GateConfig:
     """Which units get gates, what their estimator is, and what the kept part may cost.
 
     units: "heads" (query heads; a key/value head goes with its last query head) and/or "channels"
-        (MLP width).
+        (MLP width); or else "rows" and/or "columns" of linears (FineGates), whose residual side is
+        then gathered and scattered.
     estimator: "stg" (FineGates' clamped Gaussian) or "hard_concrete" (Louizos et al. 2018).
     noise: standard deviation of the STG noise, or whether hard-concrete samples (> 0) at all; 0 is
         deterministic.
@@ -33,7 +35,7 @@ class GateConfig:
     tp_divisor: kept heads, key/value heads and channels are divisible by this (tensor-parallel
         ranks).
     targets: glob patterns over module names ("model.layers.1?.*"); only matching modules are gated.
-        None: all.
+        None: all; of rows and columns, all linears of the blocks.
     init_logit: where logits start; None takes the estimator's own (gates start open).
     seed: of the gate noise, the same on every rank.
 
@@ -67,7 +69,11 @@ class GateConfig:
         if not self.units:
             raise ValueError(f"units must name at least one of {UNITS}, got none")
         for unit in self.units:
-            _check_choice("units", unit, UNITS)
+            _check_choice("units", unit, UNITS + LINEAR_UNITS)
+        if self.of_linears and set(self.units) & set(UNITS):
+            raise ValueError(
+                f"units must be among {UNITS} or among {LINEAR_UNITS}, got {self.units!r}"
+            )
         _check_choice("estimator", self.estimator, tuple(ESTIMATORS))
         _check_choice("target_of", self.target_of, COSTS)
         if not _is_number(self.target) or not 0.0 < self.target < 1.0:
@@ -90,6 +96,11 @@ class GateConfig:
                 f"version must be {CONFIG_VERSION}, got {self.version!r}: "
                 "the configuration comes from another release of gatepack"
             )
+
+    @property
+    def of_linears(self) -> bool:
+        """Whether the units are rows and columns of single linears."""
+        return bool(set(self.units) & set(LINEAR_UNITS))
 
     def to_dict(self) -> dict:
         """A dict of JSON types."""

@@ -304,7 +304,7 @@ class GateSet(nn.Module):
             flat = self.sampler(self)
         elif self.noisy:
             generator = torch.Generator(self.logits.device)
-            generator.manual_seed(_mix(self.config.seed, self._draws))
+            generator.manual_seed(mix(self.config.seed, self._draws))
             noise = self.estimator.noise_like(self.logits.detach(), generator)
             self._draws += 1
             self.draws.fill_(self._draws)
@@ -505,7 +505,7 @@ class GateSummary:
         return "\n".join(lines)
 
 
-def _mix(seed: int, draw: int) -> int:
+def mix(seed: int, draw: int) -> int:
     """One 64-bit generator seed from both numbers; the CPU generator reads its low 32 bits only."""
     return int.from_bytes(
         hashlib.blake2b(f"{seed}/{draw}".encode(), digest_size=8).digest(), "little"

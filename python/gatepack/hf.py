@@ -110,6 +110,19 @@ class Attachment:
         self.attentions: list[tuple[nn.Module, Family, Gate]] = []
         self.handle = None
 
+    def watch(self, layers: list[Layer]) -> None:
+        """Puts the gates on the model, in front of every forward of its layers."""
+        # The module that runs the layers, not the model: some heads call the decoder inside the
+        # base model directly.
+        trunk = self.root.get_submodule(".".join(layers[0].name.split(".")[:-2]))
+        self.handle = trunk.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        self.gates.attachment = self
+        self.root.add_module(GATES_NAME, self.gates)
+        self.root.config.gatepack = {
+            **(getattr(self.root.config, "gatepack", None) or {}),
+            "gates": self.gates.config.to_dict(),
+        }
+
     def add_site(self, layer: Layer, path: str, site: Site) -> None:
         parent_path, _, name = path.rpartition(".")
         self.sites.append((layer.module.get_submodule(parent_path), name, site))
@@ -184,8 +197,9 @@ def set_head_counts(
 def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     """Gates a transformers model (or a PEFT model around one) in place and returns its GateSet.
 
-    Swaps child modules by name; the GateSet becomes the submodule `gatepack_gates`, so optimizers,
-    checkpoints and .to() see it. Works before or after get_peft_model; after it, call
+    Units "rows" and "columns" give a gatepack.row_column.RowColumnGateSet. Swaps child modules by
+    name; the GateSet becomes the submodule `gatepack_gates`, so optimizers, checkpoints and .to()
+    see it. Works before or after get_peft_model; after it, call
     gates.unfreeze() before building the optimizer. Gradient checkpointing must be non-reentrant
     (use_reentrant=False): all layers share one sample. Raises ValueError for a model of no known
     family, gates attached twice, or a target that the gated units cannot reach.
@@ -194,6 +208,14 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     root = hf_model(model)
     if hasattr(root, GATES_NAME):
         raise ValueError("model already has gates; take them off with gatepack.detach(model) first")
+    if "linears" in (getattr(root.config, "gatepack", None) or {}):
+        raise ValueError(
+            "model is packed by rows and columns; put it back with gatepack.unpack(model) first"
+        )
+    if config.of_linears:
+        from gatepack.row_column import attach_rows_columns
+
+        return attach_rows_columns(root, config)
     layers = layers_of(root)
     specs: dict[str, GateSpec] = {}
     for layer in layers:
@@ -218,16 +240,7 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     for layer in layers:
         _add_sites(attachment, layer)
     attachment.bind()
-    # The module that runs the layers, not the model: some heads call the decoder inside the base
-    # model directly.
-    trunk = root.get_submodule(".".join(layers[0].name.split(".")[:-2]))
-    attachment.handle = trunk.register_forward_pre_hook(attachment.before_forward, with_kwargs=True)
-    gates.attachment = attachment
-    root.add_module(GATES_NAME, gates)
-    root.config.gatepack = {
-        **(getattr(root.config, "gatepack", None) or {}),
-        "gates": config.to_dict(),
-    }
+    attachment.watch(layers)
     return gates
 
 

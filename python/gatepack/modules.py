@@ -356,7 +356,7 @@ class GatedLinear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, site: Site) -> "GatedLinear":
         """A GatedLinear at a site that shares the linear's parameters."""
-        return _adopt(linear, cls, site)
+        return adopt(linear, cls, site)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return gated_forward(self, super().forward, x)
@@ -380,7 +380,7 @@ class PackedLinear(nn.Linear):
         cls, linear: nn.Linear, weight: nn.Parameter, bias: nn.Parameter | None
     ) -> "PackedLinear":
         """Packs nothing itself: weight [|R|, |C|] and bias [|R|] are the kept part of linear's."""
-        packed = _adopt(linear, cls, None)
+        packed = adopt(linear, cls)
         packed.dense_shape = getattr(
             linear, "dense_shape", (linear.out_features, linear.in_features)
         )
@@ -402,7 +402,7 @@ class GatedMLP(nn.Module):
     @classmethod
     def from_mlp(cls, mlp: nn.Module, up: tuple[str, ...], down: str) -> "GatedMLP":
         """up: names of the gate and up projections, in order; down: that of the down projection."""
-        gated = _adopt(mlp, cls, None)
+        gated = adopt(mlp, cls)
         gated.roles = (*up, down)
         gated.dense_class = type(mlp)
         return gated
@@ -413,7 +413,7 @@ class GatedMLP(nn.Module):
         return getattr(self, down_name)(self.act_fn(a) * u)
 
 
-def _adopt(module: nn.Module, cls: type, site: Site | None) -> nn.Module:
+def adopt(module: nn.Module, cls: type, site: Site | None = None) -> nn.Module:
     """A module of class cls with module's own parameters, buffers, children, hooks and
     attributes."""
     adopted = cls.__new__(cls)
@@ -451,7 +451,7 @@ def gate_linear(linear: nn.Module, site: Site) -> nn.Module:
         )
     if type(linear) is nn.Linear:
         return GatedLinear.from_linear(linear, site)
-    return _adopt(linear, _gated_class(type(linear)), site)
+    return adopt(linear, _gated_class(type(linear)), site)
 
 
 def is_gated(module: nn.Module) -> bool:
@@ -461,13 +461,13 @@ def is_gated(module: nn.Module) -> bool:
 def ungate_linear(module: nn.Module) -> nn.Module:
     """The inverse of gate_linear: the plain linear with the same parameters."""
     dense = nn.Linear if isinstance(module, GatedLinear) else type(module).gated_from
-    plain = _adopt(module, dense, None)
+    plain = adopt(module, dense)
     del plain.site
     return plain
 
 
 def ungate_mlp(module: GatedMLP) -> nn.Module:
     """The MLP that a GatedMLP stands in for, with its present children."""
-    plain = _adopt(module, module.dense_class, None)
+    plain = adopt(module, module.dense_class)
     del plain.roles, plain.dense_class
     return plain

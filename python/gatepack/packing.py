@@ -118,13 +118,20 @@ def pack(model: nn.Module) -> PackReport:
 
     What is closed is what the noiseless gates say (eval mode): packed logits equal gated logits in
     eval mode up to rounding. LoRA factors are sliced with their weights and go on training; merge
-    them first for a plain model. The gates are taken off and config.gatepack records which units
-    stayed, for unpack and from_pretrained. Raises ValueError if the model has no gates or an
-    adapter that cannot be sliced; then nothing has changed.
+    them first for a plain model, and for gates on rows and columns, whose linears then gather their
+    input and scatter their output on the residual side. The gates are taken off and config.gatepack
+    records which units stayed, for unpack and from_pretrained. Raises ValueError if the model has
+    no gates or an adapter that cannot be sliced; then nothing has changed.
     """
     root = hf_model(model)
     gates = gates_of(root)
     layers = layers_of(root)
+    if gates.config.of_linears:
+        from gatepack.row_column_packing import pack_rows_columns
+
+        before = _sizes(root, layers, gates)
+        rows = pack_rows_columns(root, gates)
+        return _report(rows, before, _sizes(root, layers, None), 0)
     _refuse_opaque(layers)
     values = gates.split(gates.deterministic_values().clone())
     open_masks = gates.open_masks()
@@ -139,10 +146,12 @@ def pack(model: nn.Module) -> PackReport:
     record = _kept_record(root.config, masks)
     _apply_masks(layers, specs, masks, values)
     root.config.gatepack = {**(getattr(root.config, "gatepack", None) or {}), **record}
-    after = _sizes(root, layers, None)
-    return PackReport(
-        tuple(rows), (before[0], after[0]), (before[1], after[1]), (before[2], after[2]), padded
-    )
+    return _report(rows, before, _sizes(root, layers, None), padded)
+
+
+def _report(rows: list, before: tuple, after: tuple, padded: int) -> PackReport:
+    params, block_params, sizes = zip(before, after, strict=True)
+    return PackReport(tuple(rows), params, block_params, sizes, padded)
 
 
 def _kept_record(config, masks: Mapping[str, torch.Tensor]) -> dict:
@@ -324,6 +333,10 @@ def unpack(model: nn.Module) -> dict[str, torch.Tensor]:
     if hasattr(root, GATES_NAME):
         raise ValueError("model has gates: pack or detach them first")
     record = dict(getattr(root.config, "gatepack", None) or {})
+    if "linears" in record:
+        from gatepack.row_column_packing import unpack_rows_columns
+
+        return unpack_rows_columns(root)
     if "kept" not in record:
         raise ValueError("model is not packed: its config has no gatepack record of kept units")
     masks = {name: decode_mask(mask) for name, mask in record.pop("kept").items()}

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PINNED = ROOT / "tests" / "api.json"
 INIT = ROOT / "python" / "gatepack" / "__init__.py"
-MODULES = ("gatepack", "gatepack.kernels")
+MODULES = ("gatepack", "gatepack.kernels", "gatepack.methods")
 _BLOCK = re.compile(r"(?<=^if TYPE_CHECKING:\n).*?(?=^else:\n)", re.DOTALL | re.MULTILINE)
 
 
@@ -50,7 +50,8 @@ def typed_imports(exports: dict[str, str]) -> str:
     """The imports that gatepack/__init__.py shows to type checkers; "as" makes them public."""
     rows = sorted((module, name) for name, module in exports.items())
     lines = [f"    from gatepack.{module} import {name} as {name}" for module, name in rows]
-    names = "".join(f'        "{name}",\n' for name in sorted((*exports, "__version__")))
+    lines.insert(0, "    from gatepack import methods as methods")
+    names = "".join(f'        "{name}",\n' for name in sorted((*exports, "methods", "__version__")))
     return "\n".join([*lines, "", f"    __all__ = [\n{names}    ]\n"])
 
 

@@ -1,0 +1,97 @@
+"""Stage 4, methods: any method in any transformers or TRL Trainer, without a subclass."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import nn
+from transformers import TrainerCallback
+
+from gatepack.config import GateConfig
+from gatepack.gate_training import GateRecipe, GateSchedule
+from gatepack.hf import GATES_NAME, hf_model
+from gatepack.training import read_safetensors, write_safetensors
+
+FILE = "gatepack_callback.safetensors"
+
+
+class GateCallback(TrainerCallback):
+    """Trainer(..., callbacks=[GateCallback(GateConfig(target=0.6))]) trains gates to the budget.
+
+    method: a GateConfig (None: the gates that the model has, or the default ones), or a method of
+    gatepack.methods. It prepares the model before the Trainer's optimizer takes its parameters
+    (gates, frozen weights; a one-shot method prunes), stays out of that optimizer, its weight decay
+    and its clipping, and steps once per optimizer step, whatever the gradient accumulation. What it
+    measures goes to the Trainer's log. Every checkpoint of the Trainer gets a file
+    gatepack_callback.safetensors; a resumed run goes on bit for bit. gatepack.pack(model) after
+    training makes the model small; a one-shot method has done that already.
+
+    schedule: of a GateConfig's gates; methods bring their own. batches: token ids [B, S] or dicts
+    of what the model takes, for methods that look at text of their own. resume_from: the checkpoint
+    folder to read on resume, where it is not the Trainer's own output_dir/checkpoint-<step>.
+    """
+
+    def __init__(
+        self,
+        method=None,
+        schedule: GateSchedule | None = None,
+        batches: Iterable = (),
+        resume_from: str | Path | None = None,
+    ):
+        if method is None or isinstance(method, GateConfig):
+            method = GateRecipe(method, schedule)
+        elif schedule is not None:
+            raise ValueError(f"schedule: expected None with a {type(method).__name__}, got one")
+        if not hasattr(method, "prepare") or not hasattr(method, "start"):
+            raise ValueError(
+                "method: expected a GateConfig or a method of gatepack.methods, got "
+                f"{type(method).__name__}"
+            )
+        self.method, self.batches, self.resume_from = method, list(batches), resume_from
+        self.training = None
+
+    def on_init_end(self, args, state, control, model: nn.Module, **_):
+        self.method.prepare(model, self.batches)
+
+    def on_train_begin(self, args, state, control, model: nn.Module, optimizer=None, **_):
+        logits = getattr(getattr(hf_model(model), GATES_NAME, None), "logits", None)
+        groups = optimizer.param_groups if optimizer is not None else ()
+        if any(parameter is logits for group in groups for parameter in group["params"]):
+            raise ValueError(
+                "the Trainer's optimizer already holds the gates' logits; pass GateCallback in "
+                "Trainer(callbacks=[...]), or leave the logits out of your own optimizer"
+            )
+        self.training = self.method.start(model, max(1, state.max_steps), self.batches)
+        if state.global_step and self.training is not None:
+            self._resume(args, state)
+
+    def _resume(self, args, state) -> None:
+        folder = Path(self.resume_from or _folder(args, state))
+        if not (folder / FILE).is_file():
+            raise ValueError(
+                f"{folder / FILE} is missing: name the checkpoint that training resumes from as "
+                "GateCallback(resume_from=...)"
+            )
+        self.training.load_state_dict(read_safetensors(folder / FILE)[0])
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **_):
+        if self.training is not None:
+            scaler = getattr(optimizer, "scaler", None)
+            self.training.step(1.0 if scaler is None else scaler.get_scale())
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if self.training is not None and logs is not None:
+            ours = self.training.metrics()
+            logs.update(ours)
+            state.log_history[-1].update(ours)  # the Trainer has stored its copy by now
+
+    def on_save(self, args, state, control, **_):
+        if state.is_world_process_zero and self.training is not None:
+            write_safetensors(_folder(args, state) / FILE, self.training.state_dict(), {})
+
+    def on_train_end(self, args, state, control, **_):
+        if self.training is not None:
+            self.training.finish()
+
+
+def _folder(args, state) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -1,0 +1,197 @@
+"""Stage 4, methods: trains gates beside any optimizer of the weights, down to a budget."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from gatepack.config import GateConfig
+from gatepack.gates import GateSet
+from gatepack.hf import GATES_NAME, attach, gates_of, hf_model
+
+
+@dataclass(frozen=True)
+class GateSchedule:
+    """When gates train, in fractions of all optimizer steps, and how fast.
+
+    learning_rate: of Adam on the logits. warmup: the budget asks for nothing before it. ramp: the
+    budget has reached its target by then. freeze: the gates are rounded to the target
+    (GateSet.snap) and stay as they are, so that the weights heal in the steps that are left; 1
+    rounds after the last step.
+    """
+
+    learning_rate: float = 0.05
+    warmup: float = 0.05
+    ramp: float = 0.5
+    freeze: float = 0.75
+
+    def __post_init__(self):
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        for field in ("warmup", "ramp", "freeze"):
+            value = getattr(self, field)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{field}: expected a fraction of all steps, got {value}")
+        if not self.warmup <= self.ramp <= self.freeze:
+            raise ValueError(
+                f"warmup, ramp, freeze: expected ascending fractions, got {self.warmup}, "
+                f"{self.ramp}, {self.freeze}"
+            )
+
+
+class GateTraining:
+    """Steps the gates of a model once for each optimizer step of its weights.
+
+        gates = gp.attach(model, gp.GateConfig(target=0.6))
+        training = gp.GateTraining(model, steps=len(loader))
+        optimizer = torch.optim.AdamW(training.weights(), lr=1e-4)
+        for batch in loader:
+            model(**batch).loss.backward()
+            training.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        gp.pack(model)
+
+    The gradient of the logits is taken out of `.grad` as soon as it is complete, so that clipping,
+    scaling and zeroing of the weights' gradients never see it; it adds up over the backward passes
+    of a step. Ranks average it, and draw the same noise. state_dict and load_state_dict hold
+    everything about the gates: a run that is cut off and resumed goes on bit for bit.
+    """
+
+    def __init__(self, model: nn.Module, steps: int, schedule: GateSchedule | None = None):
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        self.model, self.steps = model, steps
+        self.schedule = GateSchedule() if schedule is None else schedule
+        self.gates: GateSet = gates_of(model)
+        self.gates.unfreeze()
+        controller = self.gates.controller
+        controller.warmup_steps = round(self.schedule.warmup * steps)
+        controller.ramp_steps = round(self.schedule.ramp * steps) - controller.warmup_steps
+        self.optimizer = torch.optim.Adam([self.gates.logits], lr=self.schedule.learning_rate)
+        self.done = 0
+        self.gradient: torch.Tensor | None = None
+        self._hook = self.gates.logits.register_post_accumulate_grad_hook(self._take)
+
+    def weights(self) -> list[nn.Parameter]:
+        """The trainable parameters other than the gates' logits."""
+        logits = self.gates.logits
+        return [p for p in self.model.parameters() if p.requires_grad and p is not logits]
+
+    def _take(self, logits: torch.Tensor) -> None:
+        self.gradient = logits.grad if self.gradient is None else self.gradient + logits.grad
+        logits.grad = None
+
+    def step(self, loss_scale: float = 1.0) -> None:
+        """One step of the gates, after the backward passes of an optimizer step.
+
+        loss_scale: what the loss was multiplied by (fp16's GradScaler.get_scale()). A gradient that
+        is not finite counts as 0, as the scaler leaves out such steps of the weights.
+        """
+        self.done += 1
+        if self.gates.frozen:
+            return
+        gradient, self.gradient = self.gradient, None
+        (total,) = torch.autograd.grad(self._penalty(), self.gates.logits)
+        if gradient is not None:
+            gradient = over_ranks(gradient / loss_scale)
+            total = total + torch.where(gradient.isfinite().all(), gradient, 0.0)
+        self.gates.logits.grad = total
+        self.optimizer.step()
+        self.gates.logits.grad = None
+        self.gates.step()
+        if self.done >= math.ceil(self.schedule.freeze * self.steps):
+            self.finish()
+
+    def _penalty(self) -> torch.Tensor:
+        """What is added to the loss of a step, a scalar."""
+        return self.gates.penalty()
+
+    def finish(self) -> float:
+        """Rounds the gates to the target and freezes them; gives the kept fraction."""
+        if not self.gates.frozen:
+            self._round()
+            self._freeze()
+        return self.gates.kept_fraction()
+
+    def _round(self) -> None:
+        # Not the values: many are exactly 1, and say nothing about which of them to keep.
+        worth = self.gates.estimator.open_probability(self.gates.logits.detach())
+        self.gates.snap(self.gates.split(worth.masked_fill(self.gates.closed, 0.0)))
+
+    def metrics(self) -> dict[str, float]:
+        """What a log should say of the gates now."""
+        return {
+            "gates/open_fraction": round(self.gates.open_fraction(), 4),
+            "gates/kept_fraction": round(self.gates.kept_fraction(), 4),
+        }
+
+    def _freeze(self) -> None:
+        self.gates.freeze()
+        self._hook.remove()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Tensors only: the gates, Adam's moments, and how many steps are done."""
+        state = {f"gates.{name}": t for name, t in self.gates.state_dict().items()}
+        moments = self.optimizer.state.get(self.gates.logits, {})
+        state |= {f"adam.{name}": value for name, value in moments.items()}
+        state["done"] = torch.tensor(self.done)
+        state["frozen"] = torch.tensor(self.gates.frozen)
+        return state
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """The inverse of state_dict, on a model with the same gates."""
+        self.gates.load_state_dict(under("gates.", state))
+        moments = under("adam.", state)
+        if moments:
+            device = self.gates.logits.device
+            self.optimizer.state[self.gates.logits] = {
+                name: t.clone() if name == "step" else t.to(device, copy=True)
+                for name, t in moments.items()
+            }
+        self.done = int(state["done"])
+        if bool(state["frozen"]):
+            self._freeze()
+
+
+def over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all ranks; the tensor itself without torch.distributed."""
+    if not dist.is_available() or not dist.is_initialized():
+        return tensor
+    dist.all_reduce(tensor)
+    return tensor / dist.get_world_size()
+
+
+@dataclass(frozen=True)
+class GateRecipe:
+    """gatepack's own method: gates of config, or those that a model has, trained by GateTraining.
+
+    Like every method it has prepare, which changes a model before an optimizer takes its
+    parameters, and start, which returns what steps beside that optimizer.
+    """
+
+    config: GateConfig | None = None
+    schedule: GateSchedule | None = None
+
+    def prepare(self, model: nn.Module, batches: Iterable = ()) -> None:
+        """Attaches the gates unless the model has these already; their logits wait for start."""
+        if not hasattr(hf_model(model), GATES_NAME):
+            attach(model, self.config)
+        elif self.config is not None and gates_of(model).config != self.config:
+            raise ValueError(
+                f"config: the model already has gates with {gates_of(model).config}, got "
+                f"{self.config}; pass None to train those, or gatepack.detach(model) first"
+            )
+        gates_of(model).logits.requires_grad_(False)
+
+    def start(self, model: nn.Module, steps: int, batches: Iterable = ()) -> GateTraining:
+        """The training of a prepared model for so many optimizer steps."""
+        return GateTraining(model, steps, self.schedule)
+
+
+def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The entries of a state whose names begin with prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}

@@ -1,0 +1,177 @@
+"""Stage 4, methods: ATP's pruning decisions, what they act on and the network that makes them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gatepack.hf import Layer
+from gatepack.modules import linear_shape
+
+TINY = 1e-10
+
+
+def gumbel_sigmoid(
+    logits: torch.Tensor, uniform: torch.Tensor, temperature: float, offset: float
+) -> torch.Tensor:
+    """sigmoid((l + g + offset) / temperature), g = -log(-log(u + 1e-10) + 1e-10); all fp32 [N].
+
+    One Gumbel variable, not a difference of two: P(s >= 1/2) = 1 - exp(-exp(l + offset)). Source:
+    ATP, arXiv 2412.14426, as coded; DISP-LLM before it.
+    """
+    gumbel = -torch.log(-torch.log(uniform + TINY) + TINY)
+    return torch.sigmoid((logits + gumbel + offset) / temperature)
+
+
+def straight_through(soft: torch.Tensor) -> torch.Tensor:
+    """1[s >= 1/2] with the gradient of s."""
+    return ((soft >= 0.5).to(soft.dtype) - soft).detach() + soft
+
+
+def budget_loss(kept: torch.Tensor, target: float) -> torch.Tensor:
+    """log(max(kept, target) / min(kept, target)), a scalar."""
+    return (kept.log() - math.log(target)).abs()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where decisions act on one linear: places in the flat vector of all decisions.
+
+    rows int64 [N] or columns int64 [K], of which a linear has one. masks_output: the evaluation
+    formula multiplies the output by its rows' decisions; an MLP's input side has that done at the
+    linear that reads the channels, to the power of how many linears make them.
+    """
+
+    name: str
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+    masks_output: bool = False
+    power: int = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All decisions of a model as one flat vector [N], layer by layer: keys, values, channels.
+
+    lengths: of these three, alike in all layers. costs: weights that go with each decision, fp64
+    [N]. total: weights of the blocks' linears, all of which depend on one decision each.
+    """
+
+    places: tuple[Place, ...]
+    lengths: tuple[int, int, int]
+    layers: int
+    costs: torch.Tensor
+    total: int
+
+    def kept_fraction(self, decisions: torch.Tensor) -> torch.Tensor:
+        """sum of costs of decisions [N] in [0, 1] / total, a differentiable scalar."""
+        return (decisions * self.costs.to(decisions)).sum() / self.total
+
+    def closest(self, scores: torch.Tensor, target: float) -> torch.Tensor:
+        """The decisions with the highest scores whose cost is nearest to target of the total, bool.
+
+        Where the next one is too dear, those after it that still fit are taken.
+        """
+        costs = self.costs.cpu()
+        order = torch.argsort(scores.cpu(), descending=True, stable=True)
+        left = target * self.total
+        chosen = torch.zeros(len(order), dtype=torch.bool)
+        rest = order
+        while len(rest):
+            fitting = int((torch.cumsum(costs[rest], 0) <= left).sum())
+            chosen[rest[:fitting]] = True
+            left -= float(costs[rest[:fitting]].sum())
+            rest = rest[fitting:]
+            rest = rest[costs[rest] <= left]
+        nearer = order[~chosen[order] & (costs[order] < 2 * left)]
+        chosen[nearer[:1]] = True
+        return chosen.to(scores.device)
+
+
+def layout_of(layers: Sequence[Layer], per_head: bool, tie_pairs: bool) -> Layout:
+    """The decisions for a model's layers.
+
+    Keys: lanes of q and k; values: lanes of v and columns of the out linear; one vector for all
+    heads of a layer, or with per_head one per key/value head. tie_pairs: lanes j and j +
+    head_dim / 2 of q and k, which RoPE mixes, share a decision. Channels: rows of gate and up,
+    columns of down. Raises ValueError for layers of different sizes.
+    """
+    shapes = {(layer.queries, layer.kv_heads, _width(layer)) for layer in layers}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"layers: expected the same heads and channels in each, got {sorted(shapes)}: unpack "
+            "the model first"
+        )
+    ((queries, kv_heads, width),) = shapes
+    dim = layers[0].head_dim
+    own = kv_heads if per_head else 1
+    key_lanes = dim // 2 if tie_pairs else dim
+    lengths = (own * key_lanes, own * dim, width)
+    head = torch.arange(kv_heads).repeat_interleave(dim) * per_head
+    lane = torch.arange(dim).repeat(kv_heads)
+    keys, values = head * key_lanes + lane % key_lanes, head * dim + lane
+
+    def to_queries(index: torch.Tensor) -> torch.Tensor:
+        grouped = index.reshape(kv_heads, 1, dim)
+        return grouped.expand(kv_heads, queries // kv_heads, dim).reshape(-1)
+
+    places = []
+    for number, layer in enumerate(layers):
+        family, start = layer.family, number * sum(lengths)
+        k, v = start + keys, start + lengths[0] + values
+        channels = start + lengths[0] + lengths[1] + torch.arange(width)
+        rows = {family.qkv: torch.cat([to_queries(k), k, v])}
+        if not family.qkv:
+            rows = dict(zip((family.q, *family.kv), (to_queries(k), k, v), strict=True))
+        for path, index in rows.items():
+            places.append(Place(f"{layer.name}.{path}", index, masks_output=True))
+        places.append(Place(f"{layer.name}.{family.out}", columns=to_queries(v), power=0))
+        places += [Place(f"{layer.name}.{path}", channels) for path in family.up]
+        places.append(Place(f"{layer.name}.{family.down}", columns=channels, power=len(family.up)))
+    costs = torch.zeros(len(layers) * sum(lengths), dtype=torch.float64)
+    total = 0
+    shape_of = {
+        f"{layer.name}.{path}": linear_shape(layer.linear(path))
+        for layer in layers
+        for path in layer.family.linears
+    }
+    for place in places:
+        n, k = shape_of[place.name]
+        index, each = (place.columns, n) if place.rows is None else (place.rows, k)
+        costs.index_add_(0, index, torch.full((len(index),), float(each), dtype=torch.float64))
+        total += n * k
+    return Layout(tuple(places), lengths, len(layers), costs, total)
+
+
+def _width(layer: Layer) -> int:
+    return linear_shape(layer.linear(layer.family.down))[1]
+
+
+class DecisionGenerator(nn.Module):
+    """Logits of all decisions from a fixed random slot per layer: fp32 [layers * sum(lengths)].
+
+    Slots [layers, 64], orthogonal and frozen, are a sequence through two post-norm transformer
+    encoder layers (4 heads, 256 wide, ReLU) and a LayerNorm; each layer then has its own matrix to
+    each of its vectors, without bias. Source: ATP, arXiv 2412.14426, first version of its code.
+    """
+
+    def __init__(self, layers: int, lengths: Sequence[int], dropout: float = 0.1, seed: int = 0):
+        super().__init__()
+        width = 64
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.register_buffer("slots", nn.init.orthogonal_(torch.empty(layers, width)))
+            block = nn.TransformerEncoderLayer(width, 4, 256, dropout, batch_first=True)
+            self.encoder = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+            self.norm = nn.LayerNorm(width)
+            self.outputs = nn.ParameterList(
+                nn.Parameter(torch.empty(layers, length, width).uniform_(-1, 1) / math.sqrt(width))
+                for length in lengths
+            )
+
+    def forward(self) -> torch.Tensor:
+        states = self.norm(self.encoder(self.slots[None])[0])
+        parts = [torch.einsum("ld,lnd->ln", states, matrix) for matrix in self.outputs]
+        return torch.cat(parts, 1).reshape(-1)

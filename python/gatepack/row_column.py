@@ -1,0 +1,286 @@
+"""Stage 3, modules: gates on rows and columns of any linear, closed together where they meet."""
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from gatepack.budget import TOLERANCE, Plan
+from gatepack.config import GateConfig
+from gatepack.gates import Gate, GateSet, GateSpec, Sample
+from gatepack.hf import Attachment, Layer, layers_of
+from gatepack.modules import Site, base_linear, is_conv1d, linear_shape
+
+# How q and k lanes meet, by model_type: lane by lane, or rotated in pairs (j, j + head_dim / 2).
+QUERY_KEY = {
+    **dict.fromkeys(("bert", "roberta", "gpt2", "opt"), "lanes"),
+    **dict.fromkeys(("llama", "mistral", "qwen2"), "pairs"),
+}
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Units of several gates that are dead together; index int64 [n, parties, lanes].
+
+    A party is alive while one of its lanes is open. shared=False: a party lives if all parties do
+    (gate, up and down of a channel). shared=True: party 0 serves the others (a value lane and the
+    columns of every query head that reads it): they need it, it needs one of them.
+    """
+
+    index: torch.Tensor
+    shared: bool
+
+    def alive(self, is_open: torch.Tensor) -> torch.Tensor:
+        """Which parties live, bool [n, parties], for open units bool [N]."""
+        alive = is_open[self.index].any(-1)
+        if not self.shared:
+            return alive.all(1, keepdim=True).expand_as(alive)
+        first, others = alive[:, :1], alive[:, 1:]
+        return torch.cat([first & others.any(1, keepdim=True), others & first], 1)
+
+
+class RowColumnCosts:
+    """Weights of linears whose rows and columns have gates: rows kept x columns kept each.
+
+    shapes: linear name -> (N, K). gates: "<linear>:rows" and "<linear>:columns" -> Gate; a side
+    without gates keeps everything. fixed: weights counted in the budget that no gate removes.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        gates: Mapping[str, Gate],
+        fixed: int,
+    ):
+        self.shapes, self.fixed = dict(shapes), fixed
+        self.sides = [
+            tuple(gates.get(f"{name}:{side}") for side in ("rows", "columns")) for name in shapes
+        ]
+        self.total = fixed + sum(n * k for n, k in self.shapes.values())
+
+    def kept_fraction(self, masks: Mapping[str, torch.Tensor]) -> float:
+        """Kept fraction of all counted weights for open masks (name -> bool [size])."""
+        kept = self.fixed
+        for shape, sides in zip(self.shapes.values(), self.sides, strict=True):
+            n, k = (
+                size if gate is None else int(masks[gate.name].sum())
+                for size, gate in zip(shape, sides, strict=True)
+            )
+            kept += n * k
+        return kept / self.total
+
+    def expected(self, probability: torch.Tensor) -> torch.Tensor:
+        """Expected kept fraction, a differentiable scalar, without a host sync; fp32 [N]."""
+        kept = probability.new_full((), float(self.fixed))
+        for shape, sides in zip(self.shapes.values(), self.sides, strict=True):
+            n, k = (
+                size if gate is None else probability[gate.start : gate.start + gate.size].sum()
+                for size, gate in zip(shape, sides, strict=True)
+            )
+            kept = kept + n * k
+        return kept / self.total
+
+
+class RowColumnGateSet(GateSet):
+    """The GateSet of units "rows" and "columns": y = z_rows * (W (z_columns * x) + b) per linear.
+
+    A unit that nothing reads, or that gets nothing but zeros, is 0 too (Coupling): that changes
+    neither outputs nor gradients, and is what packing removes. Budgets count weights on exact
+    zeros, rows kept x columns kept of each linear.
+    """
+
+    def __init__(self, config: GateConfig, shapes: Mapping[str, tuple[int, int]], fixed_cost: int):
+        specs = {}
+        for name, (n, k) in shapes.items():
+            if "rows" in config.units:
+                specs[f"{name}:rows"] = GateSpec("rows", n)
+            if "columns" in config.units:
+                specs[f"{name}:columns"] = GateSpec("columns", k)
+        super().__init__(config, specs)
+        self.costs = RowColumnCosts(shapes, self.gates, fixed_cost)
+        self._couplings: list[Coupling] = []
+        self._coupled: Sample | None = None
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_coupled": None}
+
+    def couple(self, is_open: torch.Tensor) -> torch.Tensor:
+        """The units that are open and matter, bool [N]."""
+        result = is_open.clone()
+        for coupling in self._couplings_on(is_open.device):
+            index = coupling.index
+            alive = coupling.alive(is_open)[..., None].expand(index.shape)
+            result[index] = is_open[index] & alive
+        return result
+
+    def couple_all(self, couplings: Iterable[Coupling]) -> None:
+        """Sets the couplings; no unit may be in two of them. Those of one form become one."""
+        forms: dict[tuple, list[torch.Tensor]] = {}
+        for c in couplings:
+            forms.setdefault((c.shared, *c.index.shape[1:]), []).append(c.index)
+        self._couplings = [Coupling(torch.cat(same), form[0]) for form, same in forms.items()]
+
+    def _couplings_on(self, device: torch.device) -> list[Coupling]:
+        if self._couplings and self._couplings[0].index.device != device:
+            self._couplings = [replace(c, index=c.index.to(device)) for c in self._couplings]
+        return self._couplings
+
+    def deterministic_values(self) -> torch.Tensor:
+        values = super().deterministic_values()
+        return torch.where(self.couple(values.detach() > 0), values, 0.0)
+
+    def draw(self) -> Sample:
+        drawn = super().draw()
+        if drawn is not self._coupled:
+            flat = torch.where(self.couple(drawn.flat.detach() > 0), drawn.flat, 0.0)
+            if flat.requires_grad:
+                flat.retain_grad()
+            self._coupled = self._sample = Sample(self, drawn.key, flat)
+        return self._coupled
+
+    def plan(self, scores: Mapping[str, torch.Tensor]) -> Plan:
+        """The units above one threshold on scores that keep config.target of the weights.
+
+        Shapes follow from that alone: width_multiple, equal_layers and tp_divisor speak of heads
+        and channels. Raises ValueError for scores that are not finite [size], or if no threshold is
+        within 0.5 % of the target.
+        """
+        for name, gate in self.items():
+            if name not in scores or scores[name].shape != (gate.size,):
+                raise ValueError(
+                    f"scores[{name!r}]: expected [{gate.size}], got "
+                    f"{list(scores[name].shape) if name in scores else None}"
+                )
+        flat = torch.cat([scores[name].float().cpu() for name in self])
+        if not bool(flat.isfinite().all()):
+            raise ValueError("scores: expected finite values, got infinite or NaN ones")
+        order = torch.argsort(flat, descending=True, stable=True)
+
+        def kept(count: int) -> tuple[dict[str, torch.Tensor], float]:
+            is_open = torch.zeros(len(flat), dtype=torch.bool)
+            is_open[order[:count]] = True
+            masks = self.split(self.couple(is_open))
+            return masks, self.costs.kept_fraction(masks)
+
+        low, high = 0, len(flat)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if kept(middle)[1] < self.config.target else (low, middle)
+        below, above = kept(low), kept(high)
+        target = self.config.target
+        masks, fraction = min(below, above, key=lambda found: abs(found[1] - target))
+        if abs(fraction - target) > TOLERANCE:
+            raise ValueError(
+                f"target={target} cannot be met within {TOLERANCE:.1%} of the parameters: the "
+                f"nearest kept fractions are {below[1]:.4f} and {above[1]:.4f}"
+            )
+        return Plan(masks, fraction, 1)
+
+
+def attach_rows_columns(root: nn.Module, config: GateConfig) -> RowColumnGateSet:
+    """What gatepack.attach does for units "rows" and "columns"; see there."""
+    layers = layers_of(root)
+    counted = [f"{layer.name}.{path}" for layer in layers for path in layer.family.linears]
+    names = _targeted(root, counted, config)
+    shapes = {name: linear_shape(base_linear(root.get_submodule(name))) for name in names}
+    fixed = sum(
+        base_linear(root.get_submodule(name)).weight.numel()
+        for name in counted
+        if name not in shapes
+    )
+    gates = RowColumnGateSet(config, shapes, fixed)
+    if config.target <= gates.costs.fixed / gates.costs.total:
+        raise ValueError(
+            f"target={config.target} cannot be reached: the gated linears hold "
+            f"{1 - gates.costs.fixed / gates.costs.total:.1%} of the blocks' weights; gate more of "
+            "them or raise the target"
+        )
+    gates.couple_all(c for layer in layers for c in _couplings(root, layer, gates))
+    gates.width = linear_shape(layers[0].linear(layers[0].family.out))[0]
+    gates.to(next(root.parameters()).device).train(root.training)
+    attachment = Attachment(root, gates)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        site = Site(
+            in_gate=gates.gates.get(f"{name}:columns"), out_gate=gates.gates.get(f"{name}:rows")
+        )
+        attachment.sites.append((root.get_submodule(parent), child, site))
+    attachment.bind()
+    attachment.watch(layers)
+    return gates
+
+
+def _targeted(root: nn.Module, counted: list[str], config: GateConfig) -> list[str]:
+    """Names of the linears to gate: those of the blocks, or every one that matches targets."""
+    if config.targets is None:
+        return counted
+    owners: dict[int, list[str]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    names = []
+    for name, module in root.named_modules():
+        base = base_linear(module)
+        if name.endswith("base_layer") or not (isinstance(base, nn.Linear) or is_conv1d(base)):
+            continue
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.targets):
+            shared = owners[id(base.weight)]
+            if len(shared) > 1:
+                raise ValueError(
+                    f"targets={config.targets} match {name!r}, whose weight is also "
+                    f"{next(o for o in shared if o != f'{name}.weight')!r}: leave it out"
+                )
+            names.append(name)
+    if not names:
+        raise ValueError(f"targets={config.targets} match no linear; the first is {counted[0]!r}")
+    return names
+
+
+def _couplings(root: nn.Module, layer: Layer, gates: GateSet) -> Iterator[Coupling]:
+    """The couplings inside one layer, as far as both sides have gates."""
+    family, dim = layer.family, layer.head_dim
+    queries, kv_heads = layer.queries, layer.kv_heads
+    ratio = queries // kv_heads
+
+    def side(path: str, kind: str, offset: int = 0, size: int | None = None):
+        gate = gates.gates.get(f"{layer.name}.{path}:{kind}")
+        if gate is None:
+            return None
+        size = gate.size - offset if size is None else size
+        start = gate.start + offset
+        return torch.arange(
+            start, start + size, device="cpu"
+        )  # also where models are built on meta
+
+    channels = [side(path, "rows") for path in family.up] + [side(family.down, "columns")]
+    channels = [party for party in channels if party is not None]
+    if len(channels) > 1 and _zero_stays_zero(root.config):
+        yield Coupling(torch.stack(channels, 1)[..., None], shared=False)
+    lanes = queries * dim
+    if family.qkv:
+        q, k, v = (side(family.qkv, "rows", i * lanes, lanes) for i in range(3))
+    else:
+        q, k, v = (side(path, "rows") for path in (family.q, *family.kv))
+    out = side(family.out, "columns")
+
+    def by_head(first: torch.Tensor, others: torch.Tensor, width: int) -> torch.Tensor:
+        """[kv_heads * dim / width, 1 + ratio, width], lanes j, j + dim / width, ... together."""
+        heads = torch.cat(
+            [first.reshape(kv_heads, 1, dim), others.reshape(kv_heads, ratio, dim)], 1
+        )
+        return heads.unflatten(2, (width, dim // width)).permute(0, 3, 1, 2).flatten(0, 1)
+
+    if v is not None and out is not None:
+        yield Coupling(by_head(v, out, 1), shared=True)
+    meeting = QUERY_KEY.get(root.config.model_type)
+    if q is not None and k is not None and meeting is not None:
+        yield Coupling(by_head(k, q, 2 if meeting == "pairs" else 1), shared=True)
+
+
+def _zero_stays_zero(config) -> bool:
+    """Whether the MLP's activation of 0 is 0, so that a closed row leaves a dead channel."""
+    from transformers.activations import ACT2FN
+
+    name = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    return name in ACT2FN and bool(ACT2FN[name](torch.zeros(1, device="cpu")) == 0)

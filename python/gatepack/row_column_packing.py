@@ -1,0 +1,213 @@
+"""Stage 5, pack: remove closed rows and columns of single linears, and put zeros back."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gatepack._ext import fold_pack, fold_pack_adjoint
+from gatepack.hf import Layer, detach, layers_of
+from gatepack.modules import PackedLinear, adopt, is_conv1d, linear_shape, weight_matrix
+from gatepack.packing import FORMAT_VERSION, decode_mask, encode_mask
+from gatepack.row_column import RowColumnGateSet
+
+Mask = torch.Tensor | None
+
+
+class IndexedLinear(PackedLinear):
+    """y[rows] = W x[columns] + b, the other rows 0: a linear without its closed rows and columns.
+
+    x [*, K] and y [*, N] have their dense widths, so that residual streams and heads stay as they
+    were, except between the linears of an MLP, which hand each other open channels only. weight
+    [|R|, |C|] and bias [|R|] are the parameters. LoRA on it does not fit: train adapters before
+    packing and merge them, or unpack.
+    """
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, rows: Mask, columns: Mask, compact: tuple[bool, bool], values=None
+    ) -> "IndexedLinear":
+        """rows bool [N], columns bool [K], or None for all. compact: whether y and x hold open
+        lanes only. values: gate values (rows [N], columns [K]) to fold in, or None."""
+        packed = adopt(linear, cls)
+        packed.dense_class, packed.dense_shape = type(linear), linear_shape(linear)
+        packed.masks = (rows, columns)
+        packed._indices = tuple(
+            None if mask is None else mask.nonzero().squeeze(1) for mask in (rows, columns)
+        )
+        packed.compact = compact
+        weight, bias = packed._packed_operands(linear, *(values or (None, None)))
+        packed._parameters["weight"] = nn.Parameter(weight, linear.weight.requires_grad)
+        if bias is not None:
+            packed._parameters["bias"] = nn.Parameter(bias, linear.bias.requires_grad)
+        packed.out_features, packed.in_features = weight.shape
+        return packed
+
+    def _packed_operands(self, linear: nn.Module, z_rows, z_columns):
+        rows, columns = (
+            None
+            if i is None
+            else i.to(linear.weight.device if not linear.weight.is_meta else "cpu")
+            for i in self._indices
+        )
+        n, k = self.dense_shape
+        if linear.weight.is_meta:
+            n, k = (n if rows is None else len(rows)), (k if columns is None else len(columns))
+            bias = None if linear.bias is None else linear.bias.new_empty(n)
+            return linear.weight.new_empty(n, k), bias
+        z_rows = z_rows if z_rows is None or rows is None else z_rows[rows]
+        z_columns = z_columns if z_columns is None or columns is None else z_columns[columns]
+        weight = fold_pack(weight_matrix(linear).detach(), rows, columns, z_rows, z_columns)
+        bias = None if linear.bias is None else linear.bias.detach()
+        if bias is not None:
+            bias = bias if rows is None else bias[rows]
+            bias = bias.clone() if z_rows is None else (bias * z_rows).to(bias.dtype)
+        return weight.contiguous(), bias
+
+    def _index(self, side: int, device: torch.device) -> Mask:
+        index = self._indices[side]
+        if index is not None and index.device != device:
+            moved = list(self._indices)
+            moved[side] = index.to(device)
+            self._indices = tuple(moved)
+        return self._indices[side]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        compact_out, compact_in = self.compact
+        columns = None if compact_in else self._index(1, x.device)
+        if columns is not None:
+            x = x.index_select(-1, columns)
+        y = F.linear(x, self.weight, self.bias)
+        rows = None if compact_out else self._index(0, x.device)
+        if rows is None:
+            return y
+        return y.new_zeros(*y.shape[:-1], self.dense_shape[0]).index_copy(-1, rows, y)
+
+    def to_dense(self) -> nn.Module:
+        """The linear with zeros where rows and columns were removed."""
+        rows, columns = (self._index(side, self.weight.device) for side in (0, 1))
+        weight = fold_pack_adjoint(
+            self.weight.detach(), rows, columns, None, None, *self.dense_shape
+        )
+        bias = None if self.bias is None else self.bias.detach()
+        if bias is not None and rows is not None:
+            bias = bias.new_zeros(self.dense_shape[0]).index_copy(0, rows, bias)
+        dense = adopt(self, self.dense_class)
+        for name in ("dense_class", "dense_shape", "masks", "_indices", "compact"):
+            delattr(dense, name)
+        if is_conv1d(dense):
+            weight = weight.t().contiguous()
+        else:
+            dense.out_features, dense.in_features = weight.shape
+        dense._parameters["weight"] = nn.Parameter(weight, self.weight.requires_grad)
+        if bias is not None:
+            dense._parameters["bias"] = nn.Parameter(bias, self.bias.requires_grad)
+        return dense
+
+
+@torch.no_grad()
+def pack_rows_columns(root: nn.Module, gates: RowColumnGateSet) -> list[tuple[str, str, int, int]]:
+    """Packs the gated linears of a model in place; the rows of its PackReport."""
+    for name in gates.costs.shapes:
+        if hasattr(root.get_submodule(name), "base_layer"):
+            raise ValueError(
+                f"{name} cannot be packed by rows and columns: it carries an adapter. Merge it "
+                "first (model.merge_and_unload())"
+            )
+    values = gates.split(gates.deterministic_values().clone())
+    open_masks = gates.open_masks()
+    report = [
+        (name, gate.kind, gate.size, int(open_masks[name].sum())) for name, gate in gates.items()
+    ]
+    names = list(gates.costs.shapes)
+    detach(root)
+    masks = {
+        name: tuple(open_masks.get(f"{name}:{side}") for side in ("rows", "columns"))
+        for name in names
+    }
+    folded = {
+        name: tuple(values.get(f"{name}:{side}") for side in ("rows", "columns")) for name in names
+    }
+    _replace(root, masks, folded)
+    root.config.gatepack = {
+        **(getattr(root.config, "gatepack", None) or {}),
+        "format": FORMAT_VERSION,
+        "linears": {
+            name: {
+                side: None if mask is None else encode_mask(mask)
+                for side, mask in zip(("rows", "columns"), pair, strict=True)
+            }
+            for name, pair in masks.items()
+        },
+    }
+    return report
+
+
+def shrink_linears(model: nn.Module, record: Mapping[str, Mapping]) -> None:
+    """Gives a dense model the shapes of one that pack_rows_columns packed; works on meta tensors.
+
+    record: config.gatepack["linears"]. Raises ValueError where a name or size does not fit.
+    """
+    masks = {}
+    for name, sides in record.items():
+        try:
+            shape = linear_shape(model.get_submodule(name))
+        except AttributeError as error:
+            raise ValueError(
+                f"config.gatepack names linear {name!r}, which this architecture does not have"
+            ) from error
+        pair = tuple(
+            None if sides[side] is None else decode_mask(sides[side])
+            for side in ("rows", "columns")
+        )
+        for mask, size in zip(pair, shape, strict=True):
+            if mask is not None and mask.numel() != size:
+                raise ValueError(
+                    f"config.gatepack has {mask.numel()} units for {name!r}, the architecture has "
+                    f"{size}"
+                )
+        masks[name] = pair
+    _replace(model, masks, {})
+
+
+@torch.no_grad()
+def unpack_rows_columns(root: nn.Module) -> dict[str, torch.Tensor]:
+    """The inverse of pack_rows_columns, zeros where units were removed; the masks by gate name."""
+    record = dict(root.config.gatepack)
+    kept = {}
+    for name in record.pop("linears"):
+        module = root.get_submodule(name)
+        for side, mask in zip(("rows", "columns"), module.masks, strict=True):
+            if mask is not None:
+                kept[f"{name}:{side}"] = mask
+        root.set_submodule(name, module.to_dense())
+    record.pop("format")
+    root.config.gatepack = record
+    if not record:
+        del root.config.gatepack
+    return kept
+
+
+def _replace(root: nn.Module, masks: Mapping[str, tuple[Mask, Mask]], values: Mapping) -> None:
+    """Puts an IndexedLinear in the place of each linear named in masks."""
+    compact = {name: [False, False] for name in masks}
+    for layer in layers_of(root):
+        for name, side in _interior(layer, masks):
+            compact[name][side] = True
+    for name, (rows, columns) in masks.items():
+        packed = IndexedLinear.from_linear(
+            root.get_submodule(name), rows, columns, tuple(compact[name]), values.get(name)
+        )
+        root.set_submodule(name, packed)
+
+
+def _interior(layer: Layer, masks: Mapping[str, tuple[Mask, Mask]]) -> list[tuple[str, int]]:
+    """(linear, side) of an MLP whose linears all keep the same channels, else nothing."""
+    up = [f"{layer.name}.{path}" for path in layer.family.up]
+    down = f"{layer.name}.{layer.family.down}"
+    channels = masks.get(down, (None, None))[1]
+    rows = [masks.get(name, (None, None))[0] for name in up]
+    if channels is None or any(r is None or not torch.equal(r, channels) for r in rows):
+        return []
+    return [*((name, 0) for name in up), (down, 1)]

@@ -1,0 +1,188 @@
+"""GateCallback in transformers.Trainer: no subclass, accumulation, evaluation, resume."""
+
+import pytest
+import torch
+from letters import letter_tokenizer
+from tiny import tiny_model, token_ids
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import gatepack as gp
+from gatepack.callback import FILE, GateCallback
+from gatepack.gate_training import GateSchedule
+
+CONFIG = gp.GateConfig(noise=0.1, target=0.5, width_multiple=4, seed=3)
+
+
+def dataset(n=24):
+    rows = token_ids(n, 6)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def trainer(folder, callback=None, model=None, callbacks=(), **arguments):
+    model = tiny_model("llama", torch.float32) if model is None else model
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 12,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 4,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 5,
+    }
+    callback = GateCallback(CONFIG) if callback is None else callback
+    return Trainer(
+        model,
+        TrainingArguments(**settings | arguments),
+        train_dataset=dataset(),
+        eval_dataset=dataset(4),
+        callbacks=[callback, *callbacks],
+    )
+
+
+def test_trains_to_the_target_evaluates_and_packs(tmp_path):
+    run = trainer(tmp_path, eval_strategy="steps", eval_steps=6)
+    run.train()
+    gates = gp.gates_of(run.model)
+    assert gates.frozen and abs(gates.kept_fraction() - 0.5) <= 0.005
+    logged = [entry for entry in run.state.log_history if "gates/kept_fraction" in entry]
+    assert logged and 0 < logged[-1]["gates/kept_fraction"] <= 1
+    assert any("eval_loss" in entry for entry in run.state.log_history)
+    before = run.evaluate()["eval_loss"]
+    gp.pack(run.model)
+    assert run.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-4)
+
+
+def test_the_trainers_optimizer_never_holds_the_logits(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    logits = gp.gates_of(run.model).logits
+    held = [p for group in run.optimizer.param_groups for p in group["params"]]
+    assert held and not any(p is logits for p in held)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_one_gate_step_per_optimizer_step(accumulation, tmp_path):
+    callback = GateCallback(CONFIG, GateSchedule(freeze=1.0))
+    run = trainer(tmp_path, callback, gradient_accumulation_steps=accumulation, max_steps=4)
+    run.train()
+    assert callback.training.done == 4
+    assert gp.gates_of(run.model).controller.steps == 4
+    assert int(gp.gates_of(run.model).draws) == 4 * accumulation
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = control.should_save = state.global_step == self.step
+
+
+class NoFinish(GateCallback):
+    """A run that is killed never sees on_train_end."""
+
+    def on_train_end(self, args, state, control, **_):
+        pass
+
+
+@pytest.mark.parametrize("cut", [5, 10])
+def test_resume_is_bit_exact(cut, tmp_path):
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    trainer(tmp_path / "cut", NoFinish(CONFIG), callbacks=[StopAt(cut)]).train()
+    assert (tmp_path / "cut" / f"checkpoint-{cut}" / FILE).is_file()
+    second = trainer(tmp_path / "cut")
+    second.train(resume_from_checkpoint=True)
+    ours, theirs = second.model.state_dict(), whole.model.state_dict()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_resume_without_the_file_says_how(tmp_path):
+    trainer(tmp_path, NoFinish(CONFIG), callbacks=[StopAt(5)]).train()
+    (tmp_path / "checkpoint-5" / FILE).unlink()
+    with pytest.raises(ValueError, match=r"is missing: .*GateCallback\(resume_from="):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_lora_beside_gates(tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj", "down_proj"])
+    model = peft.get_peft_model(tiny_model("llama", torch.float32), lora)
+    run = trainer(tmp_path, model=model)
+    frozen = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.clone()
+    run.train()
+    gates = gp.gates_of(model)
+    assert abs(gates.kept_fraction() - 0.5) <= 0.005
+    up = model.get_base_model().model.layers[0].mlp.up_proj
+    assert torch.equal(up.base_layer.weight, frozen)
+    assert up.lora_B["default"].weight.abs().max() > 0
+
+
+def test_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"input_ids": token_ids(24, 6).tolist()})
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=2, report_to=[],
+        use_cpu=True, save_strategy="no", disable_tqdm=True, bf16=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+
+    tokenizer = letter_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    model = tiny_model("llama", torch.float32)
+    run = trl.SFTTrainer(
+        model, arguments, train_dataset=rows, callbacks=[GateCallback(CONFIG)],
+        processing_class=tokenizer,
+    )  # fmt: skip
+    run.train()
+    assert abs(gp.gates_of(model).kept_fraction() - 0.5) <= 0.005
+
+
+def test_gates_that_are_there_are_kept_or_refused(tmp_path):
+    model = tiny_model("llama", torch.float32)
+    gates = gp.attach(model, CONFIG)
+    trainer(tmp_path, GateCallback(), model=model)
+    assert gp.gates_of(model) is gates
+    other = gp.GateConfig(target=0.9)
+    with pytest.raises(ValueError, match="config: the model already has gates"):
+        trainer(tmp_path, GateCallback(other), model=model)
+
+
+def test_an_optimizer_that_holds_the_logits_is_refused(tmp_path):
+    model = tiny_model("llama", torch.float32)
+    gp.attach(model, CONFIG)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    run = Trainer(
+        model,
+        TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True),
+        train_dataset=dataset(),
+        callbacks=[GateCallback()],
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)),
+    )
+    with pytest.raises(ValueError, match="already holds the gates' logits"):
+        run.train()
+
+
+def test_one_shot_method_prunes_before_the_trainer_tunes(tmp_path):
+    gates = gp.GateConfig(noise=0.0, target=0.7, width_multiple=2, equal_layers=False)
+    calibration = [token_ids(4, 9)]
+    model = tiny_model("llama", torch.float32)
+    method = gp.methods.FLAP(gates=gates)
+    run = trainer(tmp_path, GateCallback(method, batches=calibration), model=model)
+    down = model.model.layers[0].mlp.down_proj
+    assert isinstance(down, gp.PackedLinear)
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < before
+
+
+def test_what_is_not_a_method_is_refused():
+    with pytest.raises(ValueError, match="method: expected a GateConfig or a method of"):
+        GateCallback(0.5)
+    with pytest.raises(ValueError, match="schedule: expected None with a FLAP, got one"):
+        GateCallback(gp.methods.FLAP(), GateSchedule())

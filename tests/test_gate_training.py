@@ -1,0 +1,157 @@
+"""GateTraining: gates beside any optimizer, to the budget, resumable bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from tiny import tiny_model, token_ids
+
+import gatepack as gp
+from gatepack.gate_training import GateSchedule, GateTraining
+
+CONFIG = gp.GateConfig(noise=0.1, target=0.5, width_multiple=4, seed=3)
+STEPS = 30
+
+
+def gated(dtype=torch.float32, **config):
+    model = tiny_model("llama", dtype).train()
+    gp.attach(model, gp.GateConfig(**{**CONFIG.to_dict(), **config}))
+    return model
+
+
+def loss_of(model, step):
+    ids = token_ids(2, 6, seed=step)
+    return model(ids, labels=ids).loss
+
+
+def train(model, steps, training=None, optimizer=None, schedule=None, total=STEPS):
+    if training is None:
+        training = GateTraining(model, total, schedule)
+        optimizer = torch.optim.AdamW(training.weights(), lr=1e-3)
+    for step in range(training.done, training.done + steps):
+        loss_of(model, step).backward()
+        training.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    return training, optimizer
+
+
+def test_recipe_ends_at_the_target_and_packs():
+    model = gated()
+    training, _ = train(model, STEPS)
+    assert training.gates.frozen
+    assert abs(training.finish() - 0.5) <= 0.005
+    ids = token_ids(2, 6)
+    expected = model.eval()(ids).logits
+    gp.pack(model)
+    assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+
+
+def test_gates_move_before_they_freeze_and_not_after():
+    model = gated()
+    schedule = GateSchedule(freeze=0.5)
+    training, optimizer = train(model, 14, schedule=schedule)
+    assert not training.gates.frozen and training.gates.logits.std() > 0
+    train(model, 1, training, optimizer)
+    assert training.gates.frozen and not training.gates.logits.requires_grad
+    frozen = training.gates.logits.clone()
+    weight = model.model.layers[0].mlp.up_proj.weight.clone()
+    train(model, 5, training, optimizer)
+    assert torch.equal(training.gates.logits, frozen)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, weight)
+
+
+def test_schedule_reaches_the_controller():
+    training = GateTraining(gated(), 100, GateSchedule(warmup=0.1, ramp=0.6, freeze=0.9))
+    controller = training.gates.controller
+    assert (controller.warmup_steps, controller.ramp_steps) == (10, 50)
+
+
+def test_gradient_is_that_of_the_loss_and_the_penalty():
+    model = gated(torch.float64, noise=0.0, init_logit=0.2)
+    twin = copy.deepcopy(model)
+    training = GateTraining(model, STEPS)
+    for step in (0, 1):
+        loss_of(model, step).backward()
+    assert model.gatepack_gates.logits.grad is None
+    seen = {}
+    real = training.optimizer.step
+    training.optimizer.step = lambda: seen.update(grad=training.gates.logits.grad.clone()) or real()
+    controller = twin.gatepack_gates.controller
+    controller.warmup_steps = training.gates.controller.warmup_steps
+    controller.ramp_steps = training.gates.controller.ramp_steps
+    (loss_of(twin, 0) + loss_of(twin, 1) + twin.gatepack_gates.penalty()).backward()
+    training.step()
+    assert torch.allclose(seen["grad"], twin.gatepack_gates.logits.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_loss_scale_is_undone():
+    logits = []
+    for scale in (1.0, 1024.0):
+        model = gated(noise=0.0, init_logit=0.2)
+        training = GateTraining(model, STEPS)
+        (loss_of(model, 0) * scale).backward()
+        training.step(scale)
+        logits.append(training.gates.logits.detach().clone())
+    assert torch.allclose(*logits, rtol=1e-5)
+
+
+def test_an_infinite_gradient_counts_as_none():
+    model = gated()
+    training = GateTraining(model, STEPS)
+    training.gradient = torch.full_like(training.gates.logits, float("inf"))
+    training.step()
+    assert training.gates.logits.isfinite().all() and training.gradient is None
+
+
+def test_clipping_and_zeroing_of_the_weights_leave_the_gates_alone():
+    model = gated(init_logit=0.2)
+    training = GateTraining(model, STEPS)
+    loss_of(model, 0).backward()
+    before = training.gradient.clone()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-9)
+    model.zero_grad()
+    assert before.abs().max() > 0 and torch.equal(training.gradient, before)
+
+
+@pytest.mark.parametrize("cut", [5, 25])
+def test_resumes_bit_for_bit(cut):
+    torch.manual_seed(0)
+    whole = gated()
+    train(whole, STEPS)
+    first = gated()
+    training, optimizer = train(first, cut)
+    second = gated()
+    resumed = GateTraining(second, STEPS)
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(copy.deepcopy(training.state_dict()))
+    again = torch.optim.AdamW(resumed.weights(), lr=1e-3)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(second, STEPS - cut, resumed, again)
+    for (name, a), b in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_state_holds_tensors_only():
+    training, _ = train(gated(), 3)
+    assert all(isinstance(value, torch.Tensor) for value in training.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate: expected a positive number, got 0.0"),
+        ({"ramp": 1.5}, "ramp: expected a fraction of all steps, got 1.5"),
+        ({"warmup": 0.6}, "warmup, ramp, freeze: expected ascending fractions, got 0.6, 0.5, 0.75"),
+    ],
+)
+def test_schedule_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        GateSchedule(**fields)
+
+
+def test_refuses_no_steps_and_no_gates():
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        GateTraining(gated(), 0)
+    with pytest.raises(ValueError, match="model has no gates"):
+        GateTraining(tiny_model("llama"), 1)

@@ -1,0 +1,566 @@
+"""ATP: formulas against literal fp64 transcriptions, what the steps touch, and whole runs."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny import tiny_model, token_ids
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import gatepack as gp
+from gatepack.hf import layers_of
+from gatepack.methods import ATP
+from gatepack.methods.decisions import (
+    DecisionGenerator,
+    budget_loss,
+    gumbel_sigmoid,
+    layout_of,
+    straight_through,
+)
+from gatepack.methods.group_lasso import lasso, proximal
+from gatepack.methods.masked_lora import mask_linears, merge_adapters, unmask_linears
+from gatepack.modules import base_linear, operands_of, weight_matrix
+
+pytest.importorskip("peft")
+STEPS = 12
+FAST = {"target": 0.6, "lora_rank": 3, "lora_dropout": 0.0, "generator_rate": 1e-2}
+
+
+def generator_batches(n=2):
+    return [token_ids(3, 7, seed=100 + i) for i in range(n)]
+
+
+def started(family="llama", dtype=torch.float64, steps=STEPS, decide=True, **fields):
+    model = tiny_model(family, dtype).train()
+    training = ATP(**{**FAST, **fields}).start(model, steps, batches_of(model))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    if decide:
+        training.decisions.set(torch.rand(len(training.decisions.hard)) > 0.4)
+    return model, training
+
+
+def batches_of(model):
+    batches = generator_batches()
+    if model.can_generate():
+        return batches
+    return [{"input_ids": ids, "labels": ids.sum(1) % 2} for ids in batches]
+
+
+def loss_of(model, step):
+    ids = token_ids(4, 8, seed=step)
+    return model(input_ids=ids, labels=ids if model.can_generate() else ids.sum(1) % 2).loss
+
+
+def train(model, training, optimizer=None, until=STEPS):
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(training.weights(), lr=1e-2)
+    while training.done < until:
+        loss_of(model, training.done).backward()
+        training.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def float64(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+class TestDecisions:
+    def test_gumbel_sigmoid_is_the_published_one(self):
+        logits, uniform = [-3.4, -0.2, 1.5], [0.1, 0.7, 0.999]
+        expected = []
+        for value, u in zip(logits, uniform, strict=True):
+            noise = -math.log(-math.log(u + 1e-10) + 1e-10)
+            expected.append(1 / (1 + math.exp(-(value + noise + 3.0) / 0.4)))
+        found = gumbel_sigmoid(float64(logits), float64(uniform), 0.4, 3.0)
+        assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+    def test_one_gumbel_gives_its_own_probability(self):
+        generator = torch.Generator().manual_seed(0)
+        uniform = torch.rand(200_000, generator=generator)
+        for shift in (math.log(math.log(2)), -1.0, 0.5):
+            logits = torch.full_like(uniform, shift - 3.0)
+            kept = (gumbel_sigmoid(logits, uniform, 0.4, 3.0) >= 0.5).double().mean()
+            assert float(kept) == pytest.approx(1 - math.exp(-math.exp(shift)), abs=0.005)
+        assert bool((gumbel_sigmoid(torch.zeros_like(uniform), uniform, 0.4, 3.0) >= 0.5).all())
+
+    def test_straight_through_and_budget(self):
+        soft = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64, requires_grad=True)
+        hard = straight_through(soft)
+        assert hard.tolist() == [0, 1, 1]
+        weights = float64([1.0, 2.0, 3.0])
+        (grad,) = torch.autograd.grad((hard * weights).sum(), soft)
+        assert torch.equal(grad, weights)
+        for kept in (0.3, 0.6, 1.0):
+            expected = math.log(max(kept, 0.6) / min(kept, 0.6))
+            found = budget_loss(float64(kept), 0.6)
+            assert float(found) == pytest.approx(expected, abs=1e-12)
+
+    def test_generator_has_the_published_size_and_slots(self):
+        with torch.device("meta"):
+            shapes = [p.numel() for p in DecisionGenerator(32, (128, 128, 11008)).parameters()]
+        assert sum(shapes) == 99_968 + 128 + 64 * 11_264 * 32
+        generator = DecisionGenerator(2, (4, 8, 40))
+        product = generator.slots @ generator.slots.t()
+        torch.testing.assert_close(product, torch.eye(2))
+        assert generator().shape == (2 * 52,)
+        assert torch.equal(generator.slots, DecisionGenerator(2, (4, 8, 40)).slots)
+
+    def test_layout_of_one_vector_for_all_heads(self):
+        layers = layers_of(tiny_model("llama"))
+        layout = layout_of(layers, per_head=False, tie_pairs=True)
+        assert layout.lengths == (4, 8, 40) and len(layout.costs) == 104
+        places = {place.name: place for place in layout.places}
+        q = places["model.layers.1.self_attn.q_proj"].rows.tolist()
+        assert q == [52 + lane % 4 for lane in range(48)]
+        v = places["model.layers.0.self_attn.v_proj"].rows.tolist()
+        assert v == [4 + lane % 8 for lane in range(16)]
+        out = places["model.layers.0.self_attn.o_proj"].columns.tolist()
+        assert out == [4 + lane % 8 for lane in range(48)]
+        down = places["model.layers.0.mlp.down_proj"]
+        assert down.columns.tolist() == list(range(12, 52)) and down.power == 2
+
+    def test_layout_by_head(self):
+        layout = layout_of(layers_of(tiny_model("llama")), per_head=True, tie_pairs=False)
+        assert layout.lengths == (16, 16, 40)
+        places = {place.name: place for place in layout.places}
+        k = places["model.layers.0.self_attn.k_proj"].rows.tolist()
+        assert k == list(range(16))
+        q = places["model.layers.0.self_attn.q_proj"].rows.reshape(6, 8)
+        assert q[2].tolist() == list(range(8)) and q[3].tolist() == list(range(8, 16))
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+    def test_kept_fraction_counts_what_packing_keeps(self, family):
+        model, training = started(family, torch.float32, final="sample")
+        expected = float(training.decisions.layout.kept_fraction(training.decisions.hard.double()))
+        assert training.finish() == pytest.approx(expected)
+        assert gp.pack(model).kept_fraction == pytest.approx(expected)
+
+    def test_closest_fills_up_to_the_target(self):
+        layout = layout_of(layers_of(tiny_model("llama")), False, True)
+        scores = torch.arange(104.0)
+        chosen = layout.closest(scores, 0.6)
+        kept = float(layout.kept_fraction(chosen.double()))
+        assert abs(kept - 0.6) <= 0.003  # half a channel
+        assert bool(chosen[-20:].all()) and not bool(chosen[:20].all())
+
+    def test_layers_of_different_sizes_are_refused(self):
+        model = tiny_model("llama", torch.float32)
+        gates = gp.attach(model, gp.GateConfig(noise=0.0))
+        gates.close("model.layers.0.mlp:channels", [1])
+        gp.pack(model)
+        with pytest.raises(ValueError, match="expected the same heads and channels in each"):
+            layout_of(layers_of(model), False, False)
+
+
+def literal_linear(module, place, x, m, tunes: bool):
+    """Both published formulas for one linear, row by row; m [rows] or [columns]."""
+    operands = operands_of(module)
+    (adapter,) = operands.adapters
+    if place.columns is not None and not tunes and place.power:
+        x = x * m**place.power
+    rows = []
+    for n in range(len(operands.w)):
+        frozen = (x * operands.w[n]).sum(-1)
+        frozen = frozen if operands.bias is None else frozen + operands.bias[n]
+        low = sum((x * adapter.a[r]).sum(-1) * adapter.b[n, r] for r in range(len(adapter.a)))
+        if place.rows is None:
+            rows.append(frozen + low)
+        elif tunes:
+            rows.append(m[n] * frozen + low)
+        else:
+            rows.append(m[n] * (frozen + low) if place.masks_output else frozen + low)
+    return torch.stack(rows, -1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("tunes", [True, False])
+def test_linears_are_the_published_formulas(family, tunes):
+    model, training = started(family)
+    model.train(tunes)
+    decisions = training.decisions
+    for place in decisions.layout.places[: len(decisions.layout.places) // 2]:
+        module = model.get_submodule(place.name)
+        x = torch.randn(5, weight_matrix(base_linear(module)).shape[1], dtype=torch.float64)
+        x.requires_grad_()
+        factors = [(a.a, a.b) for a in operands_of(module).adapters][0]
+        m = decisions.hard[decisions.index[place.name]].double()
+        expected = literal_linear(module, place, x, m, tunes)
+        ours = module(x)
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+        upstream = torch.randn_like(ours)
+        found = torch.autograd.grad(ours, (x, *factors), upstream)
+        for a, b in zip(found, torch.autograd.grad(expected, (x, *factors), upstream), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_soft_decisions_have_the_gradient_of_the_evaluation_formula(family):
+    model, training = started(family)
+    decisions = training.decisions
+    values = float64([0.0, 0.3, 1.0])[torch.randint(3, decisions.hard.shape)].requires_grad_()
+    ids = token_ids()
+    model.eval()
+    with decisions.softened(values):
+        ours = model(ids).logits
+    upstream = torch.randn_like(ours)
+    (found,) = torch.autograd.grad(ours, values, upstream)
+    unmask_linears(model, decisions)
+    merge_adapters(model, decisions)
+    literal = values.detach().clone().requires_grad_()
+    for place in decisions.layout.places:
+        module, index = model.get_submodule(place.name), decisions.index[place.name]
+        if place.masks_output:
+            module.register_forward_hook(lambda m, args, y, i=index: y * literal[i])
+        elif place.columns is not None and place.power:
+
+            def before(m, args, i=index, power=place.power):
+                return (args[0] * literal[i] ** power,)
+
+            module.register_forward_pre_hook(before)
+    theirs = model(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    (expected,) = torch.autograd.grad(theirs, literal, upstream)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_kernels_compute_both_formulas(monkeypatch):
+    pytest.importorskip("triton")
+    found = {}
+    for path in ("folded", "triton"):
+        monkeypatch.setenv("GATEPACK_BACKEND", path)
+        model, training = started("llama", torch.float32)
+        loss_of(model, 0).backward()
+        grads = [
+            p.grad for name, p in model.named_parameters() if "layers.0" in name and "lora" in name
+        ]
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            values = float64([0.0, 0.3, 1.0])[torch.randint(3, training.decisions.hard.shape)]
+        values = values.float().requires_grad_()
+        model.eval()
+        with training.decisions.softened(values):
+            loss = model(input_ids=token_ids(), labels=token_ids()).loss
+        found[path] = [*grads, *torch.autograd.grad(loss, values)]
+    for ours, expected in zip(found["triton"], found["folded"], strict=True):
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_all_kept_is_plain_lora():
+    model, training = started("llama", decide=False)
+    ids = token_ids()
+    for mode in (True, False):
+        model.train(mode)
+        ours = model(ids).logits
+        unmask_linears(model, training.decisions)
+        torch.testing.assert_close(ours, model(ids).logits, rtol=1e-9, atol=1e-9)
+        mask_linears(model, training.decisions)
+
+
+def test_dropout_is_between_a_and_b():
+    model, training = started("llama", lora_dropout=0.5)
+    module = model.model.layers[0].mlp.up_proj
+    widths = []
+    module.lora_dropout["default"].register_forward_pre_hook(
+        lambda m, args: widths.append(args[0].shape[-1])
+    )
+    model(token_ids())
+    assert widths == [3]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_packed_model_is_the_evaluation_formula(family, per_head):
+    model, training = started(family, per_head=per_head, final="sample")
+    ids = token_ids()
+    expected = model.eval()(ids).logits.detach()
+    kept = training.finish()
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-6, atol=1e-6 * scale)
+    report = gp.pack(model)
+    assert report.kept_fraction == pytest.approx(kept)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-6, atol=1e-6 * scale)
+    assert not any(hasattr(module, "lora_A") for module in model.modules())
+
+
+class TestRegularisers:
+    def test_lasso_is_the_published_one_without_its_floor(self):
+        model, training = started("llama")
+        decisions = training.decisions
+        total = groups = 0
+        for place in decisions.layout.places:
+            (adapter,) = operands_of(model.get_submodule(place.name)).adapters
+            vectors = adapter.a.t() if place.rows is None else adapter.b
+            for j, vector in enumerate(vectors.tolist()):
+                m = float(decisions.hard[decisions.index[place.name][j]])
+                total += math.sqrt(sum(((1 - m) * w) ** 2 for w in vector) + 1e-8)
+                groups += 1
+        floor = groups * 1e-4 / 6
+        found = lasso(model, decisions).detach()
+        assert float(found) == pytest.approx(total / 6 - floor, rel=1e-9)
+
+    def test_lasso_is_zero_when_the_pruned_groups_are(self):
+        model, training = started("llama", torch.float32)
+        proximal(model, training.decisions, 1e9)
+        assert float(lasso(model, training.decisions)) == 0
+
+    def test_proximal_is_the_published_one(self):
+        model, training = started("llama")
+        decisions, layout = training.decisions, training.decisions.layout
+        before = {
+            p.name: [
+                (a.a if p.rows is None else a.b).detach().clone()
+                for a in operands_of(model.get_submodule(p.name)).adapters
+            ][0]
+            for p in layout.places
+        }
+        squares = [0.0] * len(layout.costs)
+        for place in layout.places:
+            vectors = before[place.name].t() if place.rows is None else before[place.name]
+            for j, vector in zip(
+                decisions.index[place.name].tolist(), vectors.tolist(), strict=True
+            ):
+                squares[j] += sum(w * w for w in vector)
+        hard = decisions.hard.tolist()
+        pruned = hard.count(False)
+        strength = 40.0
+        proximal(model, decisions, strength)
+        for place in layout.places:
+            (adapter,) = operands_of(model.get_submodule(place.name)).adapters
+            old, new = before[place.name], (adapter.a if place.rows is None else adapter.b)
+            old, new = (old.t(), new.t()) if place.rows is None else (old, new)
+            for row, j in enumerate(decisions.index[place.name].tolist()):
+                if hard[j]:
+                    assert torch.equal(new[row], old[row])
+                    continue
+                layer, within = divmod(j, sum(layout.lengths))
+                first = 0
+                for length in layout.lengths:
+                    if within < first + length:
+                        break
+                    first += length
+                start = layer * sum(layout.lengths) + first
+                share = hard[start : start + length].count(False) / pruned
+                norm = math.sqrt(squares[j])
+                scale = max(0.0, norm - strength * share) / norm
+                torch.testing.assert_close(new[row], old[row] * scale, rtol=1e-5, atol=1e-7)
+
+    def test_lasso_is_added_to_the_gradients_of_lora(self):
+        model, training = started("llama", torch.float32, freeze=1.0)
+        loss_of(model, 0).backward()
+        up = model.model.layers[0].mlp.up_proj.lora_B["default"].weight
+        task = up.grad.clone()
+        (expected,) = torch.autograd.grad(lasso(model, training.decisions), up)
+        closed = ~training.decisions.hard[training.decisions.index["model.layers.0.mlp.up_proj"]]
+        training.step(loss_scale=8.0)
+        torch.testing.assert_close(up.grad, task + 8.0 * 0.03 * expected)
+        assert bool(expected[closed].abs().sum(1).min() > 0) and not expected[~closed].any()
+
+    @pytest.mark.parametrize("regulariser", ["lasso", "proximal"])
+    def test_pruned_lora_shrinks_after_the_freeze(self, regulariser):
+        model, training = started(
+            "llama", torch.float32, 50, regulariser=regulariser, freeze=0.12, proximal_rate=1e-2
+        )
+        optimizer = train(model, training, until=6)
+        assert training.frozen
+        before = training.metrics()["gates/pruned_lora"]
+        train(model, training, optimizer, until=50)
+        assert training.metrics()["gates/pruned_lora"] < 0.3 * before
+
+
+def test_generator_step_pays_for_no_lora_gradient():
+    model, training = started("llama", torch.float32)
+    loss_of(model, 0).backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    asked = []
+    module = model.model.layers[1].mlp.gate_proj
+    module.register_forward_hook(
+        lambda m, args, y: asked.append((m.lora_A["default"].weight.requires_grad, m.training))
+    )
+    before = [p.detach().clone() for p in training.generator.parameters()]
+    training._generator_step()
+    assert asked == [(False, False)]
+    assert model.training and module.lora_A["default"].weight.requires_grad
+    for name, parameter in model.named_parameters():
+        if name in grads:
+            assert torch.equal(parameter.grad, grads[name])
+    moved = zip(before, training.generator.parameters(), strict=True)
+    assert all(not torch.equal(a, b) for a, b in moved)
+
+
+def test_pruned_rows_of_the_frozen_path_are_not_computed(monkeypatch):
+    from gatepack.methods import masked_lora
+
+    widths = []
+    real = masked_lora.FoldedLinear.apply
+    monkeypatch.setattr(
+        masked_lora.FoldedLinear, "apply", lambda *a: widths.append(len(a[5])) or real(*a)
+    )
+    model, training = started("llama", torch.float32)
+    model(token_ids())
+    decisions = training.decisions
+    expected = [
+        int(decisions.hard[decisions.index[place.name]].sum())
+        for place in decisions.layout.places
+        if place.rows is not None
+    ]
+    assert sorted(widths) == sorted(expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("final", ["budget", "sample"])
+def test_recipe_ends_at_the_target_and_packs(family, final, tmp_path):
+    model = tiny_model(family, torch.float32).train()
+    training = ATP(**{**FAST, "final": final}).start(model, STEPS, batches_of(model))
+    assert float(training.metrics()["gates/kept_fraction"]) == 1.0
+    train(model, training)
+    kept = training.finish()
+    assert training.finish() == kept < 1
+    if final == "budget":
+        assert abs(kept - 0.6) <= 0.005
+    ids = token_ids()
+    expected = model.eval()(ids).logits.detach()
+    gp.pack(model)
+    packed = model(ids).logits.detach()
+    torch.testing.assert_close(packed, expected, rtol=1e-3, atol=1e-3)
+    gp.save_pretrained(model, tmp_path)
+    assert torch.equal(gp.from_pretrained(tmp_path).eval()(ids).logits, packed)
+
+
+def test_generator_meets_the_budget_and_its_masks_change():
+    model, training = started("llama", torch.float32, 60, decide=False, freeze=1.0)
+    first = training.decisions.hard.clone()
+    train(model, training, until=59)
+    assert training.budget_loss < 0.2 and not torch.equal(training.decisions.hard, first)
+
+
+@pytest.mark.parametrize("regulariser", ["lasso", "proximal"])
+def test_resumes_bit_for_bit(regulariser):
+    def fresh():
+        torch.manual_seed(0)
+        fields = {"regulariser": regulariser, "generator_dropout": 0.1}
+        return started("llama", torch.float32, decide=False, **fields)
+
+    whole, training = fresh()
+    train(whole, training)
+    for cut in (4, 9):
+        first, training = fresh()
+        optimizer = train(first, training, until=cut)
+        second, resumed = fresh()
+        second.load_state_dict(first.state_dict())
+        resumed.load_state_dict(copy.deepcopy(training.state_dict()))
+        again = torch.optim.AdamW(resumed.weights(), lr=1e-2)
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        train(second, resumed, again)
+        for (name, a), b in zip(
+            whole.state_dict().items(), second.state_dict().values(), strict=True
+        ):
+            assert torch.equal(a, b), name
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = control.should_save = state.global_step == self.step
+
+
+class NoFinish(gp.GateCallback):
+    """A run that is killed never sees on_train_end."""
+
+    def on_train_end(self, args, state, control, **_):
+        pass
+
+
+def trainer(folder, callback, callbacks=()):
+    rows = [{"input_ids": row, "labels": row} for row in token_ids(24, 6)]
+    return Trainer(
+        tiny_model("llama", torch.float32),
+        TrainingArguments(
+            output_dir=str(folder), max_steps=8, per_device_train_batch_size=2, report_to=[],
+            use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=2, seed=5,
+        ),
+        train_dataset=rows,
+        callbacks=[callback, *callbacks],
+    )  # fmt: skip
+
+
+def test_in_a_trainer_with_resume(tmp_path):
+    method = ATP(**{**FAST, "lora_dropout": 0.1})
+    whole = trainer(tmp_path / "whole", gp.GateCallback(method, batches=generator_batches()))
+    whole.train()
+    assert any("gates/budget_loss" in entry for entry in whole.state.log_history)
+    trainer(tmp_path / "cut", NoFinish(method, batches=generator_batches()), [StopAt(3)]).train()
+    second = trainer(tmp_path / "cut", gp.GateCallback(method, batches=generator_batches()))
+    second.train(resume_from_checkpoint=True)
+    ours = second.model.state_dict()
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(ours[name], tensor), name
+    assert abs(gp.pack(second.model).kept_fraction - 0.6) <= 0.005
+
+
+def test_peft_model_keeps_its_adapters():
+    import peft
+
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", lora_alpha=2, init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("llama", torch.float32), lora).train()
+    training = ATP(**FAST).start(model, STEPS, generator_batches())
+    ids = token_ids(4, 8)
+    optimizer = torch.optim.AdamW(training.weights(), lr=1e-3)
+    for _ in range(STEPS):
+        model(input_ids=ids, labels=ids).loss.backward()
+        training.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    training.finish()
+    expected = model.eval()(ids).logits.detach()
+    plain = model.merge_and_unload()
+    report = gp.pack(plain)
+    assert abs(report.kept_fraction - 0.6) <= 0.005
+    torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+class TestErrors:
+    def test_no_batches(self):
+        with pytest.raises(ValueError, match="batches: expected at least one for the generator"):
+            ATP().start(tiny_model("llama", torch.float32), 4)
+
+    def test_adapters_that_leave_linears_out(self):
+        import peft
+
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+        model = peft.get_peft_model(tiny_model("llama", torch.float32), lora)
+        with pytest.raises(ValueError, match="k_proj has no LoRA, which ATP trains on every"):
+            ATP().start(model, 4, generator_batches())
+
+    def test_gates(self):
+        model = tiny_model("llama", torch.float32)
+        gp.attach(model)
+        with pytest.raises(ValueError, match="model has gates: take them off"):
+            ATP().start(model, 4, generator_batches())
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"target": 1.0}, r"target: expected a kept fraction in \(0, 1\), got 1.0"),
+            ({"freeze": 0.0}, "freeze: expected a fraction of all steps > 0, got 0.0"),
+            ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
+            ({"lasso_weight": -1.0}, "lasso_weight: expected a number >= 0, got -1.0"),
+            ({"regulariser": "l2"}, "regulariser: expected one of .*'proximal'.*, got 'l2'"),
+            ({"final": "best"}, "final: expected one of"),
+            ({"lora_rank": 0}, "lora_rank: expected at least 1, got 0"),
+            ({"lora_dropout": 1.0}, r"lora_dropout: expected a number in \[0, 1\), got 1.0"),
+        ],
+    )
+    def test_fields(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            ATP(**fields)

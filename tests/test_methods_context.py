@@ -1,0 +1,259 @@
+"""Contextual pruning: its statistics, its rules, and the whole run on a split text."""
+
+import dataclasses
+
+import pytest
+import torch
+from letters import letter_tokenizer
+from tiny import VOCAB, tiny_model, token_ids
+
+import gatepack as gp
+from gatepack.hf import layers_of
+from gatepack.methods import ContextPruning
+from gatepack.methods.context_pruning import split_text, token_counts
+from gatepack.methods.context_statistics import context_statistics
+from gatepack.modules import weight_matrix
+from gatepack.training import TrainConfig
+
+GATES = gp.GateConfig(noise=0.0, target=0.7, width_multiple=1, equal_layers=False)
+FAMILIES = ["llama", "qwen2", "gpt2", "opt", "bert"]
+TRAIN = TrainConfig(
+    steps=4, batch_size=2, window=16, lora_rank=2, calibration_batches=2, learning_rate=1e-2
+)
+
+
+def make_quiet(model, channels=(2, 7), kv_head: int = 1) -> None:
+    """Silences channels and the value rows of a key/value head in every layer."""
+    with torch.no_grad():
+        for layer in layers_of(model):
+            for path in layer.family.up[:1]:
+                weight_matrix(layer.linear(path))[list(channels)] = 0
+            path = layer.family.qkv or layer.family.kv[1]
+            values = weight_matrix(layer.linear(path))[-layer.kv_heads * layer.head_dim :]
+            values[kv_head * layer.head_dim : (kv_head + 1) * layer.head_dim] = 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_are_means_over_all_tokens(family):
+    model = tiny_model(family).eval()
+    seen: dict[str, list] = {}
+    linears = {
+        f"{layer.name}.{path}": layer.linear(path)
+        for layer in layers_of(model)
+        for path in layer.family.linears
+    }
+    handles = [
+        linear.register_forward_hook(
+            lambda module, args, y, name=name: seen.setdefault(name, []).append(
+                (args[0].detach().flatten(0, -2), y.detach().flatten(0, -2))
+            )
+        )
+        for name, linear in linears.items()
+    ]
+    batches = [token_ids(batch=3), token_ids(batch=2, length=5, seed=4)]
+    for ids in batches:
+        model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    gates = gp.attach(model, GATES)
+    found = context_statistics(gates, batches)
+    assert found.inputs.keys() == linears.keys()
+    for name, linear in linears.items():
+        x, y = (torch.cat(part) for part in zip(*seen[name], strict=True))
+        torch.testing.assert_close(found.inputs[name], x.abs().mean(0))
+        torch.testing.assert_close(found.outputs[name], y.abs().mean(0))
+        bias = 0 if linear.bias is None else linear.bias.detach()
+        torch.testing.assert_close(found.centred[name], (y - bias).abs().mean(0))
+    for name, reader in found.readers.items():
+        x = torch.cat([x for x, _ in seen[reader]])
+        torch.testing.assert_close(found.means[name], x.mean(0))
+    branches = [name for name in gates if name.endswith(":channels")] * (family in FAMILIES[:2])
+    assert sorted(found.branch) == sorted(branches)
+    for name in branches:
+        gate_proj = name.removesuffix(":channels") + ".gate_proj"
+        a = torch.cat([y for _, y in seen[gate_proj]])
+        expected = torch.nn.functional.silu(a).abs().mean(0)
+        torch.testing.assert_close(found.branch[name], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quiet_units_go_and_change_nothing(family):
+    # SiLU (Llama), GELU (GPT-2, BERT) and ReLU (OPT) alike; a frozen output leaves its constant.
+    model = tiny_model(family, torch.float32).eval()
+    make_quiet(model)
+    compensate = family != "qwen2"
+    if not compensate:  # v has a bias, and o_proj has none that could take its mean over
+        with torch.no_grad():
+            for layer in layers_of(model):
+                layer.linear(layer.family.kv[1]).bias.zero_()
+    ids = token_ids(batch=4, length=12)
+    expected = model(ids).logits.detach()
+    first = layers_of(model)[0]
+    heads = first.queries - first.queries // first.kv_heads
+    tau = {"tau_linear": 1e-6, "tau_activation": 1e-6}
+    report = ContextPruning(gates=GATES, compensate=compensate, **tau).prune(model, [ids])
+    for _, kind, _, kept in report.rows:
+        # A ReLU may leave one more channel without a token that opens it.
+        assert kept == heads if kind == "heads" else 36 <= kept <= 38
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_unit_that_is_quiet_in_the_first_text_only_stays():
+    model = tiny_model("opt", torch.float32).eval()
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.linear("fc1").bias[4] = -1e4
+    ids = token_ids(batch=2, length=12)
+    method = ContextPruning(gates=GATES, tau_linear=1e-6, tau_activation=1e-6)
+    gates = gp.attach(model, GATES)
+    name = next(name for name in gates if name.endswith("0:channels"))
+    assert not method.quiet(model, [ids]).open[name][4]
+
+    def wake(module, args, output):
+        output.view(2, 12, -1)[1:, :, 4] = 1.0
+
+    layers_of(model)[0].linear("fc1").register_forward_hook(wake)
+    assert method.quiet(model, [ids]).open[name][4]
+    padded = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 12, [0] * 12])}
+    assert not method.quiet(model, [padded]).open[name][4]
+
+
+def test_quiet_counts_what_no_unit_covers():
+    model = tiny_model("llama", torch.float32).eval()
+    make_quiet(model)
+    with torch.no_grad():
+        layers_of(model)[0].linear("self_attn.q_proj").weight[5] = 0
+        layers_of(model)[0].linear("mlp.down_proj").weight[11] = 0
+    gp.attach(model, GATES)
+    method = ContextPruning(tau_linear=1e-6, tau_activation=1e-6)
+    found = method.quiet(model, [token_ids()])
+    # Per layer 2 rows of gate_proj and 8 of v_proj; 2 columns of down_proj and 24 of o_proj.
+    assert (found.rows, found.columns) == (2 * 10 + 2, 2 * 26)
+    assert found.beyond_units == 2
+
+
+def test_budget_meets_the_target_and_compensation_helps():
+    fresh = token_ids(batch=8, length=12, seed=99)
+    calibration = [token_ids(batch=8, length=12, seed=seed) for seed in range(4)]
+    errors = {}
+    for compensate in (False, True):
+        model = tiny_model("gpt2", torch.float32).eval()
+        expected = model(fresh).logits
+        method = ContextPruning(gates=GATES, rule="budget", compensate=compensate)
+        report = method.prune(model, calibration)
+        assert abs(report.kept_fraction - 0.7) <= 0.005
+        errors[compensate] = (model(fresh).logits - expected).square().mean().item()
+    assert errors[True] < errors[False]
+
+
+def test_budget_is_one_threshold_on_the_mean():
+    model = tiny_model("llama", torch.float32)
+    gates = gp.attach(model, dataclasses.replace(GATES, units=("channels",)))
+    method = ContextPruning(rule="budget")
+    ids = [token_ids()]
+    metric = method.metric(model, ids)
+    statistics = context_statistics(gates, ids)
+    for name, value in metric.items():
+        torch.testing.assert_close(value, statistics.inputs[statistics.readers[name]].float())
+    masks = gates.plan(method.score(model, ids)).masks
+    kept = torch.cat([metric[name][mask] for name, mask in masks.items()])
+    gone = torch.cat([metric[name][~mask] for name, mask in masks.items()])
+    assert gone.max() <= kept.min()
+
+
+def test_thresholds_that_close_a_layer_are_refused():
+    model = tiny_model("llama", torch.float32)
+    with pytest.raises(ValueError, match=r"would close every unit of 'model.layers.0.self_attn:"):
+        ContextPruning(gates=GATES, tau_linear=1e3).prune(model, [token_ids()])
+    assert not hasattr(model, "gatepack_gates")
+    assert not model.config.mlp_bias
+
+
+def test_split_has_no_document_on_both_sides():
+    documents = [f"document {i // 2}" for i in range(20)]
+    training, held_out = split_text(documents)
+    assert held_out == ["document 0", "document 6"]
+    assert len(training) == 8 and not set(training) & set(held_out)
+    assert split_text(documents) == (training, held_out)
+    assert split_text(["a", "b"], ["c"]) == (["a", "b"], ["c"])
+    with pytest.raises(ValueError, match=r"held_out\[1\] is also a training document"):
+        split_text(["some  text\n", "more"], ["new", "some text"])
+    with pytest.raises(ValueError, match="must not be empty, got 1 and 0"):
+        split_text(["a"], [])
+
+
+def test_tokens_are_counted_and_special_ones_kept():
+    counts = token_counts([torch.tensor([[3, 3, 5]]), torch.tensor([5, 5, 0])], 7)
+    assert counts.tolist() == [1, 0, 0, 2, 0, 3, 0]
+    keep = ContextPruning(tau_embedding=0).kept_tokens(counts, [1])
+    assert keep.nonzero().squeeze(1).tolist() == [0, 1, 3, 5]
+    keep = ContextPruning(tau_embedding=1 / 3).kept_tokens(counts)
+    assert keep.nonzero().squeeze(1).tolist() == [5]
+    with pytest.raises(ValueError, match=r"token ids must be in \[0, 5\)"):
+        token_counts([torch.tensor([5])], 5)
+    with pytest.raises(ValueError, match="counts hold no token"):
+        ContextPruning(tau_embedding=0).kept_tokens(torch.zeros(3, dtype=torch.int64))
+
+
+DOCUMENTS = [
+    f"{word} and {word} again, " * 4 for word in ("one", "two", "six", "ten", "axe", "elk")
+]
+
+
+def method_for_run(**fields) -> ContextPruning:
+    settings = {"gates": GATES, "rule": "budget", "window": 32, "calibration_windows": 4}
+    return ContextPruning(**{**settings, **fields})
+
+
+def test_run_calibrates_prunes_tunes_and_scores():
+    tokenizer = letter_tokenizer()
+    model = tiny_model("llama", torch.float32)
+    asked = []
+
+    def vocabulary(model, tokenizer, keep):
+        asked.append(keep)
+        return model, tokenizer
+
+    result = method_for_run(tau_embedding=0).run(
+        model, tokenizer, DOCUMENTS, TRAIN, vocabulary=vocabulary, length=32
+    )
+    assert list(result.scores) == ["base", "pruned", "tuned"]
+    assert all(score["bits_per_byte"] > 0 for score in result.scores.values())
+    assert result.scores["tuned"]["perplexity"] < result.scores["pruned"]["perplexity"]
+    assert len(result.losses) == 4
+    assert abs(result.report.kept_fraction - 0.7) <= 0.005
+    # All training documents count, beyond what was calibrated on; the held-out one does not.
+    seen = {i for text in DOCUMENTS[1:] for i in tokenizer(text)["input_ids"]}
+    seen |= set(tokenizer.all_special_ids)
+    assert set(asked[0].nonzero().squeeze(1).tolist()) == seen
+    assert result.dropped_tokens == VOCAB - len(seen)
+    assert not any(hasattr(module, "base_layer") for module in result.model.modules())
+
+
+def test_run_refuses_what_would_not_be_evidence():
+    tokenizer = letter_tokenizer()
+    model = tiny_model("llama", torch.float32)
+    with pytest.raises(ValueError, match="windows of 2048 tokens, calibration_windows asks for 40"):
+        ContextPruning(gates=GATES).run(model, tokenizer, DOCUMENTS, TRAIN)
+    with pytest.raises(ValueError, match="is also a training document"):
+        method_for_run().run(model, tokenizer, DOCUMENTS, TRAIN, held_out=DOCUMENTS[2:3])
+    with pytest.raises(ValueError, match="tau_embedding=0 needs vocabulary="):
+        method_for_run(tau_embedding=0).run(model, tokenizer, DOCUMENTS, TRAIN)
+    assert not hasattr(model, "gatepack_gates")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rule": "quantile"}, "rule must be one of"),
+        ({"tau_linear": -1.0}, "tau_linear must be a number >= 0, got -1.0"),
+        ({"tau_activation": float("nan")}, "tau_activation must be a number >= 0, got nan"),
+        ({"tau_embedding": -0.5}, r"tau_embedding must be -1 or in \[0, 1\), got -0.5"),
+        ({"window": 1}, "window must be >= 2, got 1"),
+        ({"every": 1}, "every must be >= 2, got 1"),
+    ],
+)
+def test_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ContextPruning(**fields)
