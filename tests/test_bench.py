@@ -25,11 +25,6 @@ QUIET = Log("quiet")
 SIZES = {"prompt_tokens": 8, "new_tokens": 2, "repeats": 2}
 
 
-@pytest.fixture(autouse=True)
-def no_warm_up(monkeypatch):
-    monkeypatch.setattr(timing, "WARMUP_SECONDS", 0.0)
-
-
 def save_gated(folder, packed):
     model = tiny_model("llama", torch.float32)
     gates = gp.attach(model, gp.GateConfig(target=0.5, width_multiple=4))
@@ -40,17 +35,31 @@ def save_gated(folder, packed):
     return str(folder)
 
 
-@pytest.fixture
-def packed(tmp_path):
-    return save_gated(tmp_path / "packed", packed=True)
+@pytest.fixture(scope="module", autouse=True)
+def no_warm_up():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "WARMUP_SECONDS", 0.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    return save_gated(tmp_path_factory.mktemp("models") / "packed", packed=True)
+
+
+@pytest.fixture(scope="module")
+def done(packed, tmp_path_factory):
+    """(the report of the packed model, the folder of its files); both are only read."""
+    config = config_of(packed, tmp_path_factory.mktemp("done"))
+    return run(config, QUIET), config.out
 
 
 def config_of(model, tmp_path, **options):
     return BenchConfig(model=model, out=tmp_path / "bench", device="cpu", **{**SIZES, **options})
 
 
-def test_packed_beside_its_dense_twin(packed, tmp_path):
-    report = run(config_of(packed, tmp_path), QUIET)
+def test_packed_beside_its_dense_twin(done):
+    report, out = done
     assert report["model"]["state"] == "packed" and report["dense"]["state"] == "dense"
     assert report["dense"]["kept_fraction"] == 1.0 > report["model"]["kept_fraction"]
     assert report["dense"]["parameters"] == sum(
@@ -61,17 +70,16 @@ def test_packed_beside_its_dense_twin(packed, tmp_path):
     assert speed["model"]["parameter_bytes"] == report["model"]["bytes"]
     channels = [row for row in report["layers"] if row["kind"] == "channels"]
     assert [(row["before"], row["kept"]) for row in channels] == [(40, 10), (40, 40)]
-    out = tmp_path / "bench"
     assert json.loads((out / "bench.json").read_text()) == json.loads(json.dumps(report))
     content = (out / "bench.png").read_bytes()
     assert struct.unpack(">II", content[16:24]) == (1200, 800)
 
 
-def test_page_is_whole_and_holds_what_was_measured(packed, tmp_path):
-    report = run(config_of(packed, tmp_path), QUIET)
-    text = (tmp_path / "bench" / "bench.html").read_text(encoding="utf-8")
+def test_page_is_whole_and_holds_what_was_measured(done):
+    report, out = done
+    text = (out / "bench.html").read_text(encoding="utf-8")
     png = re.search(r'src="data:image/png;base64,([^"]+)"', text).group(1)
-    assert base64.b64decode(png) == (tmp_path / "bench" / "bench.png").read_bytes()
+    assert base64.b64decode(png) == (out / "bench.png").read_bytes()
     assert not re.findall(r'(?:src|href)="(?!data:)', text) and "http" not in text
     cells = []
 
@@ -84,10 +92,10 @@ def test_page_is_whole_and_holds_what_was_measured(packed, tmp_path):
         assert set(filter(None, row)) <= set(cells)
 
 
-def test_page_escapes_names(packed, tmp_path):
-    report = run(config_of(packed, tmp_path), QUIET)
-    report["model"]["name"] = "<script>alert(1)</script>"
-    text = page(report, b"")
+def test_page_escapes_names(done):
+    report, _ = done
+    model = {**report["model"], "name": "<script>alert(1)</script>"}
+    text = page({**report, "model": model}, b"")
     assert "<script>" not in text and "&lt;script&gt;" in text
 
 

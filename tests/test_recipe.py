@@ -30,13 +30,12 @@ SMALL = TrainConfig(
 )
 
 
-@pytest.fixture
-def config(tmp_path):
+def config_in(folder):
     return RecipeConfig(
-        model=str(save_tiny(tmp_path / "tiny")),
-        text=write_documents(tmp_path / "text.jsonl"),
+        model=str(save_tiny(folder / "tiny")),
+        text=write_documents(folder / "text.jsonl"),
         target=0.7,
-        out=tmp_path / "gated",
+        out=folder / "gated",
         device="cpu",
         width_multiple=8,
         eval_windows=4,
@@ -45,7 +44,20 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def packing(config, tmp_path):
+def config(tmp_path):
+    return config_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(the config, what train returned); its folder is only read."""
+    config = config_in(tmp_path_factory.mktemp("trained"))
+    return config, train(config, QUIET)
+
+
+@pytest.fixture
+def packing(trained, tmp_path):
+    config, _ = trained
     return PackConfig(str(config.out), config.text, tmp_path / "packed", window=16, windows=4)
 
 
@@ -58,8 +70,8 @@ def invoke(*arguments):
     return CliRunner().invoke(app, [str(each) for each in arguments], env=environment)
 
 
-def test_train_then_pack(config, packing):
-    report = train(config, QUIET)
+def test_train_then_pack(trained, packing):
+    config, report = trained
     assert abs(report["kept_fraction"] - 0.7) <= 0.005
     assert len(report["losses"]) == SMALL.steps
     assert set(report["perplexity"]) == {"base", "gated"}
@@ -81,8 +93,8 @@ def test_train_then_pack(config, packing):
     assert max_logit_difference(gated, packed, ids) <= done["parity"]["bound"]
 
 
-def test_interrupted_training_goes_on_to_the_same_result(config, tmp_path, monkeypatch):
-    whole = train(config, QUIET)
+def test_interrupted_training_goes_on_to_the_same_result(trained, tmp_path, monkeypatch):
+    config, whole = trained
     step = training.FineTuning._train_step
     again = RecipeConfig(**{**vars(config), "out": tmp_path / "again"})
 
@@ -127,14 +139,13 @@ def test_plan_refuses_what_training_would(config):
         plan_training(RecipeConfig(**{**vars(config), "train": small}), QUIET)
 
 
-def test_plan_of_packing_writes_nothing(config, packing):
-    train(config, QUIET)
+def test_plan_of_packing_writes_nothing(packing):
     report = plan_packing(packing, QUIET)
     assert abs(report.kept_fraction - 0.7) <= 0.005
     assert not packing.out.exists()
 
 
-def test_pack_refuses_a_model_without_gates_and_its_own_folder(config, packing, tmp_path):
+def test_pack_refuses_a_model_without_gates_and_its_own_folder(config, tmp_path):
     with pytest.raises(ValueError, match="tiny has no gates to pack"):
         pack_checkpoint(PackConfig(config.model, config.text, tmp_path / "p", window=16), QUIET)
     with pytest.raises(ValueError, match="out must not be the gated model's own folder"):
@@ -144,15 +155,14 @@ def test_pack_refuses_a_model_without_gates_and_its_own_folder(config, packing, 
             PackConfig(**{name: value})
 
 
-def test_other_logits_are_not_written(config, packing, monkeypatch):
-    train(config, QUIET)
+def test_other_logits_are_not_written(packing, monkeypatch):
     monkeypatch.setattr(recipe, "max_logit_difference", lambda *args: 1.0)
     with pytest.raises(ParityError, match="packed and gated logits differ by 1"):
         pack_checkpoint(packing, QUIET)
     assert not packing.out.exists()
 
 
-def test_commands_print_write_and_plan(config, packing, tmp_path):
+def test_commands_print_write_and_plan(config, tmp_path):
     settings = {"text": config.text, "target": 0.7, "out": config.out, "device": "cpu"}
     shape = {"width_multiple": 8, "eval_windows": 4}
     length = {name: getattr(SMALL, name) for name in ("steps", "batch_size", "window", "lora_rank")}
@@ -166,14 +176,16 @@ def test_commands_print_write_and_plan(config, packing, tmp_path):
     assert done.exit_code == 0, done.output
     assert "held-out perplexity, gated" in done.output
 
-    options = flags(text=config.text, out=packing.out, window=16, windows=4)
+    packed = tmp_path / "packed"
+    options = flags(text=config.text, out=packed, window=16, windows=4)
     done = invoke("pack", config.out, *options, "--dry-run")
-    assert done.exit_code == 0 and "in blocks" in done.output and not packing.out.exists()
+    assert done.exit_code == 0 and "in blocks" in done.output and not packed.exists()
     done = invoke("pack", config.out, *options, "--log", "json")
     assert done.exit_code == 0, done.output
+    assert "shards" not in done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
     assert last["event"] == "result" and "params" in last["result"]["pack"]
-    assert gp.from_pretrained(packing.out)
+    assert gp.from_pretrained(packed)
 
 
 def test_restart_drops_an_unfinished_run(config):

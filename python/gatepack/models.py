@@ -174,13 +174,24 @@ def _quiet() -> Iterator[None]:
     """Silences transformers' warnings and progress bars; its GGUF bar has no switch but stderr."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with without_bars(), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Switches transformers' own progress bars off, and on again if they were."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
         if bars:
             logging.enable_progress_bar()

@@ -87,7 +87,7 @@ def print_bench(report: dict, out: Path) -> None:
         table.add_row(*row)
     console = Console()
     console.print(table)
-    console.print(f"{speed.conditions()}; {beside(report)}", highlight=False, markup=False)
+    console.print(f"{speed.conditions()}. {beside(report)}", highlight=False, markup=False)
     console.print(f"written: {out}/ (bench.json, bench.png, bench.html)", highlight=False)
 
 
