@@ -9,7 +9,8 @@ from tiny import dense_gradients, mask_dense, set_gates, tiny_model, token_ids
 
 import gatepack as gp
 from gatepack.families import FAMILIES
-from gatepack.modules import GatedMLP, is_gated
+from gatepack.mlp import GatedMLP
+from gatepack.modules import is_gated
 
 CONFIG = gp.GateConfig(noise=0.0, target=0.5, width_multiple=4)
 PATTERNS = ("open", "closed", "single", "mixed", "ragged")

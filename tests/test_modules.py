@@ -1,4 +1,4 @@
-"""GatedLinear, GatedMLP and PackedLinear as stand-ins for the modules they replace."""
+"""GatedLinear and PackedLinear as stand-ins for the modules they replace."""
 
 import copy
 
@@ -18,7 +18,6 @@ from gatepack.modules import (
     is_gated,
     operands_of,
     ungate_linear,
-    ungate_mlp,
     why_not_sliced,
 )
 
@@ -297,28 +296,6 @@ class TestSwapping:
 
         linear.weight = Quantized(torch.zeros(N, K))
         assert operands_of(linear) == why_not_sliced(linear) == "its weight is a Quantized"
-
-
-class TestGatedMLP:
-    def test_keeps_keys_attributes_and_function(self):
-        mlp = tiny_model("llama").model.layers[0].mlp
-        gated = gp.GatedMLP.from_mlp(mlp, ("gate_proj", "up_proj"), "down_proj")
-        assert list(gated.state_dict()) == list(mlp.state_dict())
-        for name in ("hidden_size", "intermediate_size", "act_fn", "config"):
-            assert getattr(gated, name) is getattr(mlp, name)
-        assert gated.gate_proj is mlp.gate_proj
-        x = torch.randn(2, 3, 48, dtype=torch.float64)
-        assert torch.equal(gated(x), mlp(x))
-        back = ungate_mlp(gated)
-        assert type(back) is type(mlp) and back.__dict__.keys() == mlp.__dict__.keys()
-        assert torch.equal(back(x), mlp(x))
-
-    def test_replacing_a_child_of_the_twin_leaves_the_original(self):
-        mlp = tiny_model("llama").model.layers[0].mlp
-        gated = gp.GatedMLP.from_mlp(mlp, ("gate_proj", "up_proj"), "down_proj")
-        original = mlp.up_proj
-        gated.up_proj = nn.Linear(48, 40)
-        assert mlp.up_proj is original
 
 
 class TestPackedLinear:

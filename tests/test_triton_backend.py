@@ -8,7 +8,7 @@ from ops import no_host_sync
 from tiny import dense_gradients, mask_dense, set_gates, tiny_model, token_ids
 
 import gatepack as gp
-from gatepack import modules
+from gatepack import mlp, modules
 from gatepack.gates import Sample
 
 pytest.importorskip("triton")
@@ -33,15 +33,15 @@ def no_counting(monkeypatch):
 
 @pytest.fixture
 def op_calls(monkeypatch):
-    """Counts the calls of the Triton op."""
+    """Counts the calls of the Triton ops, of a linear and of a whole MLP."""
     calls = []
-    real = modules._triton
 
-    def counting(*args):
-        calls.append(args[0])
-        return real(*args)
+    def count(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: calls.append(name) or real(*args))
 
-    monkeypatch.setattr(modules, "_triton", counting)
+    count(modules, "_triton")
+    count(mlp, "_fused")
     return calls
 
 
@@ -60,8 +60,8 @@ def test_equals_masked_dense_model(model_type, pattern, op_calls):
     values = gates.split(gates.deterministic_values().double())
     expected = mask_dense(reference, values)(ids).logits
     got = model.train()(ids).logits
-    linears = 7 if model_type == "llama" else 4
-    assert len(op_calls) == linears * len(gates) // 2
+    ops = 4 + 1 if model_type == "llama" else 4
+    assert len(op_calls) == ops * len(gates) // 2
     assert relative(got, expected) < 1e-5
     upstream = torch.randn_like(got)
     (gate_grad,) = torch.autograd.grad(expected, gates.logits, upstream.double(), retain_graph=True)
@@ -93,7 +93,7 @@ def test_lora_is_part_of_the_op(op_calls):
     values = gates.split(gates.deterministic_values().detach().double())
     expected = mask_dense(reference.get_base_model(), values)(ids).logits
     got = model.train()(ids).logits
-    assert len(op_calls) == 7
+    assert len(op_calls) == 4 + 1
     assert relative(got, expected) < 1e-5
     upstream = torch.randn_like(got)
     got.backward(upstream)

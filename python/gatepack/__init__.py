@@ -16,7 +16,7 @@ _EXPORTS = {
     "GateSet": "gates",
     "BudgetController": "budget",
     "GatedLinear": "modules",
-    "GatedMLP": "modules",
+    "GatedMLP": "mlp",
     "PackedLinear": "modules",
     "Family": "families",
     "register_family": "families",
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from gatepack.hf import gates_of as gates_of
     from gatepack.importance import calibrate as calibrate
     from gatepack.inspection import explain as explain
+    from gatepack.mlp import GatedMLP as GatedMLP
     from gatepack.modules import GatedLinear as GatedLinear
-    from gatepack.modules import GatedMLP as GatedMLP
     from gatepack.modules import PackedLinear as PackedLinear
     from gatepack.packing import PackReport as PackReport
     from gatepack.packing import pack as pack

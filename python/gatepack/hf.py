@@ -13,8 +13,8 @@ from gatepack.config import GateConfig
 from gatepack.families import Family, family_of
 from gatepack.functional import sampled_values
 from gatepack.gates import Gate, GateSet, GateSpec
+from gatepack.mlp import GatedMLP, ungate_mlp
 from gatepack.modules import (
-    GatedMLP,
     RowBlock,
     Site,
     base_linear,
@@ -22,7 +22,6 @@ from gatepack.modules import (
     is_gated,
     linear_shape,
     ungate_linear,
-    ungate_mlp,
 )
 from gatepack.paths import choose_path, has_kernels
 

@@ -1,11 +1,12 @@
 """Stage 3, modules: which path each gated linear takes, and why."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from gatepack import _ext
 from gatepack.hf import GATES_NAME, hf_model, layers_of
+from gatepack.mlp import GatedMLP
 from gatepack.modules import (
     PackedLinear,
     Site,
@@ -57,10 +58,15 @@ def explain(model: nn.Module) -> Explanation:
     Any module is accepted; one without gates gives no rows.
     """
     packed = _packed_linears(model)
+    mlps = [m for m in model.modules() if isinstance(m, GatedMLP) and not m.why_not_fused()]
+    fused = {id(linear) for mlp in mlps for linear in mlp.linears()}
     rows = []
     for name, module in model.named_modules():
         if is_gated(module):
-            rows.append(_gated_row(name, module))
+            row = _gated_row(name, module)
+            if id(module) in fused:
+                row = replace(row, why=f"{row.why}; the MLP is one op")
+            rows.append(row)
         elif id(module) in packed:
             out, inner = linear_shape(module)
             was = ""

@@ -47,6 +47,12 @@ class Adapter:
     scaling: float
     dropout: nn.Module
 
+    @property
+    def drop_probability(self) -> float:
+        """Of dropping an element of x now: 0 in evaluation."""
+        is_dropout = isinstance(self.dropout, nn.Dropout) and self.dropout.training
+        return self.dropout.p if is_dropout else 0.0
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -55,6 +61,32 @@ class Operands:
     w: torch.Tensor
     bias: torch.Tensor | None
     adapters: tuple[Adapter, ...] = ()
+
+    def cast(self, dtype: torch.dtype) -> "Operands":
+        """The same in another dtype, differentiable."""
+        adapters = (replace(x, a=x.a.to(dtype), b=x.b.to(dtype)) for x in self.adapters)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Operands(self.w.to(dtype), bias, tuple(adapters))
+
+    def part(
+        self, rows: torch.Tensor | None = None, cols: torch.Tensor | None = None
+    ) -> "Operands":
+        """Some rows and columns (indices; None: all), differentiable."""
+        adapters = (replace(x, a=_take(x.a, 1, cols), b=_take(x.b, 0, rows)) for x in self.adapters)
+        bias = None if self.bias is None else _take(self.bias, 0, rows)
+        return Operands(_take(_take(self.w, 0, rows), 1, cols), bias, tuple(adapters))
+
+    @property
+    def lora(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """(A, B, scale) of the only adapter, or None without one."""
+        if not self.adapters:
+            return None
+        (adapter,) = self.adapters
+        return adapter.a, adapter.b, adapter.scaling
+
+
+def _take(x: torch.Tensor, dim: int, indices: torch.Tensor | None) -> torch.Tensor:
+    return x if indices is None else x.index_select(dim, indices)
 
 
 def base_linear(module: nn.Module) -> nn.Module:
@@ -222,7 +254,7 @@ def _masked(site: Site, dense_forward, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def _values(current: Open | None) -> torch.Tensor | None:
+def multipliers(current: Open | None) -> torch.Tensor | None:
     """Gate values to multiply by, or None where they are all 1 and no gradient is wanted."""
     if current is None or (
         current.ones and not (torch.is_grad_enabled() and current.values.requires_grad)
@@ -234,11 +266,8 @@ def _values(current: Open | None) -> torch.Tensor | None:
 def _folded(operands, x, in_open, out_open, rows, cols, full_in):
     if cols is not None and x.shape[-1] == full_in:
         x = x.index_select(-1, cols)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif x.dtype != operands.w.dtype:
-        raise RuntimeError(f"x must have the weight's dtype {operands.w.dtype}, got {x.dtype}")
-    z_in, z_out = _values(in_open), _values(out_open)
+    x = as_operand(x, operands.w)
+    z_in, z_out = multipliers(in_open), multipliers(out_open)
     in_lanes = 1 if in_open is None else in_open.gate.lanes
     out_lanes = 1 if out_open is None else out_open.gate.lanes
     if rows is None and cols is None and z_in is None and z_out is None:
@@ -288,27 +317,28 @@ def _triton(site, operands, x, z_out, group_out):
     z_in, group_in = None, 1
     if site.in_gate is not None:
         z_in, group_in = site.in_gate.values(), site.in_gate.lanes
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif x.dtype != operands.w.dtype:
-        raise RuntimeError(f"x must have the weight's dtype {operands.w.dtype}, got {x.dtype}")
-    bias = None if operands.bias is None else operands.bias.to(x.dtype)
-    fused = None
-    if len(operands.adapters) == 1 and _fits(operands.adapters[0], x.dtype):
-        fused = operands.adapters[0]
+    x = as_operand(x, operands.w)
+    inside, beside = (), operands.adapters
+    if len(beside) == 1 and fits(beside[0], x.dtype):
+        inside, beside = beside, ()
+    fused = replace(operands, adapters=inside).cast(x.dtype)
+    lora_a, lora_b, scale = fused.lora or (None, None, 1.0)
+    dropout = inside[0].drop_probability if inside else 0.0
     y = gated_linear_fn(
         x,
-        operands.w.to(x.dtype),
-        bias,
+        fused.w,
+        fused.bias,
         z_in=z_in,
         z_out=z_out,
-        lora_a=None if fused is None else fused.a.to(x.dtype),
-        lora_b=None if fused is None else fused.b.to(x.dtype),
-        scale=1.0 if fused is None else fused.scaling,
+        lora_a=lora_a,
+        lora_b=lora_b,
+        scale=scale,
         group_in=group_in,
         group_out=group_out,
+        dropout=dropout,
+        seed=torch.randint(2**62, (), device=x.device) if dropout else None,
     )
-    for adapter in operands.adapters if fused is None else ():
+    for adapter in beside:
         low = low_rank(
             adapter.dropout(x.to(adapter.a.dtype)), adapter.a, adapter.b, adapter.scaling,
             z_in, z_out, None, None, group_in, group_out,
@@ -317,15 +347,19 @@ def _triton(site, operands, x, z_out, group_out):
     return y
 
 
-def _fits(adapter: Adapter, dtype: torch.dtype) -> bool:
-    """Whether an adapter can be part of the op: same dtype (or autocast) and no dropout now."""
-    drops = (
-        isinstance(adapter.dropout, nn.Dropout)
-        and adapter.dropout.training
-        and adapter.dropout.p > 0
-    )
-    same = adapter.a.dtype == dtype or torch.is_autocast_enabled(adapter.a.device.type)
-    return same and not drops
+def as_operand(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of the product: autocast's, else that of w, which x must have already."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    if x.dtype != w.dtype:
+        raise RuntimeError(f"x must have the weight's dtype {w.dtype}, got {x.dtype}")
+    return x
+
+
+def fits(adapter: Adapter, dtype: torch.dtype) -> bool:
+    """Whether an adapter can be part of an op: of its dtype (or autocast), with plain dropout."""
+    plain = isinstance(adapter.dropout, nn.Dropout | nn.Identity)
+    return plain and (adapter.a.dtype == dtype or torch.is_autocast_enabled(adapter.a.device.type))
 
 
 class GatedLinear(nn.Linear):
@@ -392,27 +426,6 @@ class PackedLinear(nn.Linear):
         return f"{super().extra_repr()}, packed from {self.dense_shape[1]} -> {self.dense_shape[0]}"
 
 
-class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)) over open channels, dense in and dense out.
-
-    Stands in for the HF MLP it is made from: same children, state-dict keys and attributes. x [*,
-    hidden] -> [*, hidden].
-    """
-
-    @classmethod
-    def from_mlp(cls, mlp: nn.Module, up: tuple[str, ...], down: str) -> "GatedMLP":
-        """up: names of the gate and up projections, in order; down: that of the down projection."""
-        gated = adopt(mlp, cls)
-        gated.roles = (*up, down)
-        gated.dense_class = type(mlp)
-        return gated
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate_name, up_name, down_name = self.roles
-        a, u = getattr(self, gate_name)(x), getattr(self, up_name)(x)
-        return getattr(self, down_name)(self.act_fn(a) * u)
-
-
 def adopt(module: nn.Module, cls: type, site: Site | None = None) -> nn.Module:
     """A module of class cls with module's own parameters, buffers, children, hooks and
     attributes."""
@@ -463,11 +476,4 @@ def ungate_linear(module: nn.Module) -> nn.Module:
     dense = nn.Linear if isinstance(module, GatedLinear) else type(module).gated_from
     plain = adopt(module, dense)
     del plain.site
-    return plain
-
-
-def ungate_mlp(module: GatedMLP) -> nn.Module:
-    """The MLP that a GatedMLP stands in for, with its present children."""
-    plain = adopt(module, module.dense_class)
-    del plain.roles, plain.dense_class
     return plain

@@ -1,0 +1,138 @@
+"""Stage 3, modules: a gated MLP, as one op where its linears allow it.
+
+On the "triton" path gated_mlp looks the open channels up in the full weights; on the "folded" path
+it takes the packed ones, with SwiGLU, the gate and LoRA inside its kernels. Where a linear cannot
+be taken apart, or someone listens to it, the MLP runs linear by linear.
+"""
+
+import torch
+from torch import nn
+
+from gatepack import _env
+from gatepack.gates import Gate
+from gatepack.modules import (
+    RowBlock,
+    adopt,
+    as_operand,
+    base_linear,
+    fits,
+    is_gated,
+    multipliers,
+    operands_of,
+    path_of,
+)
+from gatepack.paths import has_kernels
+
+# Class of an activation -> its name in gated_mlp
+_ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+}
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) over open channels, dense in and dense out.
+
+    Stands in for the HF MLP it is made from: same children, state-dict keys and attributes. x [*,
+    hidden] -> [*, hidden].
+    """
+
+    @classmethod
+    def from_mlp(cls, mlp: nn.Module, up: tuple[str, ...], down: str) -> "GatedMLP":
+        """up: names of the gate and up projections, in order; down: that of the down projection."""
+        gated = adopt(mlp, cls)
+        gated.roles = (*up, down)
+        gated.dense_class = type(mlp)
+        return gated
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up, down = self.linears()
+        if self.why_not_fused():
+            return down(self.act_fn(gate(x)) * up(x))
+        return _fused(self, x)
+
+    def linears(self) -> list[nn.Module]:
+        """gate, up and down projection."""
+        return [getattr(self, role) for role in self.roles]
+
+    def why_not_fused(self) -> str:
+        """Why the MLP runs linear by linear in its present state, or ""."""
+        *ups, down = self.linears()
+        if not is_gated(down) or down.site.in_gate is None:
+            return "no channel gate"
+        device = base_linear(down).weight.device
+        if not has_kernels(device):
+            return f"no kernels on {device.type}"
+        if _env.backend() == "folded":
+            return "GATEPACK_BACKEND"
+        if type(self.act_fn).__name__ not in _ACTIVATIONS:
+            return f"activation {type(self.act_fn).__name__}"
+        if not all(_feeds(up, down.site.in_gate) for up in ups) or down.site.out_gate is not None:
+            return "gates beside that of the channels"
+        if any(_is_watched(part) for part in (*ups, down, self.act_fn)):
+            return "hooks on its parts"
+        return next(filter(None, map(_why_not_whole, (*ups, down))), "")
+
+
+def ungate_mlp(module: GatedMLP) -> nn.Module:
+    """The MLP that a GatedMLP stands in for, with its present children."""
+    plain = adopt(module, module.dense_class)
+    del plain.roles, plain.dense_class
+    return plain
+
+
+def _feeds(linear: nn.Module, channels: Gate) -> bool:
+    """Whether a linear's rows are the channels of a gate, and no other gate acts on it."""
+    if not is_gated(linear):
+        return False
+    site = linear.site
+    alone = site.in_gate is None and site.out_gate is None
+    return alone and site.rows_gate is channels and site.row_blocks == (RowBlock(),)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a hook inside the module would be left out by an op that does not call it."""
+    return any(
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        for part in module.modules()
+    )
+
+
+def _why_not_whole(linear: nn.Module) -> str:
+    """Why the op cannot take a linear with all that is on it, or ""."""
+    operands = operands_of(linear)
+    if isinstance(operands, str):
+        return operands
+    if len(operands.adapters) > 1:
+        return "several adapters"
+    if not all(fits(adapter, operands.w.dtype) for adapter in operands.adapters):
+        return "an adapter of another dtype"
+    drops = any(adapter.drop_probability for adapter in operands.adapters)
+    return "LoRA dropout" if drops else ""
+
+
+def _fused(mlp: GatedMLP, x: torch.Tensor) -> torch.Tensor:
+    from gatepack.kernels import gated_mlp_fn
+
+    down = mlp.linears()[-1]
+    gate = down.site.in_gate
+    x = as_operand(x, base_linear(down).weight)
+    a, u, d = (operands_of(linear).cast(x.dtype) for linear in mlp.linears())
+    packed = path_of(down, x) == "folded"
+    if packed:
+        lanes, z = gate.open().lanes, multipliers(gate.open())
+        a, u, d = a.part(rows=lanes), u.part(rows=lanes), d.part(cols=lanes)
+    else:
+        z = gate.values()
+    return gated_mlp_fn(
+        x, a.w, u.w, d.w, z, bias_a=a.bias, bias_u=u.bias, bias_d=d.bias, lora_of_a=a.lora,
+        lora_of_u=u.lora, lora_of_d=d.lora, activation=_ACTIVATIONS[type(mlp.act_fn).__name__],
+        packed=packed,
+    )  # fmt: skip
