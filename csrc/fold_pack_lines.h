@@ -59,7 +59,7 @@ GATEPACK_TARGET void spread_line(const Job& job, const E* src, E* dst) {
   }
   for (; b != end; src += b->count, ++b, pattern += kPatternBytes) {
     E front[W] = {}, out[W];
-    std::memcpy(front, src, b->count * sizeof(E));
+    if (b->count > 0) std::memcpy(front, src, b->count * sizeof(E));
     M::spread(front, pattern, b->count, out);
     std::memcpy(dst + b->start, out, std::min<int64_t>(W, job.lanes - b->start) * sizeof(E));
   }
@@ -91,11 +91,14 @@ GATEPACK_TARGET void pack_moved(const Job& job, int64_t begin, int64_t end) {
 template <class E>
 GATEPACK_TARGET void unpack_moved(const Job& job, int64_t begin, int64_t end) {
   for (int64_t l = begin; l < end; ++l) {
-    const int64_t i = job.line_map ? job.line_map[l] : l;
-    const E* src = static_cast<const E*>(job.src) + i * job.src_stride;
     E* dst = static_cast<E*>(job.dst) + l * job.dst_stride;
-    if (i < 0) std::memset(dst, 0, job.lanes * sizeof(E));
-    else if (job.blocks) spread_line(job, src, dst);
+    const int64_t i = job.line_map ? job.line_map[l] : l;
+    if (i < 0) {
+      std::memset(dst, 0, job.lanes * sizeof(E));
+      continue;
+    }
+    const E* src = static_cast<const E*>(job.src) + i * job.src_stride;
+    if (job.blocks) spread_line(job, src, dst);
     else std::memcpy(dst, src, job.lanes * sizeof(E));
   }
 }
@@ -125,12 +128,14 @@ GATEPACK_TARGET void unpack_scaled(const Job& job, int64_t begin, int64_t end) {
   auto scratch = cache_lines(job.blocks ? job.kept_lanes * sizeof(E) : 0);
   E* const buffer = reinterpret_cast<E*>(scratch.data());
   for (int64_t l = begin; l < end; ++l) {
-    const int64_t i = job.line_map ? job.line_map[l] : l;
-    const In* src = static_cast<const In*>(job.src) + i * job.src_stride;
     Out* dst = static_cast<Out*>(job.dst) + l * job.dst_stride;
+    const int64_t i = job.line_map ? job.line_map[l] : l;
     if (i < 0) {
       std::memset(static_cast<void*>(dst), 0, job.lanes * sizeof(Out));
-    } else if (job.blocks) {
+      continue;
+    }
+    const In* src = static_cast<const In*>(job.src) + i * job.src_stride;
+    if (job.blocks) {
       scale_line(job, i, src, reinterpret_cast<Out*>(buffer));
       spread_line<E>(job, buffer, reinterpret_cast<E*>(dst));
     } else {

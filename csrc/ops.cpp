@@ -1,5 +1,6 @@
 // Defines the ops of schemas.h and registers the CPU kernels. Importing the module runs this.
 #include "fold_pack_cpu.h"
+#include "open_sets.h"
 
 #include <Python.h>
 
@@ -45,6 +46,8 @@ STABLE_TORCH_LIBRARY_IMPL(gatepack, CPU, m) {
   m.impl("fold_pack_adjoint", TORCH_BOX(&fold_pack_adjoint_cpu));
   m.impl("pack_tensors", TORCH_BOX(&pack_tensors_cpu));
   m.impl("unpack_tensors", TORCH_BOX(&unpack_tensors_cpu));
+  m.impl("open_sets", TORCH_BOX(&open_sets_cpu));
+  m.impl("remap_ids", TORCH_BOX(&remap_ids_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gatepack, CompositeExplicitAutograd, m) {

@@ -11,3 +11,5 @@ GATEPACK_SCHEMA("pack_tensors(Tensor[] w, Tensor?[] rows, Tensor?[] cols, Tensor
                 "-> (Tensor[], Tensor[])")
 GATEPACK_SCHEMA("unpack_tensors(Tensor[] g, Tensor?[] rows, Tensor?[] cols, Tensor?[] z_out, "
                 "Tensor?[] z_in, int[] O, int[] I, ScalarType? dtype) -> Tensor[]")
+GATEPACK_SCHEMA("open_sets(Tensor[] masks) -> Tensor[]")
+GATEPACK_SCHEMA("remap_ids(Tensor ids, Tensor table) -> Tensor")

@@ -2,6 +2,8 @@
 zeros."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import gatepack as gp
 from gatepack.families import FAMILIES
 from gatepack.hf import layers_of
 from gatepack.packing import decode_mask, encode_mask, physical_mask, shrink
+from gatepack.repack import pack_tensors
 
 CONFIG = gp.GateConfig(noise=0.1, target=0.5, width_multiple=4)
 PATTERNS = ("open", "closed", "single", "mixed", "ragged")
@@ -396,3 +399,22 @@ class TestMasks:
             model = tiny_model("llama")
             with pytest.raises(ValueError, match=message):
                 shrink(model, record)
+
+
+def test_one_layer_at_a_time_is_in_memory_twice(monkeypatch):
+    """A call for each layer, and by the next one the dense weights of the last are gone."""
+    model, _ = gated("llama", num_hidden_layers=3)
+    dense = [
+        [weakref.ref(layer.linear(path).weight) for path in layer.family.linears]
+        for layer in layers_of(model)
+    ]
+    alive = []
+
+    def counted(pieces):
+        gc.collect()
+        alive.append(sum(any(ref() is not None for ref in refs) for refs in dense))
+        return pack_tensors(pieces)
+
+    monkeypatch.setattr("gatepack.packing.pack_tensors", counted)
+    gp.pack(model)
+    assert alive == [3, 2, 1]

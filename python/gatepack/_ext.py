@@ -30,7 +30,9 @@ from gatepack._reference import (
     empty_like_order,
     fold_pack_adjoint_ref,
     fold_pack_ref,
+    open_sets_ref,
     pack_tensors_ref,
+    remap_ids_ref,
     rounded_up,
     unpack_tensors_ref,
 )
@@ -42,7 +44,15 @@ except ImportError:  # Windows
 
 CSRC = Path(__file__).resolve().parent / "csrc"
 
-OPS = ("fold_pack", "fold_pack_adjoint", "pack_tensors", "unpack_tensors")
+OPS = (
+    "fold_pack",
+    "fold_pack_adjoint",
+    "pack_tensors",
+    "unpack_tensors",
+    "open_sets",
+    "remap_ids",
+)
+_SOURCE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
 _FIX = "Install ninja and a C++17 compiler, or reinstall with --no-build-isolation."
 
 
@@ -80,7 +90,7 @@ def _digest(*parts: bytes) -> str:
 def _load_from_cache() -> Path:
     """Load the cached extension, building it when absent, damaged or from other sources."""
     plan = _build.plan()
-    files = sorted(path for path in CSRC.iterdir() if path.suffix in (".cpp", ".cu", ".h"))
+    files = sorted(path for path in CSRC.iterdir() if path.suffix in _SOURCE_SUFFIXES)
     if not files:
         raise RuntimeError(f"no C++ sources in {CSRC}")
     made_of = (json.dumps(plan), platform.machine())
@@ -202,6 +212,14 @@ def _unpack_tensors_fake(g, rows, cols, z_out, z_in, O, I, dtype):
     ]
 
 
+def _open_sets_fake(masks):
+    return [mask.new_empty(mask.shape[0] + 1, dtype=torch.int32) for mask in masks]
+
+
+def _remap_ids_fake(ids, table):
+    return torch.empty_like(ids)
+
+
 def _save(ctx, inputs, output):
     matrix, rows, cols, z_out, z_in, *_ = inputs
     ctx.save_for_backward(rows, cols, z_out, z_in)
@@ -237,6 +255,8 @@ _TABLE = (
     ),
     ("pack_tensors", pack_tensors_ref, _pack_tensors_fake, None),
     ("unpack_tensors", unpack_tensors_ref, _unpack_tensors_fake, None),
+    ("open_sets", open_sets_ref, _open_sets_fake, None),
+    ("remap_ids", remap_ids_ref, _remap_ids_fake, None),
 )
 
 

@@ -237,3 +237,43 @@ def unpack_tensors_ref(g, rows, cols, z_out, z_in, O, I, dtype) -> list[Tensor]:
     for i, arguments in enumerate(zip(*lists, strict=True)):
         _check_compact("unpack_tensors", *arguments, dtype, f"[{i}]")
     return [_unpacked(*arguments, dtype) for arguments in zip(*lists, strict=True)]
+
+
+def open_sets_ref(masks) -> list[Tensor]:
+    """bool [n] each -> int32 [n + 1]: open units, closed units, number of open units."""
+    for i, mask in enumerate(masks):
+        _require(mask.dtype == torch.bool, f"open_sets: masks[{i}] must be bool, got {mask.dtype}")
+        _require(mask.dim() == 1, f"open_sets: masks[{i}] must have 1 dimension, got {mask.dim()}")
+    return [
+        torch.cat([torch.argsort(~mask, stable=True), mask.sum().view(1)]).to(torch.int32)
+        for mask in masks
+    ]
+
+
+def remap_ids_ref(ids, table) -> Tensor:
+    """table[ids] in the dtype of ids, refusing ids outside of table and those it drops (-1)."""
+    op = "remap_ids"
+    _require(
+        ids.dtype in (torch.int64, torch.int32),
+        f"{op}: ids must be int64 or int32, got {ids.dtype}",
+    )
+    _require(ids.is_contiguous(), f"{op}: ids must be contiguous")
+    _require(table.dtype == torch.int32, f"{op}: table must be int32, got {table.dtype}")
+    _require(table.dim() == 1, f"{op}: table must have 1 dimension, got {table.dim()}")
+    flat = ids.flatten()
+    inside = (flat >= 0) & (flat < table.numel())
+    if ids.device.type != "cpu":
+        return table.index_select(0, flat).view(ids.shape).to(ids.dtype)
+    names = table.index_select(0, torch.where(inside, flat, 0)) if table.numel() else flat - flat
+    refused = (~inside | (names < 0)).nonzero()
+    if refused.numel():
+        at = int(refused[0])
+        _require(
+            not inside[at],
+            f"{op}: ids must be kept ones, got {flat[at]} at position {at}, which table drops: "
+            "encode the text with the packed tokenizer",
+        )
+        _require(
+            False, f"{op}: ids must be in [0, {table.numel()}), got {flat[at]} at position {at}"
+        )
+    return names.view(ids.shape).to(ids.dtype)

@@ -164,6 +164,8 @@ class Attachment:
                 setattr(parent, name, ungate_linear(child))
         for parent, name in self.mlps:
             setattr(parent, name, ungate_mlp(parent._modules[name]))
+        # They hold the gated modules, and those the dense weights, for as long as gates are kept.
+        self.sites, self.mlps = [], []
         self._set_dense_head_counts()
         for attention, _, _ in self.attentions:
             del attention.gatepack_heads

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from gatepack._ext import fold_pack, fold_pack_adjoint
 from gatepack.gates import GateSpec, lane_indices
 from gatepack.hf import (
     GATES_NAME,
@@ -28,6 +27,7 @@ from gatepack.modules import (
     weight_matrix,
     why_not_sliced,
 )
+from gatepack.repack import Piece, pack_tensors, unpack_tensors
 
 FORMAT_VERSION = 1
 
@@ -196,9 +196,12 @@ def _apply_masks(layers, specs, masks, values) -> None:
         family = layer.family
         heads = _fixed(specs, masks, f"{layer.heads_name}:heads")
         channels = _fixed(specs, masks, f"{layer.channels_name}:channels")
+        selections = []
         for path, site in gated_sites(family, heads, channels):
             folds = values is not None and site.in_gate is not None
-            _pack_linear(layer, path, site, values[site.in_gate.name] if folds else None)
+            z = values[site.in_gate.name] if folds else None
+            selections.append(_selection(layer, path, site, z))
+        _pack_layer(selections)
         if heads is not None:
             kept = heads.kept_lanes().numel() // heads.lanes
             blocks = heads.kept_lanes(shared=True).numel() // heads.lanes
@@ -222,32 +225,98 @@ def _lane_indices(site, device) -> tuple[torch.Tensor | None, torch.Tensor | Non
     return rows, cols
 
 
-def _pack_linear(layer: Layer, path: str, site, z: torch.Tensor | None) -> None:
-    module = layer.module.get_submodule(path)
-    rows, cols = _lane_indices(site, base_linear(module).weight.device)
+@dataclass(frozen=True)
+class _Selection:
+    """The lanes of one linear that a layer's gates keep, and what to multiply its columns by."""
+
+    parent: nn.Module
+    name: str
+    rows: torch.Tensor | None
+    cols: torch.Tensor | None
+    z_in: torch.Tensor | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        return getattr(self.parent, self.name)
+
+    def pieces(self) -> list[tuple[str, Piece]]:
+        """(role, piece) of every tensor that the selection cuts: weight, bias, LoRA factors."""
+        base, rows, cols = base_linear(self.module), self.rows, self.cols
+        found = [("weight", Piece(weight_matrix(base).detach(), rows, cols, None, self.z_in))]
+        if base.bias is not None:
+            # One row, whose columns are the rows of the weight.
+            found.append(("bias", Piece(base.bias.detach()[None], None, rows)))
+        for kind, factors in _lora_factors(self.module).items():
+            for name, factor in factors.items():
+                cut = (None, cols, None, self.z_in) if kind == "lora_A" else (rows,)
+                found.append((f"{kind}.{name}", Piece(factor.weight.detach(), *cut)))
+        return found
+
+    def install(self, made: Mapping[str, torch.Tensor], dense: bool) -> None:
+        """Put the tensors by role into the modules: packed, or dense again."""
+        base = base_linear(self.module)
+        bias = made["bias"][0] if "bias" in made else None
+        twin = (_dense_twin if dense else _with_operands)(base, made["weight"], bias)
+        if not hasattr(self.module, "base_layer"):
+            setattr(self.parent, self.name, twin)
+            return
+        module = _innermost_tuner(self.module)
+        module.base_layer = twin
+        module.out_features, module.in_features = linear_shape(twin)
+        for kind, factors in _lora_factors(self.module).items():
+            for name, factor in factors.items():
+                _replace_weight(factor, made[f"{kind}.{name}"])
+
+
+def _innermost_tuner(module: nn.Module) -> nn.Module:
+    while hasattr(module.base_layer, "base_layer"):
+        module = module.base_layer
+    return module
+
+
+def _lora_factors(module: nn.Module) -> dict[str, Mapping[str, nn.Module]]:
+    if not hasattr(module, "base_layer"):
+        return {}
+    tuner = _innermost_tuner(module)
+    return {kind: getattr(tuner, kind) for kind in ("lora_A", "lora_B")}
+
+
+def _selection(layer: Layer, path: str, site, z: torch.Tensor | None) -> _Selection:
+    parent_path, _, name = path.rpartition(".")
+    parent = layer.module.get_submodule(parent_path)
+    rows, cols = _lane_indices(site, base_linear(getattr(parent, name)).weight.device)
     z_in = None
     if cols is not None and z is not None:
         lanes = z if site.in_gate.lanes == 1 else z.repeat_interleave(site.in_gate.lanes)
         lanes = lanes.to(cols.device)[cols]
         z_in = None if bool((lanes == 1).all()) else lanes
-    base = _packed_twin(base_linear(module), rows, cols, z_in)
-    if hasattr(module, "base_layer"):
-        _pack_tuner(module, base, rows, cols, z_in)
-    else:
-        parent_path, _, name = path.rpartition(".")
-        setattr(layer.module.get_submodule(parent_path), name, base)
+    return _Selection(parent, name, rows, cols, z_in)
 
 
-def _packed_twin(linear: nn.Module, rows, cols, z_in) -> nn.Module:
-    if linear.weight.is_meta:
-        out, inner = linear_shape(linear)
-        shape = (out if rows is None else rows.numel(), inner if cols is None else cols.numel())
-        weight = linear.weight.new_empty(shape)
-        bias = None if linear.bias is None else linear.bias.new_empty(shape[0])
+def _kept(index: torch.Tensor | None, size: int) -> int:
+    return size if index is None else index.numel()
+
+
+def _pack_layer(selections: list[_Selection]) -> None:
+    """Packs the linears of a layer in one call: one layer is what memory holds twice."""
+    named = [selection.pieces() for selection in selections]
+    pieces = [piece for found in named for _, piece in found]
+    if pieces and pieces[0].matrix.is_meta:
+        packed = [
+            piece.matrix.new_empty(
+                _kept(piece.rows, piece.matrix.shape[0]), _kept(piece.cols, piece.matrix.shape[1])
+            )
+            for piece in pieces
+        ]
     else:
-        weight = fold_pack(weight_matrix(linear).detach(), rows, cols, None, z_in)
-        bias = linear.bias if linear.bias is None or rows is None else linear.bias.detach()[rows]
-    return _with_operands(linear, weight, bias)
+        packed, _ = pack_tensors(pieces)
+    _install(selections, named, packed, dense=False)
+
+
+def _install(selections, named, tensors, dense: bool) -> None:
+    tensors = iter(tensors)
+    for selection, found in zip(selections, named, strict=True):
+        selection.install({role: next(tensors) for role, _ in found}, dense)
 
 
 def _with_operands(linear: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
@@ -263,17 +332,6 @@ def _with_operands(linear: nn.Module, weight: torch.Tensor, bias: torch.Tensor |
     return PackedLinear.from_linear(
         linear, nn.Parameter(weight.contiguous(), requires_grad=trains), bias
     )
-
-
-def _pack_tuner(module: nn.Module, base: nn.Module, rows, cols, z_in) -> None:
-    while hasattr(module.base_layer, "base_layer"):
-        module = module.base_layer
-    module.base_layer = base
-    module.out_features, module.in_features = linear_shape(base)
-    for factor in module.lora_A.values():
-        _replace_weight(factor, fold_pack(factor.weight.detach(), None, cols, None, z_in))
-    for factor in module.lora_B.values():
-        _replace_weight(factor, fold_pack(factor.weight.detach(), rows))
 
 
 def _replace_weight(linear: nn.Linear, weight: torch.Tensor) -> None:
@@ -348,8 +406,8 @@ def unpack(model: nn.Module) -> dict[str, torch.Tensor]:
         specs = _specs_from_masks(layer, masks, root.config)
         heads = _fixed(specs, masks, f"{layer.heads_name}:heads")
         channels = _fixed(specs, masks, f"{layer.channels_name}:channels")
-        for path, site in gated_sites(family, heads, channels):
-            _unpack_linear(layer, path, site)
+        sites = list(gated_sites(family, heads, channels))
+        _unpack_layer([(_selection(layer, path, site, None), site) for path, site in sites])
         if heads is not None:
             attention = layer.module.get_submodule(family.attention)
             blocks = heads.size // heads.spec.shared_size
@@ -374,46 +432,32 @@ def _specs_from_masks(layer: Layer, masks, config) -> dict[str, GateSpec]:
     return specs
 
 
-def _unpack_linear(layer: Layer, path: str, site) -> None:
-    module = layer.module.get_submodule(path)
-    base = base_linear(module)
-    rows, cols = _lane_indices(site, base.weight.device)
-    out, inner = linear_shape(base)
-    if rows is not None:
+def _dense_shape(linear: nn.Module, site) -> tuple[int, int]:
+    out, inner = linear_shape(linear)
+    if site.rows_gate is not None:
         gate = site.rows_gate
         out = sum(
             gate.lanes * (gate.size // gate.spec.shared_size if block.shared else gate.size)
             for block in site.row_blocks
         )
-    if cols is not None:
+    if site.in_gate is not None:
         inner = site.in_gate.size * site.in_gate.lanes
-    weight = fold_pack_adjoint(weight_matrix(base).detach(), rows, cols, None, None, out, inner)
-    bias = base.bias
-    if bias is not None and rows is not None:
-        bias = bias.new_zeros(out).index_copy_(0, rows, bias.detach())
-    dense = _dense_twin(base, weight, bias)
-    if not hasattr(module, "base_layer"):
-        parent_path, _, name = path.rpartition(".")
-        setattr(layer.module.get_submodule(parent_path), name, dense)
-        return
-    while hasattr(module.base_layer, "base_layer"):
-        module = module.base_layer
-    module.base_layer = dense
-    module.out_features, module.in_features = out, inner
-    for factor in module.lora_A.values():
-        _replace_weight(
-            factor,
-            fold_pack_adjoint(
-                factor.weight.detach(), None, cols, None, None, factor.out_features, inner
-            ),
-        )
-    for factor in module.lora_B.values():
-        _replace_weight(
-            factor,
-            fold_pack_adjoint(
-                factor.weight.detach(), rows, None, None, None, out, factor.in_features
-            ),
-        )
+    return out, inner
+
+
+def _unpack_layer(sites: list[tuple[_Selection, object]]) -> None:
+    """Puts the linears of a layer back into their dense shapes in one call."""
+    selections = [selection for selection, _ in sites]
+    named, shapes = [selection.pieces() for selection in selections], []
+    for (selection, site), found in zip(sites, named, strict=True):
+        out, inner = _dense_shape(base_linear(selection.module), site)
+        for role, piece in found:
+            m, n = piece.matrix.shape
+            kind = role.partition(".")[0]
+            rows = out if kind in ("weight", "lora_B") else m
+            shapes.append((rows, {"bias": out, "lora_B": n}.get(kind, inner)))
+    full = unpack_tensors([piece for found in named for _, piece in found], shapes)
+    _install(selections, named, full, dense=True)
 
 
 def _dense_twin(base: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:

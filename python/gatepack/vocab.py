@@ -1,0 +1,236 @@
+"""Stage 5, pack: the vocabulary, rows of the embedding and lm_head, and a tokenizer that fits
+(contextual pruning prunes embeddings too, arXiv 2312.12682).
+
+A dropped token is spelled by tokens that stay: every byte does, and so does every token on the way
+to a kept one. No text is refused or lost, it only takes more tokens.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gatepack import _ext
+from gatepack.repack import Piece, pack_tensors
+
+
+def _byte_characters() -> list[str]:
+    """How byte-level BPE writes each of the 256 bytes: printable ones as they are (GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def _byte_tokens(vocab: Mapping[str, int]) -> list[str]:
+    """The tokens that can spell any text: byte-level characters, or <0x00> to <0xFF>."""
+    for tokens in (_byte_characters(), [f"<0x{byte:02X}>" for byte in range(256)]):
+        if all(token in vocab for token in tokens):
+            return tokens
+    raise ValueError(
+        "tokenizer: expected one with a token for each byte (byte-level BPE or byte fallback); "
+        "without them a dropped token could not be spelled"
+    )
+
+
+def _merge_pairs(model: Mapping) -> list[tuple[str, str]]:
+    return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+
+
+def _made_of(token: str, ranks: Mapping[tuple[str, str], int]) -> set[str]:
+    """Every token that BPE passes through on the way to `token`, itself included."""
+    parts = list(token)
+    seen = set(parts)
+    while len(parts) > 1:
+        pairs = zip(parts, parts[1:], strict=False)
+        rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairs))
+        if rank == len(ranks):
+            break
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        seen.add(parts[at])
+    return seen
+
+
+def vocab_closure(tokenizer: Mapping, keep: Iterable[int]) -> list[int]:
+    """Sorted ids of keep and of what they need: bytes, added tokens, and parts along their merges.
+
+    tokenizer: the content of a tokenizer.json whose model is BPE. Where text is tokenised into kept
+    tokens along kept merges, the packed tokenizer gives the same tokens. Raises ValueError for
+    another model, one without byte tokens, or ids that it does not have.
+    """
+    model = tokenizer["model"]
+    if model.get("type") != "BPE":
+        raise ValueError(f"tokenizer: expected a BPE model, got {model.get('type')!r}")
+    vocab = model["vocab"]
+    added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or ()}
+    token_of = {**{i: token for token, i in vocab.items()}, **added}
+    unknown = sorted(set(keep) - token_of.keys())
+    if unknown:
+        raise ValueError(f"keep: expected ids of the tokenizer, got {unknown[:5]}")
+    ranks = {pair: rank for rank, pair in enumerate(_merge_pairs(model))}
+    needed = set(added) | {vocab[token] for token in _byte_tokens(vocab)}
+    if model.get("unk_token") in vocab:
+        needed.add(vocab[model["unk_token"]])
+    for i in set(keep) - added.keys():
+        needed.add(i)
+        needed |= {vocab[part] for part in _made_of(token_of[i], ranks) if part in vocab}
+    return sorted(needed)
+
+
+def shrink_tokenizer(tokenizer: Mapping, keep: Iterable[int]) -> dict:
+    """The tokenizer.json that knows vocab_closure's ids only, numbered 0, 1, ... in their order.
+
+    keep must be closed: ValueError says which ids are missing.
+    """
+    keep = sorted(set(keep))
+    missing = sorted(set(vocab_closure(tokenizer, keep)) - set(keep))
+    if missing:
+        raise ValueError(f"keep: expected what vocab_closure returns, {missing[:5]} are missing")
+    names = {old: new for new, old in enumerate(keep)}
+    packed = copy.deepcopy(dict(tokenizer))
+    model = packed["model"]
+    model["vocab"] = {t: names[i] for t, i in model["vocab"].items() if i in names}
+    vocab = model["vocab"]
+    pairs = _merge_pairs(model)
+    kept = [{*pair, "".join(pair)} <= vocab.keys() for pair in pairs]
+    model["merges"] = [m for m, stays in zip(model["merges"], kept, strict=True) if stays]
+    for token in packed.get("added_tokens") or ():
+        token["id"] = names[token["id"]]
+    if packed.get("padding"):
+        packed["padding"]["pad_id"] = names[packed["padding"]["pad_id"]]
+    _rename_processor(packed.get("post_processor"), names)
+    return packed
+
+
+def _rename_processor(processor: dict | None, names: Mapping[int, int]) -> None:
+    """New ids in a post-processor, which writes special tokens by number."""
+    if not processor:
+        return
+    for inner in processor.get("processors", ()):
+        _rename_processor(inner, names)
+    special = processor.get("special_tokens") or {}
+    for token in special.values() if isinstance(special, dict) else ():
+        token["ids"] = [names[i] for i in token["ids"]]
+    for side in ("sep", "cls"):
+        if side in processor:
+            token, i = processor[side]
+            processor[side] = [token, names[i]]
+
+
+@dataclass(frozen=True)
+class VocabPlan:
+    """Old and new ids: keep [K], sorted old ids; the new id of keep[i] is i. size: of the old
+    vocabulary, the rows of its embedding."""
+
+    keep: Tensor
+    size: int
+
+    def __post_init__(self):
+        keep = self.keep
+        if keep.dim() != 1 or keep.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"keep: expected int ids [K], got {keep.dtype} {list(keep.shape)}")
+        inside = keep.numel() == 0 or (int(keep[0]) >= 0 and int(keep[-1]) < self.size)
+        if not inside or bool((keep[1:] <= keep[:-1]).any()):
+            raise ValueError(f"keep: expected strictly increasing ids in [0, {self.size})")
+
+    def table(self, device: torch.device | str = "cpu") -> Tensor:
+        """int32 [size]: the new id of each old one, -1 where it is dropped."""
+        table = torch.full((self.size,), -1, dtype=torch.int32)
+        table[self.keep.long().cpu()] = torch.arange(self.keep.numel(), dtype=torch.int32)
+        return table.to(device)
+
+    def remap(self, ids: Tensor) -> Tensor:
+        """New ids of old ones, any shape, int64 or int32; refuses dropped ids (see remap_ids)."""
+        return remap_ids(ids, self.table(ids.device))
+
+    def full_logits(self, logits: Tensor) -> Tensor:
+        """Logits [..., K] at the old ids: [..., size], -inf for dropped tokens."""
+        if logits.shape[-1] != self.keep.numel():
+            raise ValueError(
+                f"logits: expected [..., {self.keep.numel()}], got {list(logits.shape)}"
+            )
+        full = logits.new_full((*logits.shape[:-1], self.size), -torch.inf)
+        return full.index_copy(-1, self.keep.long().to(logits.device), logits)
+
+
+def remap_ids(ids: Tensor, table: Tensor) -> Tensor:
+    """table[ids]: ids int64 or int32 of any shape, table int32 with -1 for what is dropped.
+
+    Dropped and unknown ids raise ValueError with their position (on CUDA they trap): text that has
+    them is encoded again with the packed tokenizer, which spells them.
+    """
+    _ext.backend()
+    return torch.ops.gatepack.remap_ids.default(ids.contiguous(), table)
+
+
+def vocab_pack(
+    embedding: Tensor,
+    lm_head: Tensor | None,
+    keep: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(embedding[keep], lm_head[keep], bias[keep]) in one call; rows [V, hidden], bias [V].
+
+    Tied weights (one memory) are packed once and stay tied. Nothing is padded: the logit of a row
+    of zeros is 0, not -inf.
+    """
+    tied = lm_head is not None and lm_head.data_ptr() == embedding.data_ptr()
+    keep = keep.to(embedding.device)
+    pieces = [Piece(embedding.detach(), keep)]
+    if lm_head is not None and not tied:
+        pieces.append(Piece(lm_head.detach(), keep))
+    if bias is not None:
+        pieces.append(Piece(bias.detach()[None], None, keep))
+    packed, _ = pack_tensors(pieces, dtype)
+    head = packed[0 if tied else 1] if lm_head is not None else None
+    return packed[0], head, packed[-1][0] if bias is not None else None
+
+
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+@torch.no_grad()
+def pack_vocab(model: nn.Module, keep: Iterable[int]) -> VocabPlan:
+    """Leaves only the rows of kept ids in a transformers model, in place; returns the plan.
+
+    keep: as vocab_closure returns it. Tied weights stay tied; config.vocab_size and the special ids
+    of the configs follow, so the result is an ordinary checkpoint of its architecture. Raises
+    ValueError where a special id is not kept; then nothing has changed.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    plan = VocabPlan(torch.tensor(sorted(set(keep)), dtype=torch.int64), embedding.num_embeddings)
+    table = plan.table()
+    configs = [model.config, getattr(model, "generation_config", None)]
+    renamed = []
+    for config in filter(None, configs):
+        for name in _SPECIAL_IDS:
+            old = getattr(config, name, None)
+            if old is None:
+                continue
+            new = [int(table[i]) for i in (old if isinstance(old, list) else [old])]
+            if -1 in new:
+                raise ValueError(f"keep: expected the config's {name} {old} among them")
+            renamed.append((config, name, new if isinstance(old, list) else new[0]))
+    weight = embedding.weight
+    bias = getattr(head, "bias", None)
+    small, small_head, small_bias = vocab_pack(
+        weight, None if head is None else head.weight, plan.keep, bias
+    )
+    tied = small_head is small
+    embedding.weight = nn.Parameter(small, weight.requires_grad)
+    embedding.num_embeddings = plan.keep.numel()
+    if embedding.padding_idx is not None:
+        padding = int(table[embedding.padding_idx])
+        embedding.padding_idx = None if padding < 0 else padding
+    if head is not None:
+        trains = head.weight.requires_grad
+        head.weight = embedding.weight if tied else nn.Parameter(small_head, trains)
+        head.out_features = plan.keep.numel()
+        if bias is not None:
+            head.bias = nn.Parameter(small_bias, bias.requires_grad)
+    model.config.vocab_size = plan.keep.numel()
+    for config, name, new in renamed:
+        setattr(config, name, new)
+    return plan
