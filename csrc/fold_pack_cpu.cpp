@@ -1,10 +1,13 @@
-// fold_pack and its adjoint on the CPU: one pass over the matrix, threaded by torch's own pool.
+// fold_pack, its adjoint and their multi-tensor forms on the CPU: one pass over every matrix,
+// threaded by torch's own pool across all of them.
 #include "fold_pack_cpu.h"
 
 #include "fold_pack_vec.h"
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
+#include <mutex>
 #include <vector>
 
 #if defined(__linux__)
@@ -13,6 +16,8 @@
 
 namespace gatepack {
 namespace {
+
+constexpr int64_t kGrainBytes = 128 << 10;  // below this a second thread costs more than it saves
 
 std::vector<const Isa*> supported_isas() {
   std::vector<const Isa*> isas = {&scalar::kIsa};
@@ -35,8 +40,9 @@ std::atomic<const Isa*>& current_isa() {
 }
 
 // The index as int64, after proof that it is strictly increasing and inside [0, bound).
-std::vector<int64_t> checked(const char* op, const char* name, Index index, int64_t n,
+std::vector<int64_t> checked(const Where& where, const char* name, Index index, int64_t n,
                              int64_t bound) {
+  if (!index.data) return {};
   std::vector<int64_t> out(n);
   if (index.wide) std::copy_n(static_cast<const int64_t*>(index.data), n, out.data());
   else std::copy_n(static_cast<const int32_t*>(index.data), n, out.data());
@@ -46,13 +52,12 @@ std::vector<int64_t> checked(const char* op, const char* name, Index index, int6
     const int64_t i =
         std::adjacent_find(out.begin(), out.end(), [](auto a, auto b) { return a >= b; }) -
         out.begin();
-    require(false, op, ": ", name, " must be strictly increasing, got ", name, "[", i + 1,
-            "] = ", out[i + 1], " after ", name, "[", i, "] = ", out[i]);
+    require(false, where(name), " must be strictly increasing, got ", out[i + 1], " at ", i + 1,
+            " after ", out[i]);
   }
   if (n > 0) {
     const int64_t worst = out.front() < 0 ? out.front() : out.back();
-    require(worst >= 0 && worst < bound, op, ": ", name, " must be in [0, ", bound, "), got ",
-            worst);
+    require(worst >= 0 && worst < bound, where(name), " must be in [0, ", bound, "), got ", worst);
   }
   return out;
 }
@@ -145,66 +150,203 @@ void prefer_huge_pages(const Tensor& out) {
 void prefer_huge_pages(const Tensor&) {}
 #endif
 
-Tensor run(const char* op, bool adjoint, const Call& call, const Tensor& in,
-           std::optional<ScalarType> dtype) {
-  const char* line_name = call.row_major ? "rows" : "cols";
-  const char* lane_name = call.row_major ? "cols" : "rows";
-  std::vector<int64_t> lines, lanes;
-  if (call.line_index.data) {
-    lines = checked(op, line_name, call.line_index, call.kept_lines, call.lines);
+template <class T>
+T read_factor_at(const Factor& factor, int64_t unit, int64_t k) {
+  const int64_t at = unit * factor.unit_stride + k * factor.rank_stride;
+  switch (factor.type) {
+    case ScalarType::Float: return static_cast<T>(static_cast<const float*>(factor.data)[at]);
+    case ScalarType::Double: return static_cast<T>(static_cast<const double*>(factor.data)[at]);
+    case ScalarType::Half: return widen(static_cast<const f16*>(factor.data)[at]);
+    default: return widen(static_cast<const bf16*>(factor.data)[at]);
   }
-  if (call.lane_index.data) {
-    lanes = checked(op, lane_name, call.lane_index, call.kept_lanes, call.lanes);
+}
+
+// One side of the update for the kept units, element (i, k) at i * unit_stride + k * rank_stride.
+template <class T>
+void copy_factor(const Factor& factor, const std::vector<int64_t>& kept, bool all, int64_t n,
+                 int64_t rank, int64_t unit_stride, int64_t rank_stride, T* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t k = 0; k < rank; ++k) {
+      out[i * unit_stride + k * rank_stride] = read_factor_at<T>(factor, all ? i : kept[i], k);
+    }
   }
+}
 
-  const ScalarType in_type = in.scalar_type(), out_type = dtype.value_or(in_type);
-  const int64_t out_lines = adjoint ? call.lines : call.kept_lines;
-  const int64_t out_lanes = adjoint ? call.lanes : call.kept_lanes;
-  Tensor out = allocate(call, in, out_lines, out_lanes, out_type);
-  if (out_lines == 0 || out_lanes == 0) return out;
-  prefer_huge_pages(out);
-
-  const bool fp64 = in_type == ScalarType::Double;
-  // An index that keeps every lane costs no more than none.
-  const bool some_closed = call.lane_index.data && call.kept_lanes < call.lanes;
-  const size_t moved_size = adjoint ? out.element_size() : in.element_size();
-  const Isa* isa = current_isa();
-  if (some_closed && call.lanes < isa->geometry(moved_size).span) isa = &scalar::kIsa;
-  std::optional<Cover> cover;
-  if (some_closed) cover.emplace(lanes, call.lanes, isa->geometry(moved_size), adjoint);
-
-  std::vector<int64_t> line_map = std::move(lines);
-  if (adjoint && call.line_index.data) {
-    std::vector<int64_t> inverse(call.lines, -1);
-    for (int64_t i = 0; i < call.kept_lines; ++i) inverse[line_map[i]] = i;
-    line_map = std::move(inverse);
+std::vector<CacheLine> compact_factor(const Factor& factor, const std::vector<int64_t>& kept,
+                                      bool all, int64_t n, int64_t rank, int64_t unit_stride,
+                                      int64_t rank_stride, bool fp64) {
+  auto out = cache_lines((n + 16) * rank * (fp64 ? sizeof(double) : sizeof(float)));
+  if (fp64) {
+    copy_factor(factor, kept, all, n, rank, unit_stride, rank_stride,
+                reinterpret_cast<double*>(out.data()));
+  } else {
+    copy_factor(factor, kept, all, n, rank, unit_stride, rank_stride,
+                reinterpret_cast<float*>(out.data()));
   }
-  const bool move_only = !call.line_gate.data && !call.lane_gate.data && in_type == out_type;
-  std::vector<CacheLine> line_gate, lane_gate;
-  if (!move_only) {
-    line_gate = padded_gate(call.line_gate, call.kept_lines, fp64);
-    lane_gate = padded_gate(call.lane_gate, call.kept_lanes, fp64);
-  }
-
-  const Job job = {in.const_data_ptr(),
-                   out.mutable_data_ptr(),
-                   call.stride,
-                   out_lanes,
-                   call.lanes,
-                   call.kept_lanes,
-                   call.line_index.data ? line_map.data() : nullptr,
-                   cover ? cover->blocks().data() : nullptr,
-                   cover ? cover->blocks().data() + cover->blocks().size() : nullptr,
-                   cover ? cover->patterns() : nullptr,
-                   line_gate.data(),
-                   lane_gate.data(),
-                   call.lane_first};
-  const Kernel kernel = isa->choose(adjoint, move_only, in_type, out_type);
-  constexpr int64_t kGrainBytes = 128 << 10;  // below this a second thread costs more than it saves
-  const int64_t line_bytes = call.lanes * static_cast<int64_t>(out.element_size());
-  torch::stable::parallel_for(0, out_lines, std::max<int64_t>(1, kGrainBytes / line_bytes),
-                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
   return out;
+}
+
+// One matrix of a call: everything its kernel needs. Making one checks its indices and writes
+// nothing; a list of matrices is made whole before the first byte of it is written.
+class Work {
+ public:
+  Work(const Where& where, bool adjoint, const Call& call, const Tensor& in,
+       std::optional<ScalarType> dtype)
+      : call_(call),
+        in_(in),
+        adjoint_(adjoint),
+        in_type_(in.scalar_type()),
+        out_type_(dtype.value_or(in_type_)) {
+    lines_ = checked(where, call.row_major ? "rows" : "cols", call.line_index, call.kept_lines,
+                     call.lines);
+    lanes_ = checked(where, call.row_major ? "cols" : "rows", call.lane_index, call.kept_lanes,
+                     call.lanes);
+  }
+
+  // Allocates the result; run() fills its lines.
+  void prepare() {
+    const int64_t out_lines = adjoint_ ? call_.lines : call_.out_lines;
+    const int64_t out_lanes = adjoint_ ? call_.lanes : call_.out_lanes;
+    out = allocate(call_, in_, out_lines, out_lanes, out_type_);
+    const bool e4m3 = out_type_ == ScalarType::Float8_e4m3fn;
+    if (e4m3) {
+      scales.emplace(torch::stable::new_empty(in_, {call_.row_major ? out_lines : out_lanes},
+                                              ScalarType::Float));
+    }
+    units = out_lanes == 0 ? 0 : out_lines;
+    unit_bytes = out_lanes * static_cast<int64_t>(out.element_size());
+    if (units == 0) {
+      if (e4m3) std::fill_n(static_cast<float*>(scales->mutable_data_ptr()), scales->numel(), 1.0f);
+      return;
+    }
+    prefer_huge_pages(out);
+
+    const bool fp64 = in_type_ == ScalarType::Double;
+    // An index that keeps every lane costs no more than none.
+    const bool some_closed = call_.lane_index.data && call_.kept_lanes < call_.lanes;
+    const size_t moved_size = adjoint_ ? out.element_size() : in_.element_size();
+    const Isa* isa = current_isa();
+    if (some_closed && call_.lanes < isa->geometry(moved_size).span) isa = &scalar::kIsa;
+    if (some_closed) cover_.emplace(lanes_, call_.lanes, isa->geometry(moved_size), adjoint_);
+
+    const bool gated = call_.line_gate.data || call_.lane_gate.data;
+    const bool staged = !adjoint_ && (e4m3 || call_.crossed || call_.rank > 0);
+    const bool move_only = !staged && !gated && in_type_ == out_type_;
+    if (!move_only) {
+      line_gate_ = padded_gate(call_.line_gate, call_.kept_lines, fp64);
+      lane_gate_ = padded_gate(call_.lane_gate, call_.kept_lanes, fp64);
+    }
+    const int64_t pitch = call_.kept_lanes + 16;  // a full vector can be read at the last lane
+    if (call_.rank > 0) {
+      line_factor_ = compact_factor(call_.line_factor, lines_, !call_.line_index.data,
+                                    call_.kept_lines, call_.rank, call_.rank, 1, fp64);
+      lane_factor_ = compact_factor(call_.lane_factor, lanes_, !call_.lane_index.data,
+                                    call_.kept_lanes, call_.rank, 1, pitch, fp64);
+    }
+    if (adjoint_ && call_.line_index.data) {
+      std::vector<int64_t> inverse(call_.lines, -1);
+      for (int64_t i = 0; i < call_.kept_lines; ++i) inverse[lines_[i]] = i;
+      lines_ = std::move(inverse);
+    }
+    job_ = {in_.const_data_ptr(),
+            out.mutable_data_ptr(),
+            call_.stride,
+            call_.crossed ? out_lines : out_lanes,
+            call_.lanes,
+            call_.kept_lanes,
+            call_.kept_lines,
+            out_lanes,
+            call_.line_index.data ? lines_.data() : nullptr,
+            cover_ ? cover_->blocks().data() : nullptr,
+            cover_ ? cover_->blocks().data() + cover_->blocks().size() : nullptr,
+            cover_ ? cover_->patterns() : nullptr,
+            line_gate_.data(),
+            lane_gate_.data(),
+            call_.lane_first,
+            staged ? isa->choose_stage(in_type_) : nullptr,
+            call_.crossed,
+            call_.rank,
+            pitch,
+            call_.lora_scale,
+            line_factor_.data(),
+            lane_factor_.data(),
+            nullptr,
+            nullptr};
+    kernel_ = staged ? isa->choose_staged(in_type_, out_type_)
+                     : isa->choose(adjoint_, move_only, in_type_, out_type_);
+    if (e4m3 && call_.row_major) {
+      job_.line_scales = static_cast<float*>(scales->mutable_data_ptr());
+    } else if (e4m3) {
+      measure_lanes(isa, fp64);
+    }
+  }
+
+  void run(int64_t begin, int64_t end) const { kernel_(job_, begin, end); }
+
+ private:
+  // e4m3 of a column-major matrix: its rows are lanes, so their scales need a pass of their own.
+  void measure_lanes(const Isa* isa, bool fp64) {
+    std::vector<uint32_t> largest(call_.out_lanes, 0);
+    std::mutex guard;
+    const int64_t grain = std::max<int64_t>(1, kGrainBytes / (call_.kept_lanes + 1));
+    torch::stable::parallel_for(0, call_.kept_lines, grain, [&](int64_t begin, int64_t end) {
+      std::vector<uint32_t> mine(call_.out_lanes, 0);
+      isa->largest_per_lane(job_, fp64, begin, end, mine.data());
+      const std::lock_guard<std::mutex> lock(guard);
+      for (size_t j = 0; j < mine.size(); ++j) largest[j] = std::max(largest[j], mine[j]);
+    });
+    float* const per_lane = static_cast<float*>(scales->mutable_data_ptr());
+    std::transform(largest.begin(), largest.end(), per_lane, e4m3_scale);
+    job_.lane_scales = per_lane;
+  }
+
+  Call call_;
+  Tensor in_;
+  bool adjoint_;
+  ScalarType in_type_, out_type_;
+  std::vector<int64_t> lines_, lanes_;
+  std::optional<Cover> cover_;
+  std::vector<CacheLine> line_gate_, lane_gate_, line_factor_, lane_factor_;
+  Job job_{};
+  Kernel kernel_ = nullptr;
+
+ public:
+  Tensor out = in_;
+  std::optional<Tensor> scales;
+  int64_t units = 0;       // lines to run
+  int64_t unit_bytes = 0;  // of the result, each
+};
+
+// Runs all lines of all works on torch's threads, in pieces of about one grain.
+void run_all(std::deque<Work>& works) {
+  struct Piece {
+    const Work* work;
+    int64_t begin, end;
+  };
+  std::vector<Piece> pieces;
+  for (Work& work : works) {
+    work.prepare();
+    // Whole cache lines across, whatever the order of the result.
+    const int64_t lines = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, work.unit_bytes));
+    const int64_t step = rounded_up(lines, 64);
+    for (int64_t i = 0; i < work.units; i += step) {
+      pieces.push_back({&work, i, std::min(i + step, work.units)});
+    }
+  }
+  torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 1,
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  pieces[i].work->run(pieces[i].begin, pieces[i].end);
+                                }
+                              });
+}
+
+Tensor run_one(Work work) {
+  work.prepare();
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, work.unit_bytes));
+  torch::stable::parallel_for(0, work.units, grain,
+                              [&](int64_t begin, int64_t end) { work.run(begin, end); });
+  return work.out;
 }
 
 }  // namespace
@@ -212,14 +354,51 @@ Tensor run(const char* op, bool adjoint, const Call& call, const Tensor& in,
 Tensor fold_pack_cpu(const Tensor& w, const OptTensor& rows, const OptTensor& cols,
                      const OptTensor& z_out, const OptTensor& z_in,
                      std::optional<ScalarType> dtype) {
-  return run("fold_pack", false, describe_pack(w, rows, cols, z_out, z_in, dtype), w, dtype);
+  const Where where{"fold_pack", ""};
+  return run_one({where, false, describe_pack(where, w, rows, cols, z_out, z_in, dtype), w, dtype});
 }
 
 Tensor fold_pack_adjoint_cpu(const Tensor& g, const OptTensor& rows, const OptTensor& cols,
                              const OptTensor& z_out, const OptTensor& z_in, int64_t O, int64_t I,
                              std::optional<ScalarType> dtype) {
-  return run("fold_pack_adjoint", true,
-             describe_adjoint(g, rows, cols, z_out, z_in, O, I, dtype), g, dtype);
+  const Where where{"fold_pack_adjoint", ""};
+  const Call call = describe_adjoint(where, g, rows, cols, z_out, z_in, O, I, dtype);
+  return run_one({where, true, call, g, dtype});
+}
+
+std::tuple<Tensors, Tensors> pack_tensors_cpu(
+    const Tensors& w, const OptTensors& rows, const OptTensors& cols, const OptTensors& z_out,
+    const OptTensors& z_in, const OptTensors& lora_a, const OptTensors& lora_b,
+    const std::vector<double>& lora_scale, const Ints& row_multiple, const Ints& col_multiple,
+    const Ints& order, std::optional<ScalarType> dtype) {
+  const std::vector<Call> calls =
+      describe_packs(w, rows, cols, z_out, z_in, lora_a, lora_b, lora_scale, row_multiple,
+                     col_multiple, order, dtype);
+  std::deque<Work> works;
+  for (size_t i = 0; i < w.size(); ++i) {
+    works.emplace_back(at_place("pack_tensors", i), false, calls[i], w[i], dtype);
+  }
+  run_all(works);
+  Tensors out, scales;
+  for (const Work& work : works) {
+    out.push_back(work.out);
+    if (work.scales) scales.push_back(*work.scales);
+  }
+  return {out, scales};
+}
+
+Tensors unpack_tensors_cpu(const Tensors& g, const OptTensors& rows, const OptTensors& cols,
+                           const OptTensors& z_out, const OptTensors& z_in, const Ints& O,
+                           const Ints& I, std::optional<ScalarType> dtype) {
+  const std::vector<Call> calls = describe_unpacks(g, rows, cols, z_out, z_in, O, I, dtype);
+  std::deque<Work> works;
+  for (size_t i = 0; i < g.size(); ++i) {
+    works.emplace_back(at_place("unpack_tensors", i), true, calls[i], g[i], dtype);
+  }
+  run_all(works);
+  Tensors out;
+  for (const Work& work : works) out.push_back(work.out);
+  return out;
 }
 
 const char* simd_level() { return current_isa().load()->name; }

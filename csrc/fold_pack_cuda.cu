@@ -1,46 +1,23 @@
-// fold_pack and its adjoint on CUDA: one launch each, no host sync, the bytes of the CPU.
+// fold_pack, its adjoint and their multi-tensor forms on CUDA: a launch for a whole list of
+// matrices of one dtype, no host sync, the bytes of the CPU.
 //
 // Shapes and dtypes are checked on the host. Index values are not read there: a value out of range
 // prints a line and traps on the device (the context is then lost, as with torch's own indexing),
 // and the order of an index is a contract that only the CPU op checks.
+#include "batch.cuh"
 #include "layout.h"
 
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <cstdio>
+#include <array>
+#include <tuple>
 
 namespace gatepack {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kLinesPerBlock = 8;  // one read of the lane index and gate serves this many lines
-
-__device__ inline float widen(float v) { return v; }
-__device__ inline double widen(double v) { return v; }
-__device__ inline float widen(bf16 v) {
-  return __uint_as_float(static_cast<uint32_t>(v.bits) << 16);
-}
-__device__ inline float widen(f16 v) { return __half2float(__ushort_as_half(v.bits)); }
-
-__device__ inline void narrow(double v, double& out) { out = v; }
-__device__ inline void narrow(double v, float& out) { out = __double2float_rn(v); }
-__device__ inline void narrow(float v, double& out) { out = v; }
-__device__ inline void narrow(float v, float& out) { out = v; }
-// In integers, like the CPU: the intrinsic returns another NaN.
-__device__ inline void narrow(float v, bf16& out) {
-  const uint32_t bits = __float_as_uint(v);
-  out.bits = isnan(v) ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-__device__ inline void narrow(float v, f16& out) {
-  out.bits = __half_as_ushort(__float2half_rn(v));
-}
-__device__ inline void narrow(double v, bf16& out) { narrow(__double2float_rn(v), out); }
-__device__ inline void narrow(double v, f16& out) { narrow(__double2float_rn(v), out); }
-
-template <class In>
-using compute_t = std::conditional_t<std::is_same_v<In, double>, double, float>;
+constexpr int kLinesPerTile = 8;  // one read of the lane index and gate serves this many lines
+constexpr int kSide = 32;         // of the square tiles of a crossed result
+// Left alone, ptxas takes 64 registers for four blocks on a processor, and spills.
+constexpr int kBlocks = 2;
 
 __device__ inline int64_t index_at(Index index, int64_t i) {
   if (!index.data) return i;
@@ -48,14 +25,23 @@ __device__ inline int64_t index_at(Index index, int64_t i) {
                     : static_cast<const int32_t*>(index.data)[i];
 }
 
+// Out of line: a call of printf takes stack and registers from every kernel that it is part of.
+__device__ __attribute__((noinline)) void refuse_index(int64_t v, int64_t bound, int64_t i) {
+  printf("fold_pack: index must be in [0, %lld), got %lld at position %lld\n",
+         static_cast<long long>(bound), static_cast<long long>(v), static_cast<long long>(i));
+  __trap();
+}
+
 __device__ inline int64_t checked_index_at(Index index, int64_t i, int64_t bound) {
   const int64_t v = index_at(index, i);
-  if (v < 0 || v >= bound) {
-    printf("fold_pack: index must be in [0, %lld), got %lld at position %lld\n",
-           static_cast<long long>(bound), static_cast<long long>(v), static_cast<long long>(i));
-    __trap();
-  }
+  if (v < 0 || v >= bound) refuse_index(v, bound, i);
   return v;
+}
+
+// For a pass whose successor refuses the index: only memory is kept safe, and registers free of a
+// call.
+__device__ inline int64_t clamped_index_at(Index index, int64_t i, int64_t bound) {
+  return max(int64_t(0), min(index_at(index, i), bound - 1));
 }
 
 // The place of `value` in a sorted index of n, or -1.
@@ -78,8 +64,28 @@ __device__ inline T gate_at(Gate gate, int64_t i) {
 }
 
 template <class T>
-__device__ inline T apply(T v, T line, T lane, bool lane_first) {
-  return lane_first ? (v * lane) * line : (v * line) * lane;
+__device__ inline T factor_at(const Factor& factor, int64_t unit, int64_t k) {
+  const int64_t at = unit * factor.unit_stride + k * factor.rank_stride;
+  switch (factor.type) {
+    case ScalarType::Float: return static_cast<T>(static_cast<const float*>(factor.data)[at]);
+    case ScalarType::Double: return static_cast<T>(static_cast<const double*>(factor.data)[at]);
+    case ScalarType::Half: return widen(static_cast<const f16*>(factor.data)[at]);
+    default: return widen(static_cast<const bf16*>(factor.data)[at]);
+  }
+}
+
+// A kept element in the compute type, its update added and its gates applied.
+template <class T>
+__device__ inline T folded(const Call& call, T v, int64_t line, int64_t lane, T line_gate,
+                           T lane_gate) {
+  if (call.rank > 0) {
+    T sum = factor_at<T>(call.line_factor, line, 0) * factor_at<T>(call.lane_factor, lane, 0);
+    for (int64_t k = 1; k < call.rank; ++k) {
+      sum = sum + factor_at<T>(call.line_factor, line, k) * factor_at<T>(call.lane_factor, lane, k);
+    }
+    v = v + static_cast<T>(call.lora_scale) * sum;
+  }
+  return call.lane_first ? (v * lane_gate) * line_gate : (v * line_gate) * lane_gate;
 }
 
 template <class T, int N>
@@ -87,143 +93,348 @@ struct alignas(sizeof(T) * N) Pack {
   T v[N];
 };
 
-// src [lines, lanes], stride call.stride -> dst [kept_lines, kept_lanes].
-// Each thread owns N neighbouring kept lanes of kLinesPerBlock lines.
-template <class In, class Out, int N>
-__global__ void __launch_bounds__(kThreads)
-    fold_pack_kernel(Call call, const In* __restrict__ src, Out* __restrict__ dst) {
-  using T = compute_t<In>;
-  const int64_t j = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
-  if (j >= call.kept_lanes) return;
-  int64_t lane[N];
-  T lane_gate[N];
-#pragma unroll
-  for (int k = 0; k < N; ++k) {
-    lane[k] = checked_index_at(call.lane_index, j + k, call.lanes);
-    lane_gate[k] = gate_at<T>(call.lane_gate, j + k);
+// One matrix of a launch.
+struct Task {
+  Call call;
+  const void* src;
+  void* dst;
+  uint32_t* largest;  // e4m3: bits of the largest magnitude of each row
+  float* scales;      // e4m3: one per row of the result
+  bool aligned;       // lines and lanes allow accesses of 16 bytes
+  uint32_t lane_tiles;
+};
+
+// Kept element (i, j) at (line, lane) of the full matrix.
+template <class In, class T>
+__device__ inline T value_at(const Task& task, int64_t i, int64_t j, int64_t line, int64_t lane) {
+  const Call& call = task.call;
+  return folded<T>(call, widen(static_cast<const In*>(task.src)[line * call.stride + lane]), line,
+                   lane, gate_at<T>(call.line_gate, i), gate_at<T>(call.lane_gate, j));
+}
+
+// The value of element (i, j) of the result, stored as Out. In e4m3 the first element of a row also
+// stores its scale.
+template <class T, class Out>
+__device__ inline Out stored(const Task& task, T v, int64_t i, int64_t j) {
+  Out out;
+  if constexpr (std::is_same_v<Out, f8>) {
+    const bool by_line = task.call.row_major;
+    const int64_t row = by_line ? i : j;
+    const float scale = e4m3_scale(task.largest[row]);
+    if ((by_line ? j : i) == 0) task.scales[row] = scale;
+    narrow(static_cast<float>(v) / scale, out);
+  } else {
+    narrow(v, out);
   }
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * kLinesPerBlock;
-  const int64_t stride = static_cast<int64_t>(gridDim.y) * kLinesPerBlock;
-  for (int64_t base = first; base < call.kept_lines; base += stride) {
-    const int64_t end = min(base + kLinesPerBlock, call.kept_lines);
-    for (int64_t i = base; i < end; ++i) {
-      const In* line = src + checked_index_at(call.line_index, i, call.lines) * call.stride;
-      const T line_gate = gate_at<T>(call.line_gate, i);
-      Pack<In, N> in;
-      if (call.lane_index.data || N == 1) {
-#pragma unroll
-        for (int k = 0; k < N; ++k) in.v[k] = line[lane[k]];
-      } else {
-        in = *reinterpret_cast<const Pack<In, N>*>(line + j);
+  return out;
+}
+
+// Lanes are dealt out one by one, so that a warp reads and writes neighbours.
+template <class In, class Out, int N>
+__device__ void pack_lanes(const Task& task, int64_t first_line, int64_t first_lane) {
+  using T = compute_t<In>;
+  const Call& call = task.call;
+  const int64_t end = min(first_line + kLinesPerTile, call.out_lines);
+  for (int k = 0; k < N; ++k) {
+    const int64_t j = first_lane + k * kThreads + threadIdx.x;
+    if (j >= call.out_lanes) return;
+    const bool kept = j < call.kept_lanes;
+    const int64_t lane = kept ? checked_index_at(call.lane_index, j, call.lanes) : 0;
+    const T lane_gate = kept ? gate_at<T>(call.lane_gate, j) : T(0);
+    for (int64_t i = first_line; i < end; ++i) {
+      T v = T(0);
+      if (kept && i < call.kept_lines) {
+        const int64_t line = checked_index_at(call.line_index, i, call.lines);
+        v = folded<T>(call, widen(static_cast<const In*>(task.src)[line * call.stride + lane]),
+                      line, lane, gate_at<T>(call.line_gate, i), lane_gate);
       }
-      Pack<Out, N> out;
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-        narrow(apply<T>(widen(in.v[k]), line_gate, lane_gate[k], call.lane_first), out.v[k]);
-      }
-      *reinterpret_cast<Pack<Out, N>*>(dst + i * call.kept_lanes + j) = out;
+      static_cast<Out*>(task.dst)[i * call.out_lanes + j] = stored<T, Out>(task, v, i, j);
     }
   }
 }
 
-// src [kept_lines, kept_lanes], stride call.stride -> dst [lines, lanes]. Threads own lanes of the
-// full matrix and look their kept lane up once, so every element is written once, zeros included.
-template <class In, class Out>
-__global__ void __launch_bounds__(kThreads)
-    fold_pack_adjoint_kernel(Call call, const In* __restrict__ src, Out* __restrict__ dst) {
+// Every lane kept, 16 bytes at a time: each thread owns N neighbours.
+template <class In, class Out, int N>
+__device__ void pack_whole(const Task& task, int64_t first_line, int64_t first_lane) {
   using T = compute_t<In>;
-  const int64_t lane = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (lane >= call.lanes) return;
-  const int64_t j = find(call.lane_index, call.kept_lanes, lane);
-  const T lane_gate = j < 0 ? T(0) : gate_at<T>(call.lane_gate, j);
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * kLinesPerBlock;
-  const int64_t stride = static_cast<int64_t>(gridDim.y) * kLinesPerBlock;
-  for (int64_t base = first; base < call.lines; base += stride) {
-    const int64_t end = min(base + kLinesPerBlock, call.lines);
-    for (int64_t l = base; l < end; ++l) {
+  const Call& call = task.call;
+  const int64_t j = first_lane + static_cast<int64_t>(threadIdx.x) * N;
+  if (j >= call.out_lanes) return;
+  T lane_gate[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) lane_gate[k] = gate_at<T>(call.lane_gate, j + k);
+  const int64_t end = min(first_line + kLinesPerTile, call.out_lines);
+  for (int64_t i = first_line; i < end; ++i) {
+    Pack<Out, N> out;
+    if (i < call.kept_lines) {
+      const int64_t line = checked_index_at(call.line_index, i, call.lines);
+      const T line_gate = gate_at<T>(call.line_gate, i);
+      const Pack<In, N> in = *reinterpret_cast<const Pack<In, N>*>(
+          static_cast<const In*>(task.src) + line * call.stride + j);
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        out.v[k] = stored<T, Out>(
+            task, folded<T>(call, widen(in.v[k]), line, j + k, line_gate, lane_gate[k]), i, j + k);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < N; ++k) out.v[k] = stored<T, Out>(task, T(0), i, j + k);
+    }
+    *reinterpret_cast<Pack<Out, N>*>(static_cast<Out*>(task.dst) + i * call.out_lanes + j) = out;
+  }
+}
+
+// A square of the result in the other majorness, turned in shared memory so that both sides are
+// read and written in order.
+template <class In, class Out>
+__device__ void pack_crossed(const Task& task, int64_t first_line, int64_t first_lane) {
+  using T = compute_t<In>;
+  __shared__ Out square[kSide][kSide + 1];
+  const Call& call = task.call;
+  const int x = threadIdx.x % kSide, y = threadIdx.x / kSide;
+  for (int row = y; row < kSide; row += kThreads / kSide) {
+    const int64_t i = first_line + row, j = first_lane + x;
+    if (i >= call.out_lines || j >= call.out_lanes) continue;
+    T v = T(0);
+    if (i < call.kept_lines && j < call.kept_lanes) {
+      const int64_t line = checked_index_at(call.line_index, i, call.lines);
+      const int64_t lane = checked_index_at(call.lane_index, j, call.lanes);
+      v = value_at<In, T>(task, i, j, line, lane);
+    }
+    square[row][x] = stored<T, Out>(task, v, i, j);
+  }
+  __syncthreads();
+  for (int row = y; row < kSide; row += kThreads / kSide) {
+    const int64_t i = first_line + x, j = first_lane + row;
+    if (i < call.out_lines && j < call.out_lanes) {
+      static_cast<Out*>(task.dst)[j * call.out_lines + i] = square[x][row];
+    }
+  }
+  __syncthreads();
+}
+
+// Lanes of one thread: as many as fill 16 bytes.
+template <class In, class Out>
+constexpr int kLanes = 16 / std::max(sizeof(In), sizeof(Out));
+
+template <class In, class Out>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    pack_kernel(const __grid_constant__ Batch<Task> batch) {
+  constexpr int N = kLanes<In, Out>;
+  for (uint32_t tile = blockIdx.x; tile < batch.tiles; tile += gridDim.x) {
+    uint32_t local;
+    const Task& task = batch.task_of(tile, local);
+    const int64_t x = local % task.lane_tiles, y = local / task.lane_tiles;
+    if (task.call.crossed) pack_crossed<In, Out>(task, y * kSide, x * kSide);
+    else if (task.aligned) pack_whole<In, Out, N>(task, y * kLinesPerTile, x * kThreads * N);
+    else pack_lanes<In, Out, N>(task, y * kLinesPerTile, x * kThreads * N);
+  }
+}
+
+template <class In>
+__device__ inline uint32_t magnitude_at(const Task& task, int64_t i, int64_t j) {
+  const int64_t line = clamped_index_at(task.call.line_index, i, task.call.lines);
+  const int64_t lane = clamped_index_at(task.call.lane_index, j, task.call.lanes);
+  return magnitude_bits(value_at<In, compute_t<In>>(task, i, j, line, lane));
+}
+
+// e4m3, first pass: the largest magnitude of each row. A maximum does not depend on the order of
+// its arguments, so neither do the bytes.
+template <class In>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    largest_kernel(const __grid_constant__ Batch<Task> batch) {
+  for (uint32_t tile = blockIdx.x; tile < batch.tiles; tile += gridDim.x) {
+    uint32_t local;
+    const Task& task = batch.task_of(tile, local);
+    const Call& call = task.call;
+    const int64_t x = local % task.lane_tiles, y = local / task.lane_tiles;
+    const int lanes = call.crossed ? kSide : kThreads * kLanes<In, f8>;
+    const int lines = call.crossed ? kSide : kLinesPerTile;
+    const int64_t line_end = min((y + 1) * lines, call.kept_lines);
+    const int64_t lane_end = min((x + 1) * lanes, call.kept_lanes);
+    if (call.row_major) {
+      for (int64_t i = y * lines; i < line_end; ++i) {
+        uint32_t of_line = 0;
+        for (int64_t j = x * lanes + threadIdx.x; j < lane_end; j += kThreads) {
+          of_line = max(of_line, magnitude_at<In>(task, i, j));
+        }
+        // Most threads find a larger value there already: reading it first saves their atomics.
+        if (of_line > task.largest[i]) atomicMax(task.largest + i, of_line);
+      }
+    } else {
+      for (int64_t j = x * lanes + threadIdx.x; j < lane_end; j += kThreads) {
+        uint32_t of_lane = 0;
+        for (int64_t i = y * lines; i < line_end; ++i) {
+          of_lane = max(of_lane, magnitude_at<In>(task, i, j));
+        }
+        if (of_lane > task.largest[j]) atomicMax(task.largest + j, of_lane);
+      }
+    }
+  }
+}
+
+// src [kept_lines, kept_lanes] -> dst [lines, lanes]. Threads own lanes of the full matrix and look
+// their kept lane up once for every tile, so each element is written once, zeros included.
+template <class In, class Out>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    unpack_kernel(const __grid_constant__ Batch<Task> batch) {
+  using T = compute_t<In>;
+  for (uint32_t tile = blockIdx.x; tile < batch.tiles; tile += gridDim.x) {
+    uint32_t local;
+    const Task& task = batch.task_of(tile, local);
+    const Call& call = task.call;
+    const int64_t lane = int64_t(local % task.lane_tiles) * kThreads + threadIdx.x;
+    if (lane >= call.lanes) continue;
+    const int64_t first = int64_t(local / task.lane_tiles) * kLinesPerTile;
+    const int64_t end = min(first + kLinesPerTile, call.lines);
+    const int64_t j = find(call.lane_index, call.kept_lanes, lane);
+    const T lane_gate = j < 0 ? T(0) : gate_at<T>(call.lane_gate, j);
+    for (int64_t l = first; l < end; ++l) {
       const int64_t i = find(call.line_index, call.kept_lines, l);
       Out out;
       narrow(T(0), out);
       if (i >= 0 && j >= 0) {
-        const T v = widen(src[i * call.stride + j]);
-        narrow(apply<T>(v, gate_at<T>(call.line_gate, i), lane_gate, call.lane_first), out);
+        const T v = widen(static_cast<const In*>(task.src)[i * call.stride + j]);
+        const T line_gate = gate_at<T>(call.line_gate, i);
+        narrow(call.lane_first ? (v * lane_gate) * line_gate : (v * line_gate) * lane_gate, out);
       }
-      dst[l * call.lanes + lane] = out;
+      static_cast<Out*>(task.dst)[l * call.lanes + lane] = out;
     }
   }
 }
 
-template <class In, class Out>
-void launch(bool adjoint, const Call& call, const void* src, void* dst, cudaStream_t stream) {
-  // As many lanes for each thread as fill 16 bytes, where every line allows it.
-  constexpr int N = 16 / std::max(sizeof(In), sizeof(Out));
-  const bool whole_lanes = !call.lane_index.data;
-  const bool aligned = call.kept_lanes % N == 0 &&
-      (!whole_lanes ||
-       (call.stride % N == 0 && reinterpret_cast<uintptr_t>(src) % (N * sizeof(In)) == 0));
-  const int64_t lanes = adjoint ? call.lanes : call.kept_lanes;
-  const int64_t lines = adjoint ? call.lines : call.kept_lines;
-  const int64_t per_block = kThreads * (adjoint || !aligned ? 1 : N);
-  const dim3 grid(static_cast<unsigned>((lanes + per_block - 1) / per_block),
-                  static_cast<unsigned>(std::min<int64_t>(
-                      (lines + kLinesPerBlock - 1) / kLinesPerBlock, 65535)));
-  const In* in = static_cast<const In*>(src);
-  Out* out = static_cast<Out*>(dst);
-  if (adjoint) fold_pack_adjoint_kernel<In, Out><<<grid, kThreads, 0, stream>>>(call, in, out);
-  else if (aligned) fold_pack_kernel<In, Out, N><<<grid, kThreads, 0, stream>>>(call, in, out);
-  else fold_pack_kernel<In, Out, 1><<<grid, kThreads, 0, stream>>>(call, in, out);
-}
+using Kernel = void (*)(Batch<Task>);
+struct Choice {
+  Kernel kernel;
+  int lanes;        // of a tile that is not crossed
+  Kernel measure;   // the first pass of e4m3, else null
+};
 
-using Launch = void (*)(bool, const Call&, const void*, void*, cudaStream_t);
+template <class In, class Out>
+Choice chosen(bool adjoint) {
+  if constexpr (std::is_same_v<Out, f8>) {
+    return {pack_kernel<In, f8>, kThreads * kLanes<In, f8>, largest_kernel<In>};
+  } else if constexpr (std::is_same_v<In, f8>) {
+    return {unpack_kernel<f8, Out>, kThreads, nullptr};
+  } else if (adjoint) {
+    return {unpack_kernel<In, Out>, kThreads, nullptr};
+  } else {
+    return {pack_kernel<In, Out>, kThreads * kLanes<In, Out>, nullptr};
+  }
+}
 
 template <class In>
-Launch choose_out(ScalarType out) {
+Choice choose_out(bool adjoint, ScalarType out) {
   switch (out) {
-    case ScalarType::Float: return launch<In, float>;
-    case ScalarType::Double: return launch<In, double>;
-    case ScalarType::Half: return launch<In, f16>;
-    default: return launch<In, bf16>;
+    case ScalarType::Float: return chosen<In, float>(adjoint);
+    case ScalarType::Double: return chosen<In, double>(adjoint);
+    case ScalarType::Half: return chosen<In, f16>(adjoint);
+    case ScalarType::BFloat16: return chosen<In, bf16>(adjoint);
+    default:
+      if constexpr (std::is_same_v<In, f8>) return {};
+      else return chosen<In, f8>(adjoint);
   }
 }
 
-Launch choose(ScalarType in, ScalarType out) {
+Choice choose(bool adjoint, ScalarType in, ScalarType out) {
   switch (in) {
-    case ScalarType::Float: return choose_out<float>(out);
-    case ScalarType::Double: return choose_out<double>(out);
-    case ScalarType::Half: return choose_out<f16>(out);
-    default: return choose_out<bf16>(out);
+    case ScalarType::Float: return choose_out<float>(adjoint, out);
+    case ScalarType::Double: return choose_out<double>(adjoint, out);
+    case ScalarType::Half: return choose_out<f16>(adjoint, out);
+    case ScalarType::Float8_e4m3fn: return choose_out<f8>(adjoint, out);
+    default: return choose_out<bf16>(adjoint, out);
   }
 }
 
-Tensor run(const char* op, bool adjoint, const Call& call, const Tensor& in,
-           std::optional<ScalarType> dtype) {
-  const torch::stable::accelerator::DeviceGuard guard(in.get_device_index());
-  const ScalarType out_type = dtype.value_or(in.scalar_type());
-  const int64_t lines = adjoint ? call.lines : call.kept_lines;
-  const int64_t lanes = adjoint ? call.lanes : call.kept_lanes;
-  Tensor out = allocate(call, in, lines, lanes, out_type);
-  if (lines == 0 || lanes == 0) return out;
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(in.get_device_index(), &stream));
-  choose(in.scalar_type(), out_type)(adjoint, call, in.const_data_ptr(), out.mutable_data_ptr(),
-                                     static_cast<cudaStream_t>(stream));
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": launch failed: ", cudaGetErrorString(error));
-  return out;
+bool allows_16_bytes(const Call& call, const void* src, size_t in_size, size_t out_size) {
+  const int64_t lanes = 16 / static_cast<int64_t>(std::max(in_size, out_size));
+  return !call.lane_index.data && call.kept_lanes == call.out_lanes &&
+      call.kept_lanes % lanes == 0 && call.stride % lanes == 0 &&
+      reinterpret_cast<uintptr_t>(src) % (lanes * in_size) == 0;
+}
+
+int64_t tiles_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Packs or unpacks every matrix: results, and for e4m3 the scales of their rows.
+std::tuple<Tensors, Tensors> run(const char* op, bool adjoint, const std::vector<Call>& calls,
+                                 const Tensors& in, std::optional<ScalarType> dtype) {
+  Tensors out, scales, scratch;
+  if (in.empty()) return {out, scales};
+  const Device device(in[0].get_device_index());
+  // One launch for each dtype, and for as many matrices as its parameters hold.
+  std::vector<std::pair<ScalarType, Batch<Task>>> batches;
+  for (size_t m = 0; m < in.size(); ++m) {
+    const Call& call = calls[m];
+    require(in[m].get_device_index() == in[0].get_device_index(), op,
+            ": every matrix must be on the same device");
+    const ScalarType in_type = in[m].scalar_type(), out_type = dtype.value_or(in_type);
+    const int64_t lines = adjoint ? call.lines : call.out_lines;
+    const int64_t lanes = adjoint ? call.lanes : call.out_lanes;
+    out.push_back(allocate(call, in[m], lines, lanes, out_type));
+    Task task = {call,    in[m].const_data_ptr(), out.back().mutable_data_ptr(),
+                 nullptr, nullptr,                false,
+                 0};
+    if (out_type == ScalarType::Float8_e4m3fn) {
+      const int64_t rows = call.row_major ? lines : lanes;
+      scales.push_back(
+          torch::stable::fill_(torch::stable::new_empty(in[m], {rows}, ScalarType::Float), 1.0));
+      scratch.push_back(torch::stable::new_zeros(in[m], {rows}, ScalarType::Int));
+      task.largest = static_cast<uint32_t*>(scratch.back().mutable_data_ptr());
+      task.scales = static_cast<float*>(scales.back().mutable_data_ptr());
+    }
+    if (lines == 0 || lanes == 0) continue;
+    task.aligned = allows_16_bytes(call, task.src, in[m].element_size(), out.back().element_size());
+    const Choice choice = choose(adjoint, in_type, out_type);
+    task.lane_tiles =
+        static_cast<uint32_t>(tiles_of(lanes, call.crossed ? kSide : choice.lanes));
+    const int64_t tiles = int64_t(task.lane_tiles) * tiles_of(lines, call.crossed ? kSide : kLinesPerTile);
+    auto batch = std::find_if(batches.rbegin(), batches.rend(),
+                              [&](const auto& other) { return other.first == in_type; });
+    if (batch == batches.rend() || !batch->second.add(task, tiles)) {
+      batches.emplace_back(in_type, Batch<Task>());
+      batches.back().second.add(task, tiles);
+    }
+  }
+  for (const auto& [in_type, batch] : batches) {
+    const Choice choice = choose(adjoint, in_type, dtype.value_or(in_type));
+    if (choice.measure) launch(op, choice.measure, batch, device);
+    launch(op, choice.kernel, batch, device);
+  }
+  return {out, scales};
 }
 
 Tensor fold_pack_cuda(const Tensor& w, const OptTensor& rows, const OptTensor& cols,
                       const OptTensor& z_out, const OptTensor& z_in,
                       std::optional<ScalarType> dtype) {
-  return run("fold_pack", false, describe_pack(w, rows, cols, z_out, z_in, dtype), w, dtype);
+  const Where where{"fold_pack", ""};
+  const Call call = describe_pack(where, w, rows, cols, z_out, z_in, dtype);
+  return std::get<0>(run(where.op, false, {call}, {w}, dtype))[0];
 }
 
 Tensor fold_pack_adjoint_cuda(const Tensor& g, const OptTensor& rows, const OptTensor& cols,
                               const OptTensor& z_out, const OptTensor& z_in, int64_t O, int64_t I,
                               std::optional<ScalarType> dtype) {
-  return run("fold_pack_adjoint", true,
-             describe_adjoint(g, rows, cols, z_out, z_in, O, I, dtype), g, dtype);
+  const Where where{"fold_pack_adjoint", ""};
+  const Call call = describe_adjoint(where, g, rows, cols, z_out, z_in, O, I, dtype);
+  return std::get<0>(run(where.op, true, {call}, {g}, dtype))[0];
+}
+
+std::tuple<Tensors, Tensors> pack_tensors_cuda(
+    const Tensors& w, const OptTensors& rows, const OptTensors& cols, const OptTensors& z_out,
+    const OptTensors& z_in, const OptTensors& lora_a, const OptTensors& lora_b,
+    const std::vector<double>& lora_scale, const Ints& row_multiple, const Ints& col_multiple,
+    const Ints& order, std::optional<ScalarType> dtype) {
+  return run("pack_tensors", false,
+             describe_packs(w, rows, cols, z_out, z_in, lora_a, lora_b, lora_scale, row_multiple,
+                            col_multiple, order, dtype),
+             w, dtype);
+}
+
+Tensors unpack_tensors_cuda(const Tensors& g, const OptTensors& rows, const OptTensors& cols,
+                            const OptTensors& z_out, const OptTensors& z_in, const Ints& O,
+                            const Ints& I, std::optional<ScalarType> dtype) {
+  return std::get<0>(run("unpack_tensors", true,
+                         describe_unpacks(g, rows, cols, z_out, z_in, O, I, dtype), g, dtype));
 }
 
 }  // namespace
@@ -231,6 +442,8 @@ Tensor fold_pack_adjoint_cuda(const Tensor& g, const OptTensor& rows, const OptT
 STABLE_TORCH_LIBRARY_IMPL(gatepack, CUDA, m) {
   m.impl("fold_pack", TORCH_BOX(&fold_pack_cuda));
   m.impl("fold_pack_adjoint", TORCH_BOX(&fold_pack_adjoint_cuda));
+  m.impl("pack_tensors", TORCH_BOX(&pack_tensors_cuda));
+  m.impl("unpack_tensors", TORCH_BOX(&unpack_tensors_cuda));
 }
 
 }  // namespace gatepack

@@ -59,18 +59,30 @@ GATEPACK_TARGET void spread_line(const Job& job, const E* src, E* dst) {
   }
   for (; b != end; src += b->count, ++b, pattern += kPatternBytes) {
     E front[W] = {}, out[W];
-    std::memcpy(front, src, b->count * sizeof(E));
+    if (b->count > 0) std::memcpy(front, src, b->count * sizeof(E));
     M::spread(front, pattern, b->count, out);
     std::memcpy(dst + b->start, out, std::min<int64_t>(W, job.lanes - b->start) * sizeof(E));
   }
 }
 
+template <class In>
+inline const In* source_line(const Job& job, int64_t i) {
+  return static_cast<const In*>(job.src) + (job.line_map ? job.line_map[i] : i) * job.src_stride;
+}
+
+// Zeros from lane `from` on of line i of the result.
+template <class Out>
+inline void pad_line(const Job& job, int64_t from, Out* line) {
+  std::memset(static_cast<void*>(line + from), 0, (job.out_lanes - from) * sizeof(Out));
+}
+
 template <class E>
 GATEPACK_TARGET void pack_moved(const Job& job, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const E* src =
-        static_cast<const E*>(job.src) + (job.line_map ? job.line_map[i] : i) * job.src_stride;
     E* dst = static_cast<E*>(job.dst) + i * job.dst_stride;
+    pad_line(job, i < job.kept_lines ? job.kept_lanes : 0, dst);
+    if (i >= job.kept_lines) continue;
+    const E* src = source_line<E>(job, i);
     if (job.blocks) gather_line(job, src, dst);
     else std::memcpy(dst, src, job.lanes * sizeof(E));
   }
@@ -79,11 +91,14 @@ GATEPACK_TARGET void pack_moved(const Job& job, int64_t begin, int64_t end) {
 template <class E>
 GATEPACK_TARGET void unpack_moved(const Job& job, int64_t begin, int64_t end) {
   for (int64_t l = begin; l < end; ++l) {
-    const int64_t i = job.line_map ? job.line_map[l] : l;
-    const E* src = static_cast<const E*>(job.src) + i * job.src_stride;
     E* dst = static_cast<E*>(job.dst) + l * job.dst_stride;
-    if (i < 0) std::memset(dst, 0, job.lanes * sizeof(E));
-    else if (job.blocks) spread_line(job, src, dst);
+    const int64_t i = job.line_map ? job.line_map[l] : l;
+    if (i < 0) {
+      std::memset(dst, 0, job.lanes * sizeof(E));
+      continue;
+    }
+    const E* src = static_cast<const E*>(job.src) + i * job.src_stride;
+    if (job.blocks) spread_line(job, src, dst);
     else std::memcpy(dst, src, job.lanes * sizeof(E));
   }
 }
@@ -95,13 +110,15 @@ GATEPACK_TARGET void pack_scaled(const Job& job, int64_t begin, int64_t end) {
   auto scratch = cache_lines(job.blocks ? job.kept_lanes * sizeof(E) : 0);
   E* const buffer = reinterpret_cast<E*>(scratch.data());
   for (int64_t i = begin; i < end; ++i) {
-    const In* src =
-        static_cast<const In*>(job.src) + (job.line_map ? job.line_map[i] : i) * job.src_stride;
+    Out* dst = static_cast<Out*>(job.dst) + i * job.dst_stride;
+    pad_line(job, i < job.kept_lines ? job.kept_lanes : 0, dst);
+    if (i >= job.kept_lines) continue;
+    const In* src = source_line<In>(job, i);
     if (job.blocks) {
       gather_line(job, reinterpret_cast<const E*>(src), buffer);
       src = reinterpret_cast<const In*>(buffer);
     }
-    scale_line(job, i, src, static_cast<Out*>(job.dst) + i * job.dst_stride);
+    scale_line(job, i, src, dst);
   }
 }
 
@@ -111,12 +128,14 @@ GATEPACK_TARGET void unpack_scaled(const Job& job, int64_t begin, int64_t end) {
   auto scratch = cache_lines(job.blocks ? job.kept_lanes * sizeof(E) : 0);
   E* const buffer = reinterpret_cast<E*>(scratch.data());
   for (int64_t l = begin; l < end; ++l) {
-    const int64_t i = job.line_map ? job.line_map[l] : l;
-    const In* src = static_cast<const In*>(job.src) + i * job.src_stride;
     Out* dst = static_cast<Out*>(job.dst) + l * job.dst_stride;
+    const int64_t i = job.line_map ? job.line_map[l] : l;
     if (i < 0) {
       std::memset(static_cast<void*>(dst), 0, job.lanes * sizeof(Out));
-    } else if (job.blocks) {
+      continue;
+    }
+    const In* src = static_cast<const In*>(job.src) + i * job.src_stride;
+    if (job.blocks) {
       scale_line(job, i, src, reinterpret_cast<Out*>(buffer));
       spread_line<E>(job, buffer, reinterpret_cast<E*>(dst));
     } else {
@@ -137,6 +156,7 @@ Kernel choose_scaled(bool adjoint, ScalarType out) {
 
 inline Kernel choose_kernel(bool adjoint, bool move_only, ScalarType in, ScalarType out) {
   switch (in) {
+    case ScalarType::Float8_e4m3fn: return choose_scaled<f8>(adjoint, out);
     case ScalarType::Float:
       if (move_only) return adjoint ? unpack_moved<uint32_t> : pack_moved<uint32_t>;
       return choose_scaled<float>(adjoint, out);
@@ -150,6 +170,8 @@ inline Kernel choose_kernel(bool adjoint, bool move_only, ScalarType in, ScalarT
   }
 }
 
+#include "fold_pack_staged.h"
+
 inline Geometry geometry(size_t element_size) {
   switch (element_size) {
     case 2: return Mover<uint16_t>::kGeometry;
@@ -158,4 +180,5 @@ inline Geometry geometry(size_t element_size) {
   }
 }
 
-inline constexpr Isa kIsa = {GATEPACK_ISA, geometry, choose_kernel};
+inline constexpr Isa kIsa = {GATEPACK_ISA,        geometry,     choose_kernel,
+                             choose_staged,       choose_stage, largest_per_lane};

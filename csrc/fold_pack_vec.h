@@ -6,11 +6,7 @@
 
 #include "layout.h"
 
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -47,11 +43,16 @@ inline std::vector<CacheLine> cache_lines(size_t bytes) {
   return std::vector<CacheLine>(bytes / sizeof(CacheLine) + 1);
 }
 
+struct Job;
+using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
+using Stage = void (*)(const Job&, int64_t i, void* gathered, void* values);
+
 struct Job {
   const void* src;
   void* dst;
-  int64_t src_stride, dst_stride;  // elements between lines
+  int64_t src_stride, dst_stride;  // elements between lines; of a crossed dst, between lanes
   int64_t lanes, kept_lanes;
+  int64_t kept_lines, out_lanes;  // pack: from these on, padding
   const int64_t* line_map;  // pack: kept line -> line; adjoint: line -> kept line or -1; null: same
   const Block* blocks;      // null: every lane is kept
   const Block* blocks_end;
@@ -59,47 +60,38 @@ struct Job {
   const void* line_gate;    // compute type, one per kept line
   const void* lane_gate;    // compute type, one per kept lane, padded to a full vector
   bool lane_first;
+  // Staged packing: a kept line in the compute type first, then what becomes of it.
+  Stage stage;
+  bool crossed;
+  int64_t rank, factor_pitch;
+  double lora_scale;
+  const void* line_factor;  // compute type, [kept_lines, rank]
+  const void* lane_factor;  // compute type, [rank, factor_pitch], padded to a full vector
+  float* line_scales;       // e4m3: written here, one per line of the result, or
+  const float* lane_scales; // read from here, one per lane of it
 };
 
-using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
-
+// The kernels of an instruction set. largest_per_lane: the bits of the largest magnitude of each
+// lane among kept lines begin .. end - 1, combined with what `largest` holds.
 struct Isa {
   const char* name;
   Geometry (*geometry)(size_t element_size);
   Kernel (*choose)(bool adjoint, bool move_only, ScalarType in, ScalarType out);
+  Kernel (*choose_staged)(ScalarType in, ScalarType out);
+  Stage (*choose_stage)(ScalarType in);
+  void (*largest_per_lane)(const Job&, bool fp64, int64_t begin, int64_t end, uint32_t* largest);
 };
 
-inline float widen(float v) { return v; }
-inline double widen(double v) { return v; }
-inline float widen(bf16 v) {
-  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-inline float widen(f16 v) {
-  return torch::headeronly::Half(v.bits, torch::headeronly::Half::from_bits());
-}
-
-// fp64 reaches a 16-bit type through fp32, as torch does.
-inline void narrow(double v, double& out) { out = v; }
-inline void narrow(double v, float& out) { out = static_cast<float>(v); }
-inline void narrow(float v, double& out) { out = v; }
-inline void narrow(float v, float& out) { out = v; }
-inline void narrow(float v, bf16& out) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  out.bits = std::isnan(v) ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-inline void narrow(float v, f16& out) { out.bits = torch::headeronly::Half(v).x; }
-inline void narrow(double v, bf16& out) { narrow(static_cast<float>(v), out); }
-inline void narrow(double v, f16& out) { narrow(static_cast<float>(v), out); }
-
-template <class In>
-using compute_t = std::conditional_t<std::is_same_v<In, double>, double, float>;
 template <class T>
-using bits_t = std::conditional_t<sizeof(T) == 2, uint16_t,
-                                  std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+using bits_t = std::conditional_t<
+    sizeof(T) == 1, uint8_t,
+    std::conditional_t<sizeof(T) == 2, uint16_t,
+                       std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>>;
+
+// A type that no instruction converts.
+inline void widen_lanes(const f8* p, int n, float* lanes) {
+  for (int k = 0; k < n; ++k) lanes[k] = widen(p[k]);
+}
 
 namespace scalar {
 #define GATEPACK_TARGET
@@ -114,6 +106,7 @@ struct Vec {
   static void store(Out* p, Reg v) { narrow(v, *p); }
   static Reg set1(T v) { return v; }
   static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg add(Reg a, Reg b) { return a + b; }
 };
 
 template <class E>
@@ -141,6 +134,11 @@ struct Vec<float> {
   using Reg = __m256;
   static constexpr int W = 8;
   GATEPACK_TARGET static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  GATEPACK_TARGET static Reg load(const f8* p) {
+    float lanes[W];
+    widen_lanes(p, W, lanes);
+    return load(lanes);
+  }
   GATEPACK_TARGET static Reg load(const bf16* p) {
     const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
@@ -169,6 +167,7 @@ struct Vec<float> {
   }
   GATEPACK_TARGET static Reg set1(float v) { return _mm256_set1_ps(v); }
   GATEPACK_TARGET static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  GATEPACK_TARGET static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
 };
 
 template <>
@@ -186,6 +185,7 @@ struct Vec<double> {
   }
   GATEPACK_TARGET static Reg set1(double v) { return _mm256_set1_pd(v); }
   GATEPACK_TARGET static Reg mul(Reg a, Reg b) { return _mm256_mul_pd(a, b); }
+  GATEPACK_TARGET static Reg add(Reg a, Reg b) { return _mm256_add_pd(a, b); }
 };
 
 template <class E>
@@ -237,6 +237,11 @@ struct Vec<float> {
   using Reg = __m512;
   static constexpr int W = 16;
   GATEPACK_TARGET static Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  GATEPACK_TARGET static Reg load(const f8* p) {
+    float lanes[W];
+    widen_lanes(p, W, lanes);
+    return load(lanes);
+  }
   GATEPACK_TARGET static Reg load(const bf16* p) {
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
@@ -264,6 +269,7 @@ struct Vec<float> {
   }
   GATEPACK_TARGET static Reg set1(float v) { return _mm512_set1_ps(v); }
   GATEPACK_TARGET static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  GATEPACK_TARGET static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
 };
 
 template <>
@@ -281,6 +287,7 @@ struct Vec<double> {
   }
   GATEPACK_TARGET static Reg set1(double v) { return _mm512_set1_pd(v); }
   GATEPACK_TARGET static Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
+  GATEPACK_TARGET static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
 };
 
 // A gather shuffles two vectors of the line at once: down to half the lanes open, every store is a

@@ -8,17 +8,35 @@
 //      2   .  [l]  .   .  [o]      ->       (l·z_out[1])·z_in[0]   (o·z_out[1])·z_in[1]
 //      3   .  [q]  .   .  [t]               (q·z_out[2])·z_in[0]   (t·z_out[2])·z_in[1]
 //
-// Gates are counted per kept row and column. The product is taken in fp32 (fp64 when w is fp64), in
-// exactly this order, and rounded once; there is no addition, so contraction to FMA cannot change a
-// bit and every backend writes the same bytes. Only the payload of a NaN is left open.
+// Gates are counted per kept row and column. With LoRA factors a [r, I] and b [O, r], each element
+// of w is first replaced by
+//
+//      w[i, j] + s·(((b[i, 0]·a[0, j] + b[i, 1]·a[1, j]) + b[i, 2]·a[2, j]) + ...)
+//
+// Everything is taken in fp32 (fp64 when w is fp64), in exactly this order, each operation rounded
+// by itself (the build turns contraction to FMA off), and the result is rounded once: every backend
+// writes the same bytes. Only the payload of a NaN is left open.
+//
+// Padding follows the last kept row and column with zeros, up to a multiple:
+//
+//      row_multiple = 2, col_multiple = 4        b  e  0  0
+//                                                l  o  0  0
+//                                                q  t  0  0
+//                                                0  0  0  0
+//
+// e4m3: row i has one fp32 scale, its largest magnitude / 448 (1 for a row of zeros), and holds
+// value / scale, rounded to nearest even.
 //
 // A matrix with unit stride in one dimension is a stack of lines; a line is a run of lanes:
 //
 //      row-major      line = row       lane = column     first factor: z_out, per line
 //      column-major   line = column    lane = row        first factor: z_out, per lane
 //
-// Kernels know lines and lanes only. The result has the majorness of its input and no padding.
+// Kernels know lines and lanes only. The result has the majorness of its input unless another order
+// is asked for ("crossed"): then lines and lanes change places in memory, not in meaning.
 #pragma once
+
+#include "values.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -30,21 +48,17 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 namespace gatepack {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
-
-// 16-bit floats as bits: torch's own classes convert implicitly, and a conversion nobody asked for
-// would be a second rounding.
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
+using Tensors = std::vector<Tensor>;
+using OptTensors = std::vector<OptTensor>;
+using Ints = std::vector<int64_t>;
 
 struct Index {
   const void* data = nullptr;  // null: every line or lane is kept
@@ -56,6 +70,13 @@ struct Gate {
   bool wide = false;           // fp64, else fp32
 };
 
+// One side of a low-rank update: element (unit, k) at unit * unit_stride + k * rank_stride.
+struct Factor {
+  const void* data = nullptr;
+  ScalarType type = ScalarType::Float;
+  int64_t unit_stride = 0, rank_stride = 0;
+};
+
 struct Call {
   bool row_major;
   int64_t lines, lanes;            // of the full matrix
@@ -64,6 +85,21 @@ struct Call {
   Index line_index, lane_index;
   Gate line_gate, lane_gate;
   bool lane_first;  // lane_gate is z_out: multiply by it before line_gate
+  // Packing only:
+  int64_t out_lines, out_lanes;  // kept ones with padding
+  bool crossed;                  // the result has the other majorness
+  int64_t rank;                  // of the update; 0: none
+  double lora_scale;
+  Factor line_factor, lane_factor;
+};
+
+enum Order : int64_t { kKeepOrder = 0, kRowMajor = 1, kColumnMajor = 2 };
+
+// What pack_tensors adds to the arguments of fold_pack.
+struct Extras {
+  OptTensor lora_a, lora_b;
+  double lora_scale = 1;
+  int64_t row_multiple = 1, col_multiple = 1, order = kKeepOrder;
 };
 
 // Reaches Python as ValueError (STD_TORCH_CHECK would be a RuntimeError).
@@ -86,103 +122,207 @@ inline const char* dtype_name(ScalarType t) {
     case ScalarType::Double: return "float64";
     case ScalarType::Half: return "float16";
     case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     default: return "another dtype";
   }
 }
 
-inline void require_vector(const char* op, const char* name, const Tensor& v, const Tensor& like) {
-  require(v.dim() == 1, op, ": ", name, " must have 1 dimension, got ", v.dim());
-  require(v.numel() < 2 || v.stride(0) == 1, op, ": ", name, " must have stride 1, got ",
-          v.stride(0));
-  require(v.is_cuda() == like.is_cuda() && v.get_device_index() == like.get_device_index(), op,
-          ": ", name, " must be on the device of the matrix");
+// The op, and the place in its lists: rows of the fourth matrix are "rows[3]".
+struct Where {
+  const char* op;
+  std::string place;  // "" or "[3]"
+
+  std::string operator()(const char* name) const { return std::string(op) + ": " + name + place; }
+};
+
+inline void require_device(const Where& where, const char* name, const Tensor& v,
+                           const Tensor& like) {
+  require(v.is_cuda() == like.is_cuda() && v.get_device_index() == like.get_device_index(),
+          where(name), " must be on the device of the matrix");
 }
 
-inline Index read_index(const char* op, const char* name, const OptTensor& index,
+inline void require_vector(const Where& where, const char* name, const Tensor& v,
+                           const Tensor& like) {
+  require(v.dim() == 1, where(name), " must have 1 dimension, got ", v.dim());
+  require(v.numel() < 2 || v.stride(0) == 1, where(name), " must have stride 1, got ", v.stride(0));
+  require_device(where, name, v, like);
+}
+
+inline Index read_index(const Where& where, const char* name, const OptTensor& index,
                         const Tensor& like) {
   if (!index) return {};
-  require_vector(op, name, *index, like);
+  require_vector(where, name, *index, like);
   const ScalarType t = index->scalar_type();
-  require(t == ScalarType::Long || t == ScalarType::Int, op, ": ", name,
+  require(t == ScalarType::Long || t == ScalarType::Int, where(name),
           " must be int64 or int32, got ", dtype_name(t));
   // An empty tensor may own no memory, and a null pointer means "all".
   static const int64_t nothing = 0;
   return {index->numel() ? index->data_ptr() : &nothing, t == ScalarType::Long};
 }
 
-inline Gate read_gate(const char* op, const char* name, const OptTensor& gate, const Tensor& like,
-                      int64_t kept) {
+inline Gate read_gate(const Where& where, const char* name, const OptTensor& gate,
+                      const Tensor& like, int64_t kept) {
   if (!gate) return {};
-  require_vector(op, name, *gate, like);
+  require_vector(where, name, *gate, like);
   const ScalarType t = gate->scalar_type();
   const bool wide = like.scalar_type() == ScalarType::Double;
-  require(t == ScalarType::Float || (wide && t == ScalarType::Double), op, ": ", name,
+  require(t == ScalarType::Float || (wide && t == ScalarType::Double), where(name),
           " must be float32", wide ? " or float64" : "", ", got ", dtype_name(t));
-  require(gate->numel() == kept, op, ": ", name, " must have one value per kept unit (", kept,
+  require(gate->numel() == kept, where(name), " must have one value per kept unit (", kept,
           "), got ", gate->numel());
   return {gate->data_ptr(), t == ScalarType::Double};
 }
 
+inline Factor read_factor(const Where& where, const char* name, const Tensor& factor,
+                          const Tensor& like, int64_t m, int64_t n, int unit_dim) {
+  require(factor.dim() == 2 && factor.size(0) == m && factor.size(1) == n, where(name), " must be ",
+          m, " x ", n, ", got ", factor.dim() == 2 ? factor.size(0) : -1, " x ",
+          factor.dim() == 2 ? factor.size(1) : -1);
+  require(is_supported(factor.scalar_type()), where(name),
+          " must be float32, float64, float16 or bfloat16, got ",
+          dtype_name(factor.scalar_type()));
+  require_device(where, name, factor, like);
+  return {factor.numel() ? factor.data_ptr() : nullptr, factor.scalar_type(),
+          factor.stride(unit_dim), factor.stride(1 - unit_dim)};
+}
+
+inline int64_t rounded_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
 // Checks everything that can be known without reading an index, and turns rows and columns into
 // lines and lanes. `matrix` is the full one [O, I] or, for the adjoint, the compact one [|R|, |C|].
-inline Call describe(const char* op, const char* name, const Tensor& matrix, const OptTensor& rows,
-                     const OptTensor& cols, const OptTensor& z_out, const OptTensor& z_in,
-                     std::optional<ScalarType> dtype, int64_t full_rows, int64_t full_cols) {
-  require(is_supported(matrix.scalar_type()), op, ": ", name,
-          " must be float32, float64, float16 or bfloat16, got ",
-          dtype_name(matrix.scalar_type()));
-  require(!dtype || is_supported(*dtype), op,
-          ": dtype must be float32, float64, float16 or bfloat16");
+inline Call describe(const Where& where, const char* name, const Tensor& matrix,
+                     const OptTensor& rows, const OptTensor& cols, const OptTensor& z_out,
+                     const OptTensor& z_in, int64_t full_rows, int64_t full_cols,
+                     const Extras& extras = {}) {
   require(full_rows <= std::numeric_limits<int32_t>::max() &&
               full_cols <= std::numeric_limits<int32_t>::max(),
-          op, ": ", name, " must have fewer than 2^31 rows and columns, got ", full_rows, " x ",
+          where(name), " must have fewer than 2^31 rows and columns, got ", full_rows, " x ",
           full_cols);
   const int64_t m = matrix.size(0), n = matrix.size(1);
   const bool row_major = matrix.stride(1) == 1 || n <= 1;
-  require(row_major || matrix.stride(0) == 1 || m <= 1, op, ": ", name,
+  require(row_major || matrix.stride(0) == 1 || m <= 1, where(name),
           " must have stride 1 in one dimension, got strides ", matrix.stride(0), " and ",
           matrix.stride(1));
 
-  const Index r = read_index(op, "rows", rows, matrix), c = read_index(op, "cols", cols, matrix);
+  const Index r = read_index(where, "rows", rows, matrix);
+  const Index c = read_index(where, "cols", cols, matrix);
   const int64_t kept_rows = rows ? rows->numel() : full_rows;
   const int64_t kept_cols = cols ? cols->numel() : full_cols;
-  const Gate out = read_gate(op, "z_out", z_out, matrix, kept_rows);
-  const Gate in = read_gate(op, "z_in", z_in, matrix, kept_cols);
-  if (row_major) {
-    return {true, full_rows, full_cols, kept_rows, kept_cols, matrix.stride(0), r, c, out, in,
-            false};
+  const Gate out = read_gate(where, "z_out", z_out, matrix, kept_rows);
+  const Gate in = read_gate(where, "z_in", z_in, matrix, kept_cols);
+
+  require(extras.row_multiple >= 1 && extras.col_multiple >= 1, where("row_multiple"),
+          " and col_multiple must be at least 1, got ", extras.row_multiple, " and ",
+          extras.col_multiple);
+  require(extras.order >= kKeepOrder && extras.order <= kColumnMajor, where("order"),
+          " must be 0, 1 or 2, got ", extras.order);
+  require(extras.lora_a.has_value() == extras.lora_b.has_value(), where("lora_a"),
+          " and lora_b must come together");
+  Factor a, b;
+  int64_t rank = 0;
+  if (extras.lora_a) {
+    rank = extras.lora_a->dim() == 2 ? extras.lora_a->size(0) : 0;
+    a = read_factor(where, "lora_a", *extras.lora_a, matrix, rank, full_cols, 1);
+    b = read_factor(where, "lora_b", *extras.lora_b, matrix, full_rows, rank, 0);
   }
-  return {false, full_cols, full_rows, kept_cols, kept_rows, matrix.stride(1), c, r, in, out, true};
+  const int64_t out_rows = rounded_up(kept_rows, extras.row_multiple);
+  const int64_t out_cols = rounded_up(kept_cols, extras.col_multiple);
+  const bool crossed =
+      extras.order != kKeepOrder && (extras.order == kRowMajor) != row_major;
+  if (row_major) {
+    return {true,     full_rows, full_cols, kept_rows, kept_cols, matrix.stride(0), r, c, out, in,
+            false,    out_rows,  out_cols,  crossed,   rank,      extras.lora_scale, b, a};
+  }
+  return {false,    full_cols, full_rows, kept_cols, kept_rows, matrix.stride(1), c, r, in, out,
+          true,     out_cols,  out_rows,  crossed,   rank,      extras.lora_scale, a, b};
 }
 
-inline Call describe_pack(const Tensor& w, const OptTensor& rows, const OptTensor& cols,
-                          const OptTensor& z_out, const OptTensor& z_in,
-                          std::optional<ScalarType> dtype) {
-  require(w.dim() == 2, "fold_pack: w must have 2 dimensions, got ", w.dim());
-  return describe("fold_pack", "w", w, rows, cols, z_out, z_in, dtype, w.size(0), w.size(1));
+inline Call describe_pack(const Where& where, const Tensor& w, const OptTensor& rows,
+                          const OptTensor& cols, const OptTensor& z_out, const OptTensor& z_in,
+                          std::optional<ScalarType> dtype, bool e4m3 = false,
+                          const Extras& extras = {}) {
+  require(w.dim() == 2, where("w"), " must have 2 dimensions, got ", w.dim());
+  require(is_supported(w.scalar_type()), where("w"),
+          " must be float32, float64, float16 or bfloat16, got ", dtype_name(w.scalar_type()));
+  require(!dtype || is_supported(*dtype) || (e4m3 && *dtype == ScalarType::Float8_e4m3fn),
+          where.op, ": dtype must be float32, float64, float16", e4m3 ? ", bfloat16" : " or bfloat16",
+          e4m3 ? " or float8_e4m3fn" : "");
+  return describe(where, "w", w, rows, cols, z_out, z_in, w.size(0), w.size(1), extras);
 }
 
-inline Call describe_adjoint(const Tensor& g, const OptTensor& rows, const OptTensor& cols,
-                             const OptTensor& z_out, const OptTensor& z_in, int64_t O, int64_t I,
-                             std::optional<ScalarType> dtype) {
-  const char* op = "fold_pack_adjoint";
-  require(g.dim() == 2, op, ": g must have 2 dimensions, got ", g.dim());
-  require(O >= 0 && I >= 0, op, ": O and I must not be negative, got ", O, " and ", I);
-  const Call call = describe(op, "g", g, rows, cols, z_out, z_in, dtype, O, I);
+inline Call describe_adjoint(const Where& where, const Tensor& g, const OptTensor& rows,
+                             const OptTensor& cols, const OptTensor& z_out, const OptTensor& z_in,
+                             int64_t O, int64_t I, std::optional<ScalarType> dtype) {
+  require(g.dim() == 2, where("g"), " must have 2 dimensions, got ", g.dim());
+  const bool e4m3 = g.scalar_type() == ScalarType::Float8_e4m3fn && dtype;
+  require(is_supported(g.scalar_type()) || e4m3, where("g"),
+          " must be float32, float64, float16 or bfloat16 (or float8_e4m3fn, with a dtype), got ",
+          dtype_name(g.scalar_type()));
+  require(!dtype || is_supported(*dtype), where.op,
+          ": dtype must be float32, float64, float16 or bfloat16");
+  require(O >= 0 && I >= 0, where("O"), " and I must not be negative, got ", O, " and ", I);
+  const Call call = describe(where, "g", g, rows, cols, z_out, z_in, O, I);
   const int64_t kept_rows = call.row_major ? call.kept_lines : call.kept_lanes;
   const int64_t kept_cols = call.row_major ? call.kept_lanes : call.kept_lines;
-  require(g.size(0) == kept_rows && g.size(1) == kept_cols, op, ": g must be ", kept_rows, " x ",
-          kept_cols, ", got ", g.size(0), " x ", g.size(1));
+  require(g.size(0) == kept_rows && g.size(1) == kept_cols, where("g"), " must be ", kept_rows,
+          " x ", kept_cols, ", got ", g.size(0), " x ", g.size(1));
   return call;
 }
 
-// `lines` lines of `lanes`, without padding, seen as rows and columns again.
+inline Where at_place(const char* op, size_t i) { return {op, "[" + std::to_string(i) + "]"}; }
+
+template <class... Lists>
+void require_lengths(const char* op, size_t n, const Lists&... lists) {
+  const auto check = [&](size_t length) {
+    require(length == n, op, ": every list must have one entry per matrix (", n, "), got ", length);
+  };
+  (check(lists.size()), ...);
+}
+
+inline std::vector<Call> describe_packs(const Tensors& w, const OptTensors& rows,
+                                        const OptTensors& cols, const OptTensors& z_out,
+                                        const OptTensors& z_in, const OptTensors& lora_a,
+                                        const OptTensors& lora_b,
+                                        const std::vector<double>& lora_scale,
+                                        const Ints& row_multiple, const Ints& col_multiple,
+                                        const Ints& order, std::optional<ScalarType> dtype) {
+  const char* op = "pack_tensors";
+  require_lengths(op, w.size(), rows, cols, z_out, z_in, lora_a, lora_b, lora_scale, row_multiple,
+                  col_multiple, order);
+  std::vector<Call> calls;
+  for (size_t i = 0; i < w.size(); ++i) {
+    const Extras extras = {lora_a[i],       lora_b[i],       lora_scale[i],
+                           row_multiple[i], col_multiple[i], order[i]};
+    calls.push_back(describe_pack(at_place(op, i), w[i], rows[i], cols[i], z_out[i], z_in[i], dtype,
+                                  true, extras));
+  }
+  return calls;
+}
+
+inline std::vector<Call> describe_unpacks(const Tensors& g, const OptTensors& rows,
+                                          const OptTensors& cols, const OptTensors& z_out,
+                                          const OptTensors& z_in, const Ints& O, const Ints& I,
+                                          std::optional<ScalarType> dtype) {
+  const char* op = "unpack_tensors";
+  require_lengths(op, g.size(), rows, cols, z_out, z_in, O, I);
+  std::vector<Call> calls;
+  for (size_t i = 0; i < g.size(); ++i) {
+    calls.push_back(describe_adjoint(at_place(op, i), g[i], rows[i], cols[i], z_out[i], z_in[i],
+                                     O[i], I[i], dtype));
+  }
+  return calls;
+}
+
+// Memory for `lines` lines of `lanes`, seen as rows and columns again.
 inline Tensor allocate(const Call& call, const Tensor& like, int64_t lines, int64_t lanes,
                        ScalarType dtype) {
-  Tensor buffer = torch::stable::new_empty(like, {lines, lanes}, dtype);
-  return call.row_major ? buffer : torch::stable::transpose(buffer, 0, 1);
+  Tensor buffer = call.crossed ? torch::stable::new_empty(like, {lanes, lines}, dtype)
+                               : torch::stable::new_empty(like, {lines, lanes}, dtype);
+  return call.row_major != call.crossed ? buffer : torch::stable::transpose(buffer, 0, 1);
 }
 
 }  // namespace gatepack

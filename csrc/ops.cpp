@@ -1,5 +1,6 @@
-// Every op schema of gatepack._C, and the CPU registration. Importing the module runs this.
+// Defines the ops of schemas.h and registers the CPU kernels. Importing the module runs this.
 #include "fold_pack_cpu.h"
+#include "open_sets.h"
 
 #include <Python.h>
 
@@ -33,12 +34,9 @@ std::string build_info() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(gatepack, m) {
-  m.def(
-      "fold_pack(Tensor w, Tensor? rows, Tensor? cols, Tensor? z_out, Tensor? z_in, "
-      "ScalarType? dtype) -> Tensor");
-  m.def(
-      "fold_pack_adjoint(Tensor g, Tensor? rows, Tensor? cols, Tensor? z_out, Tensor? z_in, "
-      "SymInt O, SymInt I, ScalarType? dtype) -> Tensor");
+#define GATEPACK_SCHEMA(text) m.def(text);
+#include "schemas.h"
+#undef GATEPACK_SCHEMA
   m.def("build_info() -> str");
   m.def("set_simd_level(str level) -> ()");
 }
@@ -46,6 +44,10 @@ STABLE_TORCH_LIBRARY(gatepack, m) {
 STABLE_TORCH_LIBRARY_IMPL(gatepack, CPU, m) {
   m.impl("fold_pack", TORCH_BOX(&fold_pack_cpu));
   m.impl("fold_pack_adjoint", TORCH_BOX(&fold_pack_adjoint_cpu));
+  m.impl("pack_tensors", TORCH_BOX(&pack_tensors_cpu));
+  m.impl("unpack_tensors", TORCH_BOX(&unpack_tensors_cpu));
+  m.impl("open_sets", TORCH_BOX(&open_sets_cpu));
+  m.impl("remap_ids", TORCH_BOX(&remap_ids_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gatepack, CompositeExplicitAutograd, m) {

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,20 @@ def test_arch_list_is_explicit(monkeypatch):
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
     ]
+
+
+def test_spills_are_found_in_what_ptxas_says():
+    text = """ptxas info    : Function properties for _Z4goodv
+    24 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Function properties for _Z3badv
+    32 bytes stack frame, 16 bytes spill stores, 20 bytes spill loads"""
+    assert _build.spills(text) == ["16 + 20 bytes in _Z3badv"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_compiles_without_spills():
+    _build.compile_cuda()
 
 
 @pytest.mark.slow

@@ -1,16 +1,14 @@
 """fold_pack and its adjoint: bytes against plain torch, adjointness, refusals, registrations."""
 
-import contextlib
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import DTYPES, LEVELS, assert_same_bytes, gate, instruction_set, matrix
 
 from gatepack import _ext
 from gatepack._ext import fold_pack, fold_pack_adjoint, fold_pack_adjoint_ref, fold_pack_ref
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Below, at and above one vector of every instruction set, a tail of one, and a model's own width.
 SHAPES = ((1, 1), (3, 17), (40, 33), (65, 100), (9, 576))
 SUBSETS = ("all", "empty", "single", "mixed", "full", "runs")
@@ -31,27 +29,6 @@ def subset(kind, size, seed, dtype=torch.int64):
     return open_.nonzero()[:, 0].to(dtype)
 
 
-def matrix(m, n, dtype, column_major=False, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(m, n, generator=generator, dtype=torch.float64)
-    w = (w * torch.randn(m, n, generator=generator).mul(3).exp()).to(dtype)
-    return w.t().contiguous().t() if column_major else w
-
-
-def gate(size, seed, dtype=torch.float32):
-    return torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def bits(t):
-    return t.contiguous().flatten().view(torch.uint8)
-
-
-def assert_same_bytes(actual, expected):
-    assert actual.dtype == expected.dtype
-    assert actual.shape == expected.shape
-    assert torch.equal(bits(actual), bits(expected))
-
-
 def naive(w, rows, cols, z_out, z_in, dtype):
     """The formula as one would type it, with nothing shared with the package."""
     kept = w if rows is None else w.index_select(0, rows)
@@ -62,21 +39,14 @@ def naive(w, rows, cols, z_out, z_in, dtype):
     return kept.to(dtype or w.dtype)
 
 
-@pytest.fixture(params=("reference", "scalar", "avx2", "avx512"))
+@pytest.fixture(params=("reference", *LEVELS))
 def implementation(request):
     """(fold_pack, adjoint) of plain torch and of each instruction set that this machine has."""
     if request.param == "reference":
         yield fold_pack_ref, fold_pack_adjoint_ref
         return
-    if _ext.backend().name == "torch":
-        pytest.skip(_ext.backend().reason)
-    best = _ext.build_info()["simd"]
-    with contextlib.suppress(ValueError):
-        torch.ops.gatepack.set_simd_level(request.param)
-    if _ext.build_info()["simd"] != request.param:
-        pytest.skip(f"this machine has no {request.param}")
-    yield fold_pack, fold_pack_adjoint
-    torch.ops.gatepack.set_simd_level(best)
+    with instruction_set(request.param):
+        yield fold_pack, fold_pack_adjoint
 
 
 @pytest.mark.parametrize("column_major", (False, True))

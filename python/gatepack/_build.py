@@ -4,6 +4,7 @@ setup.py runs this file by path, before gatepack is importable: nothing of the p
 """
 
 import os
+import re
 import shlex
 import subprocess
 import tempfile
@@ -12,13 +13,13 @@ from pathlib import Path
 # The stable parallel_for, const_data_ptr and string returns begin with 2.10.
 OLDEST_TORCH = (2, 10)
 
-# -ffp-contract=off: products are rounded one by one, in the order that csrc/layout.h states.
+# Contraction off: operations are rounded one by one, in the order that csrc/layout.h states.
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-DUSE_CUDA"]
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
 
-CXX_SOURCES = ["ops.cpp", "fold_pack_cpu.cpp"]
-CUDA_SOURCES = ["fold_pack_cuda.cu"]
+CXX_SOURCES = ["ops.cpp", "fold_pack_cpu.cpp", "open_sets_cpu.cpp"]
+CUDA_SOURCES = ["fold_pack_cuda.cu", "open_sets_cuda.cu"]
 
 
 def cuda_archs(cuda: str) -> str:
@@ -85,19 +86,40 @@ def plan() -> dict:
     }
 
 
+def spills(ptxas: str) -> list[str]:
+    """Of what ptxas -v says: "BYTES in KERNEL" for each kernel that spills registers."""
+    found = []
+    kernel = ""
+    for line in ptxas.splitlines():
+        if "Function properties for" in line:
+            kernel = line.split()[-1]
+        stores = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)
+        if stores and stores.groups() != ("0", "0"):
+            found.append(f"{stores.group(1)} + {stores.group(2)} bytes in {kernel}")
+    return found
+
+
 def compile_cuda() -> None:
-    """Compile csrc/*.cu to objects for every default architecture: a check that needs no GPU."""
-    import torch
+    """Compile csrc/*.cu for sm_80, sm_90a and sm_100: a check that needs no GPU.
+
+    Fails where a kernel spills registers to memory.
+    """
     from torch.utils.cpp_extension import include_paths
 
     csrc = Path(__file__).resolve().parent / "csrc"
     includes = [f"-I{path}" for path in include_paths()]
-    flags = NVCC_FLAGS + DEFINES + gencode(cuda_archs(torch.version.cuda or "12.8"))
+    flags = [*NVCC_FLAGS, *DEFINES, *gencode("8.0;9.0a;10.0"), "-Xptxas", "-v"]
     with tempfile.TemporaryDirectory() as scratch:
         for name in CUDA_SOURCES:
             command = ["nvcc", *flags, *includes, "-Xcompiler", "-fPIC", "-c", str(csrc / name)]
-            subprocess.run([*command, "-o", str(Path(scratch) / "out.o")], check=True)
-            print(f"nvcc compiled {name}", flush=True)
+            command += ["-o", str(Path(scratch) / "out.o")]
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise SystemExit(f"nvcc did not compile {name}:\n{done.stderr}")
+            spilled = spills(done.stderr)
+            if spilled:
+                raise SystemExit("\n".join([f"{name} spills registers:", *spilled]))
+            print(f"nvcc compiled {name}, no spills", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Stage 5, pack: torch.ops.gatepack.fold_pack and its adjoint, from gatepack._C or plain torch.
+"""Stage 5, pack: the torch.ops.gatepack of csrc, from gatepack._C or plain torch; fold_pack.
 
 The first call settles which: the installed gatepack._C, else one built now with ninja and kept in
-a per-user cache, else the reference below, after one warning that says why. The ops have the same
+a per-user cache, else gatepack._reference, after one warning that says why. The ops have the same
 schema, fake and gradient in every case; the reference also serves devices that _C does not know.
 """
 
@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import threading
@@ -24,6 +25,17 @@ import torch
 from torch import Tensor
 
 from gatepack import _build, _env
+from gatepack._reference import (
+    E4M3,
+    empty_like_order,
+    fold_pack_adjoint_ref,
+    fold_pack_ref,
+    open_sets_ref,
+    pack_tensors_ref,
+    remap_ids_ref,
+    rounded_up,
+    unpack_tensors_ref,
+)
 
 try:
     import fcntl
@@ -32,14 +44,15 @@ except ImportError:  # Windows
 
 CSRC = Path(__file__).resolve().parent / "csrc"
 
-OPS = ("fold_pack", "fold_pack_adjoint")
-_SCHEMAS = (
-    "fold_pack(Tensor w, Tensor? rows, Tensor? cols, Tensor? z_out, Tensor? z_in, "
-    "ScalarType? dtype) -> Tensor",
-    "fold_pack_adjoint(Tensor g, Tensor? rows, Tensor? cols, Tensor? z_out, Tensor? z_in, "
-    "SymInt O, SymInt I, ScalarType? dtype) -> Tensor",
+OPS = (
+    "fold_pack",
+    "fold_pack_adjoint",
+    "pack_tensors",
+    "unpack_tensors",
+    "open_sets",
+    "remap_ids",
 )
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_SOURCE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
 _FIX = "Install ninja and a C++17 compiler, or reinstall with --no-build-isolation."
 
 
@@ -54,113 +67,6 @@ _backend: Backend | None = None
 _location: Path | None = None
 _library: torch.library.Library | None = None
 _loading = threading.Lock()
-
-
-# Reference
-
-
-def _row_major(matrix: Tensor) -> bool:
-    return matrix.stride(1) == 1 or matrix.shape[1] <= 1
-
-
-def _empty(like: Tensor, m: int, n: int, dtype: torch.dtype) -> Tensor:
-    if _row_major(like):
-        return like.new_empty((m, n), dtype=dtype)
-    return like.new_empty((n, m), dtype=dtype).t()
-
-
-def _require(holds: bool, text: str) -> None:
-    if not holds:
-        raise ValueError(text)
-
-
-def _check_index(op: str, name: str, index: Tensor | None, bound: int) -> int:
-    if index is None:
-        return bound
-    _require(index.dim() == 1, f"{op}: {name} must have 1 dimension, got {index.dim()}")
-    _require(
-        index.dtype in (torch.int64, torch.int32),
-        f"{op}: {name} must be int64 or int32, got {index.dtype}",
-    )
-    # Reading an index that lives elsewhere would stop the host; torch checks its range there.
-    if index.device.type == "cpu" and index.numel():
-        _require(bool((index[1:] > index[:-1]).all()), f"{op}: {name} must be strictly increasing")
-        low, high = int(index[0]), int(index[-1])
-        _require(
-            low >= 0 and high < bound,
-            f"{op}: {name} must be in [0, {bound}), got {low if low < 0 else high}",
-        )
-    return index.numel()
-
-
-def _check_gate(op: str, name: str, gate: Tensor | None, kept: int, wide: bool) -> None:
-    if gate is None:
-        return
-    allowed = (torch.float32, torch.float64) if wide else (torch.float32,)
-    _require(gate.dim() == 1, f"{op}: {name} must have 1 dimension, got {gate.dim()}")
-    _require(
-        gate.dtype in allowed,
-        f"{op}: {name} must be float32{' or float64' if wide else ''}, got {gate.dtype}",
-    )
-    _require(
-        gate.numel() == kept,
-        f"{op}: {name} must have one value per kept unit ({kept}), got {gate.numel()}",
-    )
-
-
-def _check(op, name, matrix, rows, cols, z_out, z_in, dtype, shape) -> tuple[int, int]:
-    """Refuse what the C++ op refuses; return the compact shape."""
-    _require(matrix.dim() == 2, f"{op}: {name} must have 2 dimensions, got {matrix.dim()}")
-    for what, value in ((name, matrix.dtype), ("dtype", dtype or matrix.dtype)):
-        _require(
-            value in _DTYPES,
-            f"{op}: {what} must be float32, float64, float16 or bfloat16, got {value}",
-        )
-    _require(
-        _row_major(matrix) or matrix.stride(0) == 1 or matrix.shape[0] <= 1,
-        f"{op}: {name} must have stride 1 in one dimension, got strides {matrix.stride()}",
-    )
-    kept = (
-        _check_index(op, "rows", rows, shape[0]),
-        _check_index(op, "cols", cols, shape[1]),
-    )
-    wide = matrix.dtype == torch.float64
-    _check_gate(op, "z_out", z_out, kept[0], wide)
-    _check_gate(op, "z_in", z_in, kept[1], wide)
-    return kept
-
-
-def _scaled(kept: Tensor, z_out: Tensor | None, z_in: Tensor | None) -> Tensor:
-    if z_out is None and z_in is None:
-        return kept
-    kept = kept if kept.dtype == torch.float64 else kept.float()
-    kept = kept if z_out is None else kept * z_out[:, None]
-    return kept if z_in is None else kept * z_in[None, :]
-
-
-def fold_pack_ref(w, rows=None, cols=None, z_out=None, z_in=None, dtype=None) -> Tensor:
-    """(w[rows, cols] · z_out) · z_in in fp32, rounded once: what every backend must equal."""
-    m, n = _check("fold_pack", "w", w, rows, cols, z_out, z_in, dtype, w.shape)
-    kept = w if rows is None else w.index_select(0, rows)
-    kept = kept if cols is None else kept.index_select(1, cols)
-    return _empty(w, m, n, dtype or w.dtype).copy_(_scaled(kept, z_out, z_in))
-
-
-def fold_pack_adjoint_ref(g, rows, cols, z_out, z_in, O, I, dtype=None) -> Tensor:
-    """The adjoint of fold_pack in w: g scaled and put back, zero elsewhere."""
-    op = "fold_pack_adjoint"
-    kept = _check(op, "g", g, rows, cols, z_out, z_in, dtype, (O, I))
-    _require(
-        tuple(g.shape) == kept,
-        f"{op}: g must be {kept[0]} x {kept[1]}, got {g.shape[0]} x {g.shape[1]}",
-    )
-    dtype = dtype or g.dtype
-    values = _scaled(g, z_out, z_in).to(dtype)
-    if cols is not None:
-        values = values.new_zeros(values.shape[0], I).index_copy_(1, cols.long(), values)
-    if rows is not None:
-        values = values.new_zeros(O, I).index_copy_(0, rows.long(), values)
-    return _empty(g, O, I, dtype).copy_(values)
 
 
 # Loading
@@ -184,7 +90,7 @@ def _digest(*parts: bytes) -> str:
 def _load_from_cache() -> Path:
     """Load the cached extension, building it when absent, damaged or from other sources."""
     plan = _build.plan()
-    files = sorted(path for path in CSRC.iterdir() if path.suffix in (".cpp", ".cu", ".h"))
+    files = sorted(path for path in CSRC.iterdir() if path.suffix in _SOURCE_SUFFIXES)
     if not files:
         raise RuntimeError(f"no C++ sources in {CSRC}")
     made_of = (json.dumps(plan), platform.machine())
@@ -255,22 +161,63 @@ def _warn_once(device_type: str) -> None:
 # Ops
 
 
+def schemas() -> list[str]:
+    """The schema of every op in OPS, as csrc/schemas.h states it."""
+    text = (CSRC / "schemas.h").read_text()
+    found = re.findall(r'^GATEPACK_SCHEMA\((.*?)"\)$', text, re.MULTILINE | re.DOTALL)
+    return [re.sub(r'"\s*"', "", schema).strip('"') for schema in found]
+
+
+def _device_type(value) -> str:
+    return value.device.type if isinstance(value, Tensor) else value[0].device.type
+
+
 def _reference_kernel(reference):
-    def kernel(matrix, *arguments):
-        _warn_once(matrix.device.type)
-        return reference(matrix, *arguments)
+    def kernel(first, *arguments):
+        _warn_once(_device_type(first))
+        return reference(first, *arguments)
 
     return kernel
 
 
+def _kept(index: Tensor | None, size: int) -> int:
+    return size if index is None else index.shape[0]
+
+
 def _fold_pack_fake(w, rows, cols, z_out, z_in, dtype):
-    m = w.shape[0] if rows is None else rows.shape[0]
-    n = w.shape[1] if cols is None else cols.shape[0]
-    return _empty(w, m, n, dtype or w.dtype)
+    return empty_like_order(w, _kept(rows, w.shape[0]), _kept(cols, w.shape[1]), dtype or w.dtype)
 
 
 def _fold_pack_adjoint_fake(g, rows, cols, z_out, z_in, O, I, dtype):
-    return _empty(g, O, I, dtype or g.dtype)
+    return empty_like_order(g, O, I, dtype or g.dtype)
+
+
+def _pack_tensors_fake(
+    w, rows, cols, z_out, z_in, a, b, s, row_multiple, col_multiple, order, dtype
+):
+    packed, scales = [], []
+    for full, r, c, rm, cm, o in zip(w, rows, cols, row_multiple, col_multiple, order, strict=True):
+        m = rounded_up(_kept(r, full.shape[0]), rm)
+        n = rounded_up(_kept(c, full.shape[1]), cm)
+        packed.append(empty_like_order(full, m, n, dtype or full.dtype, o))
+        if dtype == E4M3:
+            scales.append(full.new_empty(m, dtype=torch.float32))
+    return packed, scales
+
+
+def _unpack_tensors_fake(g, rows, cols, z_out, z_in, O, I, dtype):
+    return [
+        empty_like_order(compact, m, n, dtype or compact.dtype)
+        for compact, m, n in zip(g, O, I, strict=True)
+    ]
+
+
+def _open_sets_fake(masks):
+    return [mask.new_empty(mask.shape[0] + 1, dtype=torch.int32) for mask in masks]
+
+
+def _remap_ids_fake(ids, table):
+    return torch.empty_like(ids)
 
 
 def _save(ctx, inputs, output):
@@ -297,25 +244,34 @@ def _fold_pack_adjoint_backward(ctx, grad):
     return dg, None, None, None, None, None, None, None
 
 
+# Name, reference, fake, backward.
+_TABLE = (
+    ("fold_pack", fold_pack_ref, _fold_pack_fake, _fold_pack_backward),
+    (
+        "fold_pack_adjoint",
+        fold_pack_adjoint_ref,
+        _fold_pack_adjoint_fake,
+        _fold_pack_adjoint_backward,
+    ),
+    ("pack_tensors", pack_tensors_ref, _pack_tensors_fake, None),
+    ("unpack_tensors", unpack_tensors_ref, _unpack_tensors_fake, None),
+    ("open_sets", open_sets_ref, _open_sets_fake, None),
+    ("remap_ids", remap_ids_ref, _remap_ids_fake, None),
+)
+
+
 def _register(backend: Backend) -> torch.library.Library:
     library = torch.library.Library("gatepack", "FRAGMENT")
     if backend.name == "torch":
-        for schema in _SCHEMAS:
+        for schema in schemas():
             library.define(schema)
-    for name, reference, fake, backward in (
-        ("fold_pack", fold_pack_ref, _fold_pack_fake, _fold_pack_backward),
-        (
-            "fold_pack_adjoint",
-            fold_pack_adjoint_ref,
-            _fold_pack_adjoint_fake,
-            _fold_pack_adjoint_backward,
-        ),
-    ):
+    for name, reference, fake, backward in _TABLE:
         library.impl(name, _reference_kernel(reference), "CompositeExplicitAutograd")
         torch.library.register_fake(f"gatepack::{name}", fake, lib=library)
-        torch.library.register_autograd(
-            f"gatepack::{name}", backward, setup_context=_save, lib=library
-        )
+        if backward is not None:
+            torch.library.register_autograd(
+                f"gatepack::{name}", backward, setup_context=_save, lib=library
+            )
     return library
 
 

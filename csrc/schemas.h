@@ -1,0 +1,15 @@
+// Every op schema of gatepack._C. ops.cpp includes this to define them; python/gatepack/_ext.py
+// reads the quoted texts where the extension is absent and plain torch takes its place.
+
+GATEPACK_SCHEMA("fold_pack(Tensor w, Tensor? rows, Tensor? cols, Tensor? z_out, Tensor? z_in, "
+                "ScalarType? dtype) -> Tensor")
+GATEPACK_SCHEMA("fold_pack_adjoint(Tensor g, Tensor? rows, Tensor? cols, Tensor? z_out, "
+                "Tensor? z_in, SymInt O, SymInt I, ScalarType? dtype) -> Tensor")
+GATEPACK_SCHEMA("pack_tensors(Tensor[] w, Tensor?[] rows, Tensor?[] cols, Tensor?[] z_out, "
+                "Tensor?[] z_in, Tensor?[] lora_a, Tensor?[] lora_b, float[] lora_scale, "
+                "int[] row_multiple, int[] col_multiple, int[] order, ScalarType? dtype) "
+                "-> (Tensor[], Tensor[])")
+GATEPACK_SCHEMA("unpack_tensors(Tensor[] g, Tensor?[] rows, Tensor?[] cols, Tensor?[] z_out, "
+                "Tensor?[] z_in, int[] O, int[] I, ScalarType? dtype) -> Tensor[]")
+GATEPACK_SCHEMA("open_sets(Tensor[] masks) -> Tensor[]")
+GATEPACK_SCHEMA("remap_ids(Tensor ids, Tensor table) -> Tensor")

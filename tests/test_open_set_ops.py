@@ -1,0 +1,68 @@
+"""open_sets and remap_ids of csrc: every backend against plain torch, refusals, registrations."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gatepack import _ext
+from gatepack._reference import open_sets_ref, remap_ids_ref
+
+
+def op(name):
+    _ext.backend()
+    return getattr(torch.ops.gatepack, name).default
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.booleans(), max_size=300), min_size=1, max_size=40))
+def test_open_units_then_closed_ones_then_the_count(masks):
+    masks = [torch.tensor(mask, dtype=torch.bool) for mask in masks]
+    for mask, got, ref in zip(masks, op("open_sets")(masks), open_sets_ref(masks), strict=True):
+        assert got.dtype == ref.dtype == torch.int32 and torch.equal(got, ref)
+        n, count = mask.numel(), int(got[-1])
+        assert count == int(mask.sum())
+        assert got[:count].tolist() == mask.nonzero()[:, 0].tolist()
+        assert got[count:n].tolist() == (~mask).nonzero()[:, 0].tolist()
+
+
+def test_open_sets_refuse_what_is_not_a_mask():
+    for run in (op("open_sets"), open_sets_ref):
+        with pytest.raises(ValueError, match=r"masks\[1\] must be bool"):
+            run([torch.ones(2, dtype=torch.bool), torch.ones(2)])
+        with pytest.raises(ValueError, match=r"masks\[0\] must have 1 dimension, got 2"):
+            run([torch.ones(2, 2, dtype=torch.bool)])
+
+
+@pytest.mark.parametrize("dtype", (torch.int64, torch.int32))
+@pytest.mark.parametrize("shape", ((0,), (7,), (3, 50_000)))
+def test_remapped_ids_keep_shape_and_dtype(shape, dtype):
+    table = torch.randperm(1000).int()
+    ids = torch.randint(0, 1000, shape).to(dtype)
+    got = op("remap_ids")(ids, table)
+    assert got.dtype == dtype and torch.equal(got, table[ids.long()].to(dtype))
+    assert torch.equal(remap_ids_ref(ids, table), got)
+
+
+@pytest.mark.parametrize("run", (remap_ids_ref, None))
+def test_dropped_and_unknown_ids_are_refused(run):
+    run = run or op("remap_ids")
+    table = torch.tensor([0, -1, 1], dtype=torch.int32)
+    ids = torch.zeros(100_000, dtype=torch.int64)
+    ids[70_000], ids[99_999] = 1, 5
+    with pytest.raises(ValueError, match="got 1 at position 70000, which table drops"):
+        run(ids, table)
+    for bad in (3, -1):
+        with pytest.raises(ValueError, match=rf"ids must be in \[0, 3\), got {bad} at position 1"):
+            run(torch.tensor([0, bad]), table)
+    with pytest.raises(ValueError, match="ids must be int64 or int32"):
+        run(torch.ones(2), table)
+    with pytest.raises(ValueError, match="table must be int32"):
+        run(ids, table.long())
+
+
+def test_opcheck():
+    masks = [torch.tensor([True, False, True]), torch.zeros(5, dtype=torch.bool)]
+    torch.library.opcheck(op("open_sets"), (masks,))
+    table = torch.tensor([2, 0, 1], dtype=torch.int32)
+    torch.library.opcheck(op("remap_ids"), (torch.tensor([[0, 2], [1, 1]]), table))
