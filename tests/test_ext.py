@@ -110,6 +110,21 @@ def test_compiler_is_tried_and_named(monkeypatch):
             _build.compiler()
 
 
+def test_nvcc_without_the_cuda_runtime_builds_for_cpus_only(tmp_path, monkeypatch):
+    if _ext.backend().name == "torch":
+        pytest.skip(_ext.backend().reason)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.utils.cpp_extension.library_paths", lambda device: [str(tmp_path)])
+    if not _build.links_cuda():  # unless the linker finds one by itself
+        assert not _build.plan()["cuda"]
+        (tmp_path / "empty.cpp").touch()
+        command = [*_build.compiler().partition(":")[0].split(), "-shared"]
+        command += [str(tmp_path / "empty.cpp"), "-o", str(tmp_path / "libcudart.so")]
+        subprocess.run(command, check=True)
+    assert _build.plan()["cuda"]
+
+
 def test_arch_list_is_explicit(monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     assert _build.cuda_archs("12.6").endswith("9.0+PTX")

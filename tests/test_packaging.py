@@ -142,14 +142,8 @@ def test_kernel_sources_are_refused_under_the_name_of_another_package(tree, bare
     assert "import gatepack.kernels instead" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "lenient",
-        pytest.param("strict", marks=pytest.mark.slow),
-        pytest.param("compat", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
 def test_editable_install(mode, folder):
     source = checkout(folder / f"editable {mode}", mark=mode)
     env = Env(folder / f"env {mode}")
@@ -166,6 +160,7 @@ def test_editable_install(mode, folder):
     assert env.look()["mark"] == [mode, "edited"]
 
 
+@pytest.mark.slow
 def test_two_checkouts_are_never_mixed(folder, bare):
     sources, envs = [], []
     for name, version in (("first", "1.0.1"), ("second", "2.0.2")):
@@ -185,6 +180,21 @@ def test_two_checkouts_are_never_mixed(folder, bare):
     found = envs[0].look(cwd=sources[0])
     assert (found["mark"], found["metadata"]) == (["second"], "2.0.2")
     assert Path(found["package"]) == envs[0].site / "gatepack"
+
+
+def test_without_a_compiler(folder):
+    env = Env(folder / "uncompiled")
+    source = checkout(folder / "uncompiled source")
+    done = env.install(
+        "-v", str(source), GATEPACK_SKIP_EXT="0", CXX="/nonexistent/c++", CC="/nonexistent/cc"
+    )
+    assert re.search(r"gatepack.*without gatepack\._C", done.stdout)
+    record = next(env.site.glob("gatepack-*.dist-info/WHEEL")).read_text()
+    assert "py3-none-any" in record
+    cache = str(folder / "uncompiled cache")
+    text = env.python(FOLD_PACK, CXX="/nonexistent/c++", GATEPACK_CACHE_DIR=cache)
+    assert text.splitlines()[-1].startswith("torch")
+    assert text.count("fold_pack on cpu is plain torch") == 1
 
 
 @pytest.mark.slow
@@ -224,20 +234,6 @@ class TestInstall:
         env.install(*settings, GATEPACK_SKIP_EXT="0", TORCH_CUDA_ARCH_LIST="9.0")
         backend = env.python(FOLD_PACK).splitlines()[-1]
         assert backend.startswith(("cpp", "cuda")) and "installed with the package" in backend
-
-    def test_without_a_compiler(self, folder):
-        env = Env(folder / "uncompiled")
-        source = checkout(folder / "uncompiled source")
-        done = env.install(
-            "-v", str(source), GATEPACK_SKIP_EXT="0", CXX="/nonexistent/c++", CC="/nonexistent/cc"
-        )
-        assert re.search(r"gatepack.*without gatepack\._C", done.stdout)
-        record = next(env.site.glob("gatepack-*.dist-info/WHEEL")).read_text()
-        assert "py3-none-any" in record
-        cache = str(folder / "uncompiled cache")
-        text = env.python(FOLD_PACK, CXX="/nonexistent/c++", GATEPACK_CACHE_DIR=cache)
-        assert text.splitlines()[-1].startswith("torch")
-        assert text.count("fold_pack on cpu is plain torch") == 1
 
 
 # The same result on every backend.
