@@ -127,6 +127,38 @@ def test_kept_fraction_counts_rows_times_columns():
     assert float(gates.costs.expected(ones)) == pytest.approx(kept / total, rel=1e-6)
 
 
+def test_expected_kept_fraction_has_the_products_gradient():
+    model = tiny_model("llama", torch.float32)
+    config = gp.GateConfig(units=("rows", "columns"), targets=("*.0.mlp.*", "*.1.self_attn.q*"))
+    gates = gp.attach(model, config)
+    generator = torch.Generator().manual_seed(0)
+    probability = torch.rand(gates.logits.shape, generator=generator).requires_grad_()
+    parts = gates.split(probability)
+    kept = gates.costs.fixed
+    for name in gates.costs.shapes:
+        kept = kept + parts[f"{name}:rows"].sum() * parts[f"{name}:columns"].sum()
+    upstream = 3.0
+    expected = torch.autograd.grad(upstream * kept / gates.costs.total, probability)
+    found = gates.costs.expected(probability)
+    torch.testing.assert_close(found, (kept / gates.costs.total).detach(), check_dtype=False)
+    torch.testing.assert_close(torch.autograd.grad(upstream * found, probability), expected)
+
+
+def test_default_training_meets_the_budget_on_rows_and_columns():
+    model = tiny_model("llama", torch.float32).train()
+    gp.attach(model, gp.GateConfig(units=("rows", "columns"), target=0.6))
+    training = gp.GateTraining(model, 20)
+    optimizer = torch.optim.AdamW(training.weights(), lr=1e-3)
+    for step in range(20):
+        ids = token_ids(2, 6, seed=step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        training.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert abs(training.finish() - 0.6) <= 0.005
+    assert abs(gp.pack(model).kept_fraction - 0.6) <= 0.005
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packs_unpacks_saves_and_reloads(family, tmp_path):
     model, gates = gated(family, torch.float32)

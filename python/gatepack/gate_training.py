@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gatepack.config import GateConfig
 from gatepack.gates import GateSet
@@ -57,8 +58,9 @@ class GateTraining:
 
     The gradient of the logits is taken out of `.grad` as soon as it is complete, so that clipping,
     scaling and zeroing of the weights' gradients never see it; it adds up over the backward passes
-    of a step. Ranks average it, and draw the same noise. state_dict and load_state_dict hold
-    everything about the gates: a run that is cut off and resumed goes on bit for bit.
+    of a step. Ranks average it, and draw the same noise; start before DistributedDataParallel wraps
+    the model, which then leaves the gates alone. state_dict and load_state_dict hold everything
+    about the gates: a run that is cut off and resumed goes on bit for bit.
     """
 
     def __init__(self, model: nn.Module, steps: int, schedule: GateSchedule | None = None):
@@ -71,6 +73,7 @@ class GateTraining:
         controller = self.gates.controller
         controller.warmup_steps = round(self.schedule.warmup * steps)
         controller.ramp_steps = round(self.schedule.ramp * steps) - controller.warmup_steps
+        _leave_out_of_ddp(model)
         self.optimizer = torch.optim.Adam([self.gates.logits], lr=self.schedule.learning_rate)
         self.done = 0
         self.gradient: torch.Tensor | None = None
@@ -155,6 +158,14 @@ class GateTraining:
         self.done = int(state["done"])
         if bool(state["frozen"]):
             self._freeze()
+
+
+def _leave_out_of_ddp(model: nn.Module) -> None:
+    """DDP would wait for the gradient of the logits, which is taken away and ends when they freeze:
+    what shares their bucket would then stay unreduced, in silence."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    names = [name for name, _ in tensors if GATES_NAME in name.split(".")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def over_ranks(tensor: torch.Tensor) -> torch.Tensor:

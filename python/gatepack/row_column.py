@@ -59,6 +59,16 @@ class RowColumnCosts:
             tuple(gates.get(f"{name}:{side}") for side in ("rows", "columns")) for name in shapes
         ]
         self.total = fixed + sum(n * k for n, k in self.shapes.values())
+        self._sizes = torch.tensor([gate.size for gate in gates.values()], device="cpu")
+        # Where to read what a side keeps: sums by gate, or its size where it has no gate.
+        place = {name: i for i, name in enumerate(gates)}
+        whole, read = [], []
+        for shape, sides in zip(self.shapes.values(), self.sides, strict=True):
+            for size, gate in zip(shape, sides, strict=True):
+                read.append(len(place) + len(whole) if gate is None else place[gate.name])
+                whole += [float(size)] if gate is None else []
+        self._whole = torch.tensor(whole, device="cpu")
+        self._read = torch.tensor(read, dtype=torch.int64, device="cpu").reshape(-1, 2)
 
     def kept_fraction(self, masks: Mapping[str, torch.Tensor]) -> float:
         """Kept fraction of all counted weights for open masks (name -> bool [size])."""
@@ -73,14 +83,12 @@ class RowColumnCosts:
 
     def expected(self, probability: torch.Tensor) -> torch.Tensor:
         """Expected kept fraction, a differentiable scalar, without a host sync; fp32 [N]."""
-        kept = probability.new_full((), float(self.fixed))
-        for shape, sides in zip(self.shapes.values(), self.sides, strict=True):
-            n, k = (
-                size if gate is None else probability[gate.start : gate.start + gate.size].sum()
-                for size, gate in zip(shape, sides, strict=True)
-            )
-            kept = kept + n * k
-        return kept / self.total
+        if self._sizes.device != probability.device:
+            for name in ("_sizes", "_whole", "_read"):
+                setattr(self, name, getattr(self, name).to(probability.device))
+        sums = torch.segment_reduce(probability, "sum", lengths=self._sizes)
+        sides = torch.cat([sums, self._whole.to(sums.dtype)])[self._read]
+        return ((sides[:, 0] * sides[:, 1]).sum() + self.fixed) / self.total
 
 
 class RowColumnGateSet(GateSet):

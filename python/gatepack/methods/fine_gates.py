@@ -41,8 +41,9 @@ class FineGates:
 
     warmup, freeze: fractions of all steps before which the penalty is 0, and from which the gates
     stay as they are. learning_rate: of Adam on the logits, without weight decay, down a cosine to
-    final_rate of it. Source: FineGates, arXiv 2412.12951 and 2602.09169; the values are those of
-    its code for fine-tuning.
+    final_rate of it; a gate closes at l = -0.55, so that steps * learning_rate until then must be
+    well above 1.55, or budget closes what nothing has prepared. Source: FineGates, arXiv 2412.12951
+    and 2602.09169; the values are those of its code for fine-tuning.
     """
 
     target_sparsity: float = 0.4
