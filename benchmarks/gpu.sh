@@ -55,7 +55,7 @@ for part in $parts; do
     case "$part" in
         build) step 240 build python3 -c "from gatepack import _ext; print(_ext.backend()); exit(_ext.backend().name != 'cuda')" ;;
         tests) step 300 tests python3 -m pytest -q -m gpu tests ;;
-        # The rows of DESIGN's speed goals first, then the curves.
+        # The speed goals first, then the curves.
         goals)
             ops mlp 90 --ops gated_mlp --models llama-3-8b --tokens 8192 --open 1.0 0.6
             ops attention 60 --ops gated_attention --models llama-3-8b --tokens 2048 8192 --open 1.0 0.6

@@ -60,7 +60,7 @@ def assert_close_to_fp64(
 
 @contextlib.contextmanager
 def poisoned_empty():
-    """torch.empty, empty_like and new_empty give NaN (or the largest integer) inside.
+    """torch.empty, empty_like and new_empty give NaN (the largest integer, True) inside.
 
     An output element that a kernel forgets to write then fails the comparison instead of holding
     a zero by chance.
@@ -71,6 +71,8 @@ def poisoned_empty():
             out = make(*args, **kwargs)
             if out.is_floating_point():
                 return out.fill_(float("nan"))
+            if out.dtype == torch.bool:
+                return out.fill_(True)
             return out.fill_(torch.iinfo(out.dtype).max)
 
         return poisoned
