@@ -155,9 +155,9 @@ def test_compiles_into_one_graph(device):
 REFUSED = [
     ({"x": torch.zeros(3, 4).double()}, "x: expected dtype float32, bfloat16 or float16, got"),
     ({"x": torch.zeros(())}, "x: expected at least one dimension, got a scalar"),
-    ({"token_mask": torch.ones(3)}, r"token_mask: expected torch.bool of shape \(3,\), got"),
-    ({"token_mask": torch.ones(4).bool()}, r"token_mask: expected .* got torch.bool of shape \(4,"),
-    ({"shift": torch.ones(3)}, r"shift: expected torch.float32 of shape \(4,\), got"),
+    ({"token_mask": torch.ones(3)}, r"token_mask: expected dtype torch.bool, got"),
+    ({"token_mask": torch.ones(4).bool()}, r"token_mask: expected shape \(3,\), got \(4,"),
+    ({"shift": torch.ones(3)}, r"shift: expected shape \(4,\), got"),
     ({"shift": torch.ones(4, device="meta")}, r"shift: expected device .* \(that of x\), got meta"),
 ]
 

@@ -188,11 +188,11 @@ REFUSED = [
     ({"residual": torch.zeros(3, 4).double()}, "residual: expected dtype float32, bfloat16 or"),
     ({"residual": torch.zeros(())}, "residual: expected at least one dimension, got a scalar"),
     ({"y": torch.zeros(())}, "y: expected at least one dimension, got a scalar"),
-    ({"y": torch.zeros(4, 2)}, r"y: expected torch.float32 of shape \(3, 2\), got .* \(4, 2\)"),
-    ({"y": torch.zeros(3, 2).half()}, "y: expected torch.float32 of shape .* got torch.float16"),
-    ({"open_set": torch.zeros(4, dtype=INT)}, r"open_set: expected torch.int32 of shape \(5,\)"),
-    ({"open_set": torch.zeros(5)}, r"open_set: expected torch.int32 .* got torch.float32"),
-    ({"z": torch.zeros(2)}, r"z: expected torch.float32 of shape \(4,\), got .* \(2,\)"),
+    ({"y": torch.zeros(4, 2)}, r"y: expected shape \(3, 2\), got \(4, 2\)"),
+    ({"y": torch.zeros(3, 2).half()}, "y: expected dtype torch.float32, got torch.float16"),
+    ({"open_set": torch.zeros(4, dtype=INT)}, r"open_set: expected shape \(5,\)"),
+    ({"open_set": torch.zeros(5)}, r"open_set: expected dtype torch.int32, got torch.float32"),
+    ({"z": torch.zeros(2)}, r"z: expected shape \(4,\), got \(2,\)"),
     ({"z": torch.zeros(4, device="meta")}, r"z: expected device .* \(that of residual\), got meta"),
 ]
 

@@ -43,6 +43,40 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
+def expect(name, tensor, shape, dtypes, like, of="x"):
+    """ValueError unless a tensor is None, or of this shape, a dtype of these, and like's device.
+
+    of: what the messages call `like`.
+    """
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name}: expected dtype {expected}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device} (that of {of}), got {tensor.device}"
+        )
+
+
+def expect_operand(name, x):
+    """ValueError unless x is fp32, bf16 or fp16 and has a last dimension."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected dtype float32, bfloat16 or float16, got {x.dtype}")
+    if x.dim() < 1:
+        raise ValueError(f"{name}: expected at least one dimension, got a scalar")
+
+
+def expect_matrix(name, w):
+    """ValueError unless w has two dimensions; gives its sizes."""
+    if w.dim() != 2:
+        raise ValueError(f"{name}: expected two dimensions, got shape {tuple(w.shape)}")
+    return tuple(w.shape)
+
+
 def refuse_second_derivative(op: str):
     """A backward for register_autograd of an op that is itself a backward: it says so and stops."""
 

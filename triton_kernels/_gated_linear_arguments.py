@@ -2,7 +2,7 @@
 
 import torch
 
-from ._common import DTYPES
+from ._common import expect, expect_matrix, expect_operand
 
 FORMS = ("gated", "masked")
 CLOSED_GRADS = ("none", "exact", "sampled")
@@ -11,38 +11,23 @@ CLOSED_GRADS = ("none", "exact", "sampled")
 def check_tensors(x, w, bias, z_in, z_out, lora_a, lora_b, group_in, group_out):
     """Shapes, dtypes and devices, which the operator checks on fake tensors as well."""
 
-    def expect(name, tensor, shape, dtype):
-        if tensor is None:
-            return
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} (that of x), got {tensor.device}")
-
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: expected dtype float32, bfloat16 or float16, got {x.dtype}")
-    if x.dim() < 1:
-        raise ValueError("x: expected at least one dimension, got a scalar")
-    if w.dim() != 2:
-        raise ValueError(f"w: expected two dimensions, got shape {tuple(w.shape)}")
-    n, k = w.shape
-    expect("x", x, (*x.shape[:-1], k), x.dtype)
-    expect("w", w, (n, k), x.dtype)
-    expect("bias", bias, (n,), x.dtype)
+    expect_operand("x", x)
+    n, k = expect_matrix("w", w)
+    expect("x", x, (*x.shape[:-1], k), x.dtype, x)
+    expect("w", w, (n, k), x.dtype, x)
+    expect("bias", bias, (n,), x.dtype, x)
     for name, size, group in (("group_in", k, group_in), ("group_out", n, group_out)):
         if group < 1 or size % group:
             raise ValueError(f"{name}: expected a divisor of {size}, got {group}")
-    expect("z_in", z_in, (k // group_in,), torch.float32)
-    expect("z_out", z_out, (n // group_out,), torch.float32)
+    expect("z_in", z_in, (k // group_in,), torch.float32, x)
+    expect("z_out", z_out, (n // group_out,), torch.float32, x)
     if (lora_a is None) != (lora_b is None):
         missing = "lora_a" if lora_a is None else "lora_b"
         raise ValueError(f"{missing}: expected a tensor beside the other LoRA factor, got None")
     if lora_a is not None:
         rank = lora_a.shape[0] if lora_a.dim() else 0
-        expect("lora_a", lora_a, (rank, k), x.dtype)
-        expect("lora_b", lora_b, (n, rank), x.dtype)
+        expect("lora_a", lora_a, (rank, k), x.dtype, x)
+        expect("lora_b", lora_b, (n, rank), x.dtype, x)
 
 
 def check_settings(x, form, dropout, seed, closed_grad, closed_fraction):

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import DTYPES, arch_of, check_device, offsets, rows_of
+from ._common import arch_of, check_device, expect, expect_operand, offsets, rows_of
 from ._configs import Panel, choose_config
 from .sample_gates import bytes_of
 
@@ -211,23 +211,9 @@ def _channel_stats_fwd_merge_kernel(
 
 
 def _check(x, token_mask, shift):
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: expected dtype float32, bfloat16 or float16, got {x.dtype}")
-    if x.dim() < 1:
-        raise ValueError("x: expected at least one dimension, got a scalar")
-    for name, tensor, shape, dtype in (
-        ("token_mask", token_mask, x.shape[:-1], torch.bool),
-        ("shift", shift, x.shape[-1:], torch.float32),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype != dtype:
-            raise ValueError(
-                f"{name}: expected {dtype} of shape {tuple(shape)}, got "
-                f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} (that of x), got {tensor.device}")
+    expect_operand("x", x)
+    expect("token_mask", token_mask, tuple(x.shape[:-1]), torch.bool, x)
+    expect("shift", shift, tuple(x.shape[-1:]), torch.float32, x)
 
 
 @torch.library.custom_op(

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import arch_of, check_device, refuse_second_derivative
+from ._common import arch_of, check_device, expect, refuse_second_derivative
 from ._configs import Panel, choose_config
 from .sample_gates import BETA, GAMMA, OFFSET, ZETA, bytes_of, check_segments, tanh
 
@@ -182,22 +182,9 @@ def _check(logits, offsets, unit_cost, shared_size, shared_cost, closed, max_seg
         missing = "shared_size" if shared_size is None else "shared_cost"
         raise ValueError(f"{missing}: expected a tensor beside the other shared one, got None")
     segments = (offsets.shape[0] - 1,)
-    for name, tensor, dtype in (
-        ("unit_cost", unit_cost, torch.float32),
-        ("shared_size", shared_size, torch.int32),
-        ("shared_cost", shared_cost, torch.float32),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != segments or tensor.dtype != dtype:
-            raise ValueError(
-                f"{name}: expected {dtype} of shape {segments}, got "
-                f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            )
-        if tensor.device != logits.device:
-            raise ValueError(
-                f"{name}: expected device {logits.device} (that of logits), got {tensor.device}"
-            )
+    expect("unit_cost", unit_cost, segments, torch.float32, logits, "logits")
+    expect("shared_size", shared_size, segments, torch.int32, logits, "logits")
+    expect("shared_cost", shared_cost, segments, torch.float32, logits, "logits")
     if max_segment < 0:
         raise ValueError(f"max_segment: expected at least 0, got {max_segment}")
 

@@ -29,6 +29,7 @@ from ._common import (
     INTERPRET,
     arch_of,
     check_device,
+    expect,
     fp32_precision,
     refuse_second_derivative,
 )
@@ -80,16 +81,6 @@ def gated_attention_ref(
 def _check(q, k, v, z, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, window):
     """Raise ValueError naming the argument, what was expected and what came."""
 
-    def expect(name, tensor, shape, dtype):
-        if tensor is None:
-            return
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device} (that of q), got {tensor.device}")
-
     if q.dtype not in DTYPES:
         raise ValueError(f"q: expected dtype float32, bfloat16 or float16, got {q.dtype}")
     dims, layout = (4, "[B, S, H, D]") if cu_q is None else (3, "[T, H, D] with cu_seqlens_q")
@@ -102,17 +93,17 @@ def _check(q, k, v, z, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, window
             raise ValueError(f"{name}: expected a head_dim of 1 to 256, got {x.shape[-1]}")
     if heads % kv_heads if kv_heads else heads:
         raise ValueError(f"k: expected a number of heads that divides {heads}, got {kv_heads}")
-    expect("k", k, (*q.shape[: dims - 3], k.shape[-3], kv_heads, lanes), q.dtype)
-    expect("v", v, (*k.shape[:-1], v.shape[-1]), q.dtype)
-    expect("z", z, (heads,), torch.float32)
+    expect("k", k, (*q.shape[: dims - 3], k.shape[-3], kv_heads, lanes), q.dtype, q, "q")
+    expect("v", v, (*k.shape[:-1], v.shape[-1]), q.dtype, q, "q")
+    expect("z", z, (heads,), torch.float32, q, "q")
     if (cu_q is None) != (cu_k is None):
         missing = "cu_seqlens_q" if cu_q is None else "cu_seqlens_k"
         raise ValueError(f"{missing}: expected a tensor beside the other cu_seqlens, got None")
     if cu_q is not None:
         if cu_q.dim() != 1 or cu_q.shape[0] < 1:
             raise ValueError(f"cu_seqlens_q: expected shape (B + 1,), got {tuple(cu_q.shape)}")
-        expect("cu_seqlens_q", cu_q, (cu_q.shape[0],), torch.int32)
-        expect("cu_seqlens_k", cu_k, (cu_q.shape[0],), torch.int32)
+        expect("cu_seqlens_q", cu_q, (cu_q.shape[0],), torch.int32, q, "q")
+        expect("cu_seqlens_k", cu_k, (cu_q.shape[0],), torch.int32, q, "q")
         if key_mask is not None:
             raise ValueError("key_mask: expected None beside cu_seqlens, got a tensor")
     for name, length in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
@@ -120,7 +111,7 @@ def _check(q, k, v, z, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, window
             expected = "None without cu_seqlens" if cu_q is None else "the longest length"
             raise ValueError(f"{name}: expected {expected}, got {length}")
     if key_mask is not None:
-        expect("key_mask", key_mask, tuple(k.shape[:2]), torch.bool)
+        expect("key_mask", key_mask, tuple(k.shape[:2]), torch.bool, q, "q")
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale: expected a positive number, got {scale}")
     if window is not None and (window < 1 or not causal):

@@ -18,7 +18,7 @@ Source: FineGates, arXiv 2412.12951 (gates); GLU variants, arXiv 2002.05202 (MLP
 import torch
 import torch.nn.functional as F
 
-from ._common import check_device, refuse_second_derivative, rows_of
+from ._common import check_device, expect, refuse_second_derivative, rows_of
 from ._configs import GatedMLPConfig
 from .column_sums import column_sums
 from .gated_matmul import gated_matmul
@@ -27,7 +27,6 @@ from .gated_swiglu import (
     branch_gradients,
     branches_of,
     check,
-    expect,
     expect_lora,
     gated_swiglu_ref,
     gradients_like,
@@ -67,8 +66,8 @@ def gated_mlp_ref(
 def _check(x, w_a, w_u, w_d, z, bias_a, bias_u, bias_d, lora_a, lora_u, lora_d, *settings):
     check(x, w_a, w_u, z, bias_a, bias_u, lora_a, lora_u, *settings)
     f, k = w_u.shape
-    expect("w_d", w_d, (k, f), x.dtype, x.device)
-    expect("bias_d", bias_d, (k,), x.dtype, x.device)
+    expect("w_d", w_d, (k, f), x.dtype, x)
+    expect("bias_d", bias_d, (k,), x.dtype, x)
     expect_lora("lora_of_d", *lora_d, k, f, x)
 
 

@@ -19,7 +19,15 @@ Source: FineGates, arXiv 2412.12951 (gates); GLU variants, arXiv 2002.05202 (act
 import torch
 import torch.nn.functional as F
 
-from ._common import DTYPES, arch_of, check_device, refuse_second_derivative, rows_of
+from ._common import (
+    arch_of,
+    check_device,
+    expect,
+    expect_matrix,
+    expect_operand,
+    refuse_second_derivative,
+    rows_of,
+)
 from ._configs import GatedMLPConfig, choose_config
 from .glu_backward import glu_dx, glu_gradients
 from .glu_common import Branch, Slots, project, slots_outer, slots_times
@@ -65,41 +73,24 @@ def gated_swiglu_ref(
     return F.pad(h[..., z != 0], (0, capacity - n_open))
 
 
-def expect(name, tensor, shape, dtype, device):
-    """Raise ValueError naming the argument, what was expected and what came; None passes."""
-    if tensor is None:
-        return
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device} (that of x), got {tensor.device}")
-
-
 def expect_lora(name, a, b, n, k, like):
     """Check the factors of one linear [n, k]."""
     rank = 0 if a is None or a.dim() == 0 else a.shape[0]
-    expect(f"{name}[0]", a, (rank, k), like.dtype, like.device)
-    expect(f"{name}[1]", b, (n, rank), like.dtype, like.device)
+    expect(f"{name}[0]", a, (rank, k), like.dtype, like)
+    expect(f"{name}[1]", b, (n, rank), like.dtype, like)
 
 
 def check(x, w_a, w_u, z, bias_a, bias_u, lora_a, lora_u, activation, capacity, gathers):
     """What gated_swiglu and gated_mlp refuse alike; lora_a and lora_u are (A, B)."""
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: expected dtype float32, bfloat16 or float16, got {x.dtype}")
-    if x.dim() < 1:
-        raise ValueError("x: expected at least one dimension, got a scalar")
-    if w_u.dim() != 2:
-        raise ValueError(f"w_u: expected two dimensions, got shape {tuple(w_u.shape)}")
-    f, k = w_u.shape
-    expect("x", x, (*x.shape[:-1], k), x.dtype, x.device)
+    expect_operand("x", x)
+    f, k = expect_matrix("w_u", w_u)
+    expect("x", x, (*x.shape[:-1], k), x.dtype, x)
     for name, tensor, shape in (
         ("w_u", w_u, (f, k)), ("w_a", w_a, (f, k)), ("bias_a", bias_a, (f,)),
         ("bias_u", bias_u, (f,)),
     ):  # fmt: skip
-        expect(name, tensor, shape, x.dtype, x.device)
-    expect("z", z, (f,), torch.float32, x.device)
+        expect(name, tensor, shape, x.dtype, x)
+    expect("z", z, (f,), torch.float32, x)
     expect_lora("lora_of_a", *lora_a, f, k, x)
     expect_lora("lora_of_u", *lora_u, f, k, x)
     for name, tensor in (("bias_a", bias_a), ("lora_of_a", lora_a[0])):

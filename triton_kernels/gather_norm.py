@@ -21,10 +21,11 @@ import torch.nn.functional as F
 import triton
 
 from ._common import (
-    DTYPES,
     INTERPRET,
     arch_of,
     check_device,
+    expect,
+    expect_operand,
     refuse_second_derivative,
     rows_of,
 )
@@ -66,10 +67,7 @@ def gather_norm_ref(
 
 
 def _check(x, weight, bias, open_sets, gates, capacities, kind, eps):
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: expected dtype float32, bfloat16 or float16, got {x.dtype}")
-    if x.dim() < 1:
-        raise ValueError("x: expected at least one dimension, got a scalar")
+    expect_operand("x", x)
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
     if not eps >= 0:
@@ -89,15 +87,7 @@ def _check(x, weight, bias, open_sets, gates, capacities, kind, eps):
     expected += [(f"open_sets[{m}]", o, (d + 1,), torch.int32) for m, o in enumerate(open_sets)]
     expected += [(f"gates[{m}]", z, (d,), torch.float32) for m, z in enumerate(gates) if z.numel()]
     for name, tensor, shape, dtype in expected:
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(
-                f"{name}: expected {dtype} of shape {shape}, got "
-                f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} (that of x), got {tensor.device}")
+        expect(name, tensor, shape, dtype, x)
 
 
 def _panel(config, x):

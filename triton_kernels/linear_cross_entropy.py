@@ -35,10 +35,12 @@ import triton
 import triton.language as tl
 
 from ._common import (
-    DTYPES,
     INTERPRET,
     arch_of,
     check_device,
+    expect,
+    expect_matrix,
+    expect_operand,
     refuse_second_derivative,
     round_to,
     rows_of,
@@ -243,32 +245,16 @@ def _add_product(total, a, b, first):
 def _check(x, w, labels, bias, remap, vocab_size, chunk):
     """Raise ValueError naming the argument, what was expected and what came; gives V."""
 
-    def expect(name, tensor, shape, dtypes):
-        if tensor is None:
-            return
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype not in dtypes:
-            expected = " or ".join(map(str, dtypes))
-            raise ValueError(f"{name}: expected dtype {expected}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} (that of x), got {tensor.device}")
-
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: expected dtype float32, bfloat16 or float16, got {x.dtype}")
-    if x.dim() < 1:
-        raise ValueError("x: expected at least one dimension, got a scalar")
-    if w.dim() != 2:
-        raise ValueError(f"w: expected two dimensions, got shape {tuple(w.shape)}")
-    rows, d = w.shape
-    expect("x", x, (*x.shape[:-1], d), (x.dtype,))
-    expect("w", w, (rows, d), (x.dtype,))
-    expect("labels", labels, tuple(x.shape[:-1]), (torch.int64,))
-    expect("bias", bias, (rows,), (x.dtype,))
+    expect_operand("x", x)
+    rows, d = expect_matrix("w", w)
+    expect("x", x, (*x.shape[:-1], d), (x.dtype,), x)
+    expect("w", w, (rows, d), (x.dtype,), x)
+    expect("labels", labels, tuple(x.shape[:-1]), (torch.int64,), x)
+    expect("bias", bias, (rows,), (x.dtype,), x)
     if remap is not None and remap.dim() != 1:
         raise ValueError(f"remap: expected one dimension, got shape {tuple(remap.shape)}")
     if remap is not None:
-        expect("remap", remap, (remap.shape[0],), (torch.int32, torch.int64))
+        expect("remap", remap, (remap.shape[0],), (torch.int32, torch.int64), x)
     if vocab_size is not None and not 0 <= vocab_size <= rows:
         raise ValueError(f"vocab_size: expected 0 to {rows} (the rows of w), got {vocab_size}")
     if chunk is not None and chunk < 1:

@@ -27,11 +27,13 @@ import triton
 import triton.language as tl
 
 from ._common import (
-    DTYPES,
     INTERPRET,
     arch_of,
     check_device,
     dot,
+    expect,
+    expect_matrix,
+    expect_operand,
     fp32_precision,
     offsets,
     refuse_second_derivative,
@@ -241,31 +243,15 @@ def _launch(x, w, bias, rows, cols, residual, y, config):
 def _check(x, w, bias, rows, cols, accumulate, out_features):
     """Raise ValueError naming the argument, what was expected and what came; gives N."""
 
-    def expect(name, tensor, shape, dtypes):
-        if tensor is None:
-            return
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype not in dtypes:
-            expected = " or ".join(map(str, dtypes))
-            raise ValueError(f"{name}: expected dtype {expected}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} (that of x), got {tensor.device}")
-
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: expected dtype float32, bfloat16 or float16, got {x.dtype}")
-    if x.dim() < 1:
-        raise ValueError("x: expected at least one dimension, got a scalar")
-    if w.dim() != 2:
-        raise ValueError(f"w: expected two dimensions, got shape {tuple(w.shape)}")
-    r, c = w.shape
+    expect_operand("x", x)
+    r, c = expect_matrix("w", w)
     index, floating = (torch.int32, torch.int64), (x.dtype,)
-    expect("w", w, (r, c), floating)
-    expect("bias", bias, (r,), floating)
-    expect("rows", rows, (r,), index)
-    expect("cols", cols, (c,), index)
+    expect("w", w, (r, c), floating, x)
+    expect("bias", bias, (r,), floating, x)
+    expect("rows", rows, (r,), index, x)
+    expect("cols", cols, (c,), index, x)
     if cols is None:
-        expect("x", x, (*x.shape[:-1], c), floating)
+        expect("x", x, (*x.shape[:-1], c), floating, x)
     elif c > x.shape[-1]:
         raise ValueError(f"cols: expected at most {x.shape[-1]} lanes (those of x), got {c}")
     if rows is None and out_features not in (None, r):
@@ -273,7 +259,7 @@ def _check(x, w, bias, rows, cols, accumulate, out_features):
     if rows is not None and (out_features is None or out_features < r):
         raise ValueError(f"out_features: expected at least {r} with rows, got {out_features}")
     n = r if rows is None else out_features
-    expect("accumulate", accumulate, (*x.shape[:-1], n), floating)
+    expect("accumulate", accumulate, (*x.shape[:-1], n), floating, x)
     return n
 
 

@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 
 from ._common import (
-    DTYPES,
     INTERPRET,
     arch_of,
     check_device,
+    expect,
+    expect_operand,
     offsets,
     refuse_second_derivative,
     round_to,
@@ -145,30 +146,15 @@ def _scatter_add_bwd_kernel(
 
 
 def _check(residual, y, open_set, z):
-    if residual.dtype not in DTYPES:
-        raise ValueError(
-            f"residual: expected dtype float32, bfloat16 or float16, got {residual.dtype}"
-        )
-    if residual.dim() < 1 or y.dim() < 1:
-        name = "residual" if residual.dim() < 1 else "y"
-        raise ValueError(f"{name}: expected at least one dimension, got a scalar")
+    expect_operand("residual", residual)
+    expect_operand("y", y)
     d = residual.shape[-1]
     for name, tensor, shape, dtype in (
         ("y", y, (*residual.shape[:-1], y.shape[-1]), residual.dtype),
         ("open_set", open_set, (d + 1,), torch.int32),
         ("z", z, (d,), torch.float32),
     ):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(
-                f"{name}: expected {dtype} of shape {shape}, got "
-                f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            )
-        if tensor.device != residual.device:
-            raise ValueError(
-                f"{name}: expected device {residual.device} (that of residual), got {tensor.device}"
-            )
+        expect(name, tensor, shape, dtype, residual, "residual")
 
 
 def _panel(config, t, d, tensor):
