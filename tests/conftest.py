@@ -1,5 +1,6 @@
 """Without a CUDA device, kernels run in Triton's interpreter: to be chosen before the import."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,27 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _keep_bools(create_splat):
+    """create_splat of Triton's interpreter, which fills int32 from a scalar bool.
+
+    Up to 3.8 such a mask was taken all the same; 3.9 refuses it. Compiled code is not concerned.
+    """
+
+    def splat(self, ret_ty, arg):
+        handle = create_splat(self, ret_ty, arg)
+        if arg.data.dtype == bool:
+            handle.data = handle.data.astype(bool)
+        return handle
+
+    return splat
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    InterpreterBuilder.create_splat = _keep_bools(InterpreterBuilder.create_splat)
 
 
 def pytest_collection_modifyitems(items):

@@ -198,10 +198,7 @@ def axis_tile(tile, unit, open_ptr, z_ptr, size, GROUP: tl.constexpr, BLOCK: tl.
             tiles_per_unit: tl.constexpr = (GROUP + BLOCK - 1) // BLOCK
             within = (tile % tiles_per_unit) * BLOCK + i
             valid = within < GROUP
-            # The end, not valid & (tile < ...): the interpreter turns a scalar bool into an int32
-            # mask, which that of Triton 3.9 refuses.
-            end = tl.where(tile < tl.load(open_ptr + size // GROUP) * tiles_per_unit, GROUP, 0)
-            is_open = within < end
+            is_open = valid & (tile < tl.load(open_ptr + size // GROUP) * tiles_per_unit)
             lane = unit * GROUP + within
         if z_ptr is not None:
             z *= tl.load(z_ptr + unit)
