@@ -60,6 +60,20 @@ def compiler() -> str:
     return f"{shlex.join(command)}: {done.stdout.splitlines()[0]}"
 
 
+def links_cuda() -> bool:
+    """Whether the toolkit has CUDA's runtime library to link with: nvcc may come without it."""
+    from torch.utils.cpp_extension import get_cxx_compiler, library_paths
+
+    folders = [f"-L{folder}" for folder in library_paths("cuda")]
+    with tempfile.TemporaryDirectory() as scratch:
+        empty = [*shlex.split(get_cxx_compiler()), "-shared", "-x", "c++", os.devnull]
+        command = [*empty, *folders, "-lcudart", "-o", str(Path(scratch) / "empty.so")]
+        try:
+            return subprocess.run(command, capture_output=True).returncode == 0
+        except OSError:
+            return False
+
+
 def plan() -> dict:
     """Sources, flags and what else decides the binary, for the torch at hand.
 
@@ -71,7 +85,8 @@ def plan() -> dict:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < OLDEST_TORCH:
         raise RuntimeError(f"gatepack._C needs torch >= 2.10, got {torch.__version__}")
-    archs = cuda_archs(torch.version.cuda) if CUDA_HOME and torch.version.cuda else None
+    toolkit = CUDA_HOME and torch.version.cuda and links_cuda()
+    archs = cuda_archs(torch.version.cuda) if toolkit else None
     # The preprocessor turns these into text: commas, because spaces would need quoting.
     defines = [*DEFINES, "-DGATEPACK_FLAGS=" + ",".join(CXX_FLAGS)]
     if archs:

@@ -315,13 +315,31 @@ def _refuse_gate_gradient(op: str, z_out: Tensor | None, z_in: Tensor | None) ->
             )
 
 
+class refusals:
+    """Around calls of ops: what gatepack._C refuses is a ValueError, as in plain torch.
+
+    From torch 2.15 on, the stable ABI hands on every C++ exception as a RuntimeError.
+    """
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is RuntimeError and str(error).partition(":")[0] in OPS:
+            raise ValueError(str(error)) from None
+
+
 def _call(op, matrix: Tensor, *arguments) -> Tensor:
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and matrix.requires_grad):
+    if torch.compiler.is_compiling():
         return op(matrix, *arguments)
-    # The autograd registration is Python code: 10 us a call on a CPU, which a small matrix feels
-    # (benchmarks/bench_fold_pack.py). Without a gradient to record there is nothing for it to do.
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(matrix, *arguments)
+    with refusals():
+        if torch.is_grad_enabled() and matrix.requires_grad:
+            return op(matrix, *arguments)
+        # The autograd registration is Python code: 10 us a call on a CPU, which a small matrix
+        # feels (benchmarks/bench_fold_pack.py). Without a gradient to record there is nothing for
+        # it to do.
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(matrix, *arguments)
 
 
 def fold_pack(
