@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops import no_host_sync
 
 from gatepack import _ext
 from gatepack._reference import open_sets_ref, remap_ids_ref
@@ -75,3 +76,16 @@ def test_opcheck():
     torch.library.opcheck(op("open_sets"), (masks,))
     table = torch.tensor([2, 0, 1], dtype=torch.int32)
     torch.library.opcheck(op("remap_ids"), (torch.tensor([[0, 2], [1, 1]]), table))
+
+
+@pytest.mark.gpu
+def test_cuda_equals_the_reference_without_waiting_for_the_host():
+    masks = [torch.rand(n) < p for n, p in ((0, 0.5), (1, 1), (300, 0.4), (20_000, 0.9), (5, 0))]
+    table, ids = torch.randperm(50).int(), torch.randint(0, 50, (3, 400))
+    on_gpu, table_there, ids_there = [m.cuda() for m in masks], table.cuda(), ids.cuda()
+    with no_host_sync():
+        sets = op("open_sets")(on_gpu)
+        names = op("remap_ids")(ids_there, table_there)
+    for got, want in zip(sets, open_sets_ref(masks), strict=True):
+        assert torch.equal(got.cpu(), want)
+    assert torch.equal(names.cpu(), remap_ids_ref(ids, table))

@@ -258,3 +258,20 @@ def test_schemas_are_the_ones_of_the_extension():
         name = schema.split("(")[0]
         assert str(op(name)._schema) == f"gatepack::{schema}"
     assert [schema.split("(")[0] for schema in _ext.schemas()] == list(_ext.OPS)
+
+
+def on_cuda(value):
+    if isinstance(value, list):
+        return [on_cuda(item) for item in value]
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.gpu
+@settings(max_examples=150, deadline=None)
+@given(call=calls())
+def test_cuda_writes_the_bytes_of_the_reference(call):
+    put = [on_cuda(value) for value in call]
+    packed, scales = op("pack_tensors")(*put)
+    expected, expected_scales = pack_tensors_ref(*call)
+    for got, want in zip([*packed, *scales], [*expected, *expected_scales], strict=True):
+        assert_same_bytes(got.cpu(), want)
