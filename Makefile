@@ -42,6 +42,7 @@ RESULTS := benchmarks/results/$(shell uname -m)-cpu
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_fold_pack.py --json $(RESULTS)/fold_pack.jsonl
+	$(BIN)/python benchmarks/bench_pack_tensors.py --json $(RESULTS)/pack_tensors.jsonl
 	$(BIN)/python benchmarks/bench_mlp.py --json $(RESULTS)/mlp.jsonl
 	$(BIN)/python benchmarks/bench_demo.py --json $(RESULTS)/demo.jsonl
 

@@ -353,14 +353,25 @@ bool allows_16_bytes(const Call& call, const void* src, size_t in_size, size_t o
       reinterpret_cast<uintptr_t>(src) % (lanes * in_size) == 0;
 }
 
+int64_t out_rows(const Call& call) { return call.row_major ? call.out_lines : call.out_lanes; }
+
 int64_t tiles_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // Packs or unpacks every matrix: results, and for e4m3 the scales of their rows.
 std::tuple<Tensors, Tensors> run(const char* op, bool adjoint, const std::vector<Call>& calls,
                                  const Tensors& in, std::optional<ScalarType> dtype) {
-  Tensors out, scales, scratch;
+  Tensors out, scales;
   if (in.empty()) return {out, scales};
   const Device device(in[0].get_device_index());
+  const bool e4m3 = dtype == ScalarType::Float8_e4m3fn;
+  std::optional<Tensor> largest;  // of every row of every matrix
+  uint32_t* next_largest = nullptr;
+  if (e4m3) {
+    int64_t rows = 0;
+    for (const Call& call : calls) rows += out_rows(call);
+    largest = torch::stable::new_zeros(in[0], {rows}, ScalarType::Int);
+    next_largest = static_cast<uint32_t*>(largest->mutable_data_ptr());
+  }
   // One launch for each dtype, and for as many matrices as its parameters hold.
   std::vector<std::pair<ScalarType, Batch<Task>>> batches;
   for (size_t m = 0; m < in.size(); ++m) {
@@ -374,13 +385,12 @@ std::tuple<Tensors, Tensors> run(const char* op, bool adjoint, const std::vector
     Task task = {call,    in[m].const_data_ptr(), out.back().mutable_data_ptr(),
                  nullptr, nullptr,                false,
                  0};
-    if (out_type == ScalarType::Float8_e4m3fn) {
-      const int64_t rows = call.row_major ? lines : lanes;
-      scales.push_back(
-          torch::stable::fill_(torch::stable::new_empty(in[m], {rows}, ScalarType::Float), 1.0));
-      scratch.push_back(torch::stable::new_zeros(in[m], {rows}, ScalarType::Int));
-      task.largest = static_cast<uint32_t*>(scratch.back().mutable_data_ptr());
+    if (e4m3) {
+      scales.push_back(torch::stable::new_empty(in[m], {out_rows(call)}, ScalarType::Float));
       task.scales = static_cast<float*>(scales.back().mutable_data_ptr());
+      task.largest = next_largest;
+      next_largest += out_rows(call);
+      if (lanes == 0 || lines == 0) torch::stable::fill_(scales.back(), 1.0);
     }
     if (lines == 0 || lanes == 0) continue;
     task.aligned = allows_16_bytes(call, task.src, in[m].element_size(), out.back().element_size());

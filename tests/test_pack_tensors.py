@@ -228,13 +228,13 @@ def test_refusals_name_the_argument_and_its_place(run, change, message):
     one = {"w": torch.ones(4, 6), **one, "a": torch.ones(2, 6), "b": torch.ones(4, 2), "s": 1.0}
     one |= {"row_multiple": 1, "col_multiple": 1, "order": 0}
     lists = [[x, y] for x, y in zip(one.values(), {**one, **change}.values(), strict=True)]
-    with pytest.raises(ValueError, match="pack_tensors: " + message):
+    with pytest.raises(ValueError, match="pack_tensors: " + message), _ext.refusals():
         (run or op("pack_tensors"))(*lists, None)
 
 
 def test_refuses_lists_of_other_lengths():
     lists = [[None]] * 6
-    with pytest.raises(ValueError, match=r"one entry per matrix \(2\), got 1"):
+    with pytest.raises(ValueError, match=r"per matrix \(2\), got 1"), _ext.refusals():
         op("pack_tensors")([torch.ones(2, 2)] * 2, *lists, [1.0], [1], [1], [0], None)
 
 
@@ -258,3 +258,20 @@ def test_schemas_are_the_ones_of_the_extension():
         name = schema.split("(")[0]
         assert str(op(name)._schema) == f"gatepack::{schema}"
     assert [schema.split("(")[0] for schema in _ext.schemas()] == list(_ext.OPS)
+
+
+def on_cuda(value):
+    if isinstance(value, list):
+        return [on_cuda(item) for item in value]
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.gpu
+@settings(max_examples=150, deadline=None)
+@given(call=calls())
+def test_cuda_writes_the_bytes_of_the_reference(call):
+    put = [on_cuda(value) for value in call]
+    packed, scales = op("pack_tensors")(*put)
+    expected, expected_scales = pack_tensors_ref(*call)
+    for got, want in zip([*packed, *scales], [*expected, *expected_scales], strict=True):
+        assert_same_bytes(got.cpu(), want)

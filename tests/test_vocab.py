@@ -157,7 +157,7 @@ def test_a_packed_model_computes_and_reloads(tied, tmp_path):
         logits = model(input_ids=plan.remap(ids)).logits
     full = plan.full_logits(logits)
     # A matmul of another shape adds in another order.
-    torch.testing.assert_close(full[..., plan.keep], expected[..., plan.keep], rtol=1e-12, atol=0)
+    torch.testing.assert_close(full[..., plan.keep], expected[..., plan.keep], rtol=0, atol=1e-13)
     assert int((full == -torch.inf).sum()) == (size - 6) * 4
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()

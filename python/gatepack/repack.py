@@ -72,14 +72,15 @@ def pack_tensors(
     _require_no_grad("pack_tensors", pieces)
     _ext.backend()
     lora = [piece.lora or (None, None, 1.0) for piece in pieces]
-    return torch.ops.gatepack.pack_tensors.default(
-        *_gates(pieces),
-        *map(list, zip(*lora, strict=True)),
-        [piece.row_multiple for piece in pieces],
-        [piece.col_multiple for piece in pieces],
-        [_order(i, piece.order) for i, piece in enumerate(pieces)],
-        dtype,
-    )
+    with _ext.refusals():
+        return torch.ops.gatepack.pack_tensors.default(
+            *_gates(pieces),
+            *map(list, zip(*lora, strict=True)),
+            [piece.row_multiple for piece in pieces],
+            [piece.col_multiple for piece in pieces],
+            [_order(i, piece.order) for i, piece in enumerate(pieces)],
+            dtype,
+        )
 
 
 def unpack_tensors(
@@ -97,9 +98,10 @@ def unpack_tensors(
         return []
     _require_no_grad("unpack_tensors", pieces)
     _ext.backend()
-    return torch.ops.gatepack.unpack_tensors.default(
-        *_gates(pieces), [m for m, _ in shapes], [n for _, n in shapes], dtype
-    )
+    with _ext.refusals():
+        return torch.ops.gatepack.unpack_tensors.default(
+            *_gates(pieces), [m for m, _ in shapes], [n for _, n in shapes], dtype
+        )
 
 
 def open_sets(masks: Iterable[Tensor]) -> list[Tensor]:
@@ -111,7 +113,8 @@ def open_sets(masks: Iterable[Tensor]) -> list[Tensor]:
     if not masks:
         return []
     _ext.backend()
-    return torch.ops.gatepack.open_sets.default(masks)
+    with _ext.refusals():
+        return torch.ops.gatepack.open_sets.default(masks)
 
 
 def _ranges(index: Tensor | None) -> list[list[int]] | None:

@@ -161,7 +161,8 @@ def remap_ids(ids: Tensor, table: Tensor) -> Tensor:
     them is encoded again with the packed tokenizer, which spells them.
     """
     _ext.backend()
-    return torch.ops.gatepack.remap_ids.default(ids.contiguous(), table)
+    with _ext.refusals():
+        return torch.ops.gatepack.remap_ids.default(ids.contiguous(), table)
 
 
 def vocab_pack(
