@@ -189,6 +189,21 @@ def test_packs_unpacks_saves_and_reloads(family, tmp_path):
     torch.testing.assert_close(again(ids).logits, packed, rtol=1e-4, atol=1e-5 * scale)
 
 
+def test_kernels_compute_the_same(monkeypatch):
+    pytest.importorskip("triton")
+    found = {}
+    for path in ("folded", "triton"):
+        monkeypatch.setenv("GATEPACK_BACKEND", path)
+        model, gates = gated("llama", torch.float32)
+        logits = model(token_ids(1, 5)).logits
+        upstream = torch.Generator().manual_seed(1)
+        logits.backward(torch.randn(logits.shape, generator=upstream))
+        found[path] = (logits.detach(), gates.logits.grad)
+    for ours, expected in zip(found["triton"], found["folded"], strict=True):
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * scale)
+
+
 def test_mlp_hands_over_open_channels_only():
     model, _ = gated("llama", torch.float32)
     gp.pack(model)
