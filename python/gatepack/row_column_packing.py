@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatepack._ext import fold_pack, fold_pack_adjoint
+from gatepack.functional import spread_lanes, take_lanes
 from gatepack.hf import Layer, detach, layers_of
 from gatepack.modules import PackedLinear, adopt, is_conv1d, linear_shape, weight_matrix
 from gatepack.packing import FORMAT_VERSION, decode_mask, encode_mask
@@ -74,12 +75,10 @@ class IndexedLinear(PackedLinear):
         compact_out, compact_in = self.compact
         columns = None if compact_in else self._index(1, x.device)
         if columns is not None:
-            x = x.index_select(-1, columns)
+            x = take_lanes(x, columns)
         y = F.linear(x, self.weight, self.bias)
         rows = None if compact_out else self._index(0, x.device)
-        if rows is None:
-            return y
-        return y.new_zeros(*y.shape[:-1], self.dense_shape[0]).index_copy(-1, rows, y)
+        return y if rows is None else spread_lanes(y, rows, self.dense_shape[0])
 
     def to_dense(self) -> nn.Module:
         """The linear with zeros where rows and columns were removed."""
