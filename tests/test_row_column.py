@@ -262,6 +262,26 @@ def test_budget_of_exact_zeros_is_met():
     assert abs(gp.pack(model).kept_fraction - 0.6) <= 0.005
 
 
+def test_rows_are_kept_in_multiples():
+    model = tiny_model("llama", torch.float32, intermediate_size=160, num_hidden_layers=6).eval()
+    config = gp.GateConfig(units=("rows", "columns"), noise=0.0, target=0.6, width_multiple=4)
+    gates = gp.attach(model, config)
+    torch.manual_seed(0)
+    scores = {name: torch.rand(gate.size) for name, gate in gates.items()}
+    plan = gates.plan(scores)
+    assert abs(plan.kept_fraction - 0.6) <= 0.005 and plan.width_multiple == 4
+    counts = {n: int(m.sum()) for n, m in plan.masks.items() if n.endswith("rows")}
+    in_multiples = [count % 4 == 0 for count in counts.values()]
+    assert sum(in_multiples) >= 0.9 * len(counts)
+    assert all(ok for n, ok in zip(counts, in_multiples, strict=True) if "mlp" in n)
+    for name, mask in plan.masks.items():
+        if name.endswith("columns") and "down" not in name and "o_proj" not in name:
+            threshold = scores[name][mask].min()
+            assert bool((scores[name][~mask] <= threshold).all())
+    flat = torch.cat(list(plan.masks.values()))
+    assert torch.equal(gates.couple(flat), flat)
+
+
 def test_every_linear_and_the_tied_head():
     config = gp.GateConfig(units=("rows", "columns"), noise=0.0, targets=("*",))
     untied = tiny_model("llama", torch.float32, tie_word_embeddings=False).eval()
