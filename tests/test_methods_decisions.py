@@ -99,6 +99,18 @@ def test_closest_fills_up_to_the_target():
     assert bool(chosen[-20:].all()) and not bool(chosen[:20].all())
 
 
+def test_channels_are_kept_in_multiples():
+    layers = layers_of(tiny_model("llama", num_hidden_layers=8, intermediate_size=160))
+    layout = layout_of(layers, False, True)
+    scores = torch.rand(len(layout.costs), generator=torch.Generator().manual_seed(0))
+    chosen = layout.closest(scores, 0.6, 8)
+    assert abs(float(layout.kept_fraction(chosen.double())) - 0.6) <= 0.005
+    parts = chosen.view(8, -1)
+    assert bool((parts[:, -160:].sum(1) % 8 == 0).all())
+    inner, worth = parts[:, :-160], scores.view(8, -1)[:, :-160]
+    assert worth[inner].min() > worth[~inner].max()
+
+
 def test_layers_of_different_sizes_are_refused():
     model = tiny_model("llama", torch.float32)
     gates = gp.attach(model, gp.GateConfig(noise=0.0))

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class Decisions:
     """
 
     def __init__(self, layout: Layout, width: int, device: torch.device):
-        self.layout, self.width = layout, width
+        self.layout, self.width = replace(layout, costs=layout.costs.to(device)), width
         self.soft: torch.Tensor | None = None
         self.index = {
             place.name: (place.columns if place.rows is None else place.rows).to(device)
