@@ -237,7 +237,7 @@ def _values(current: Open | None) -> torch.Tensor | None:
 
 def _folded(operands, x, in_open, out_open, rows, cols, full_in):
     if cols is not None and x.shape[-1] == full_in:
-        x = take_lanes(x, cols)
+        x = x.index_select(-1, cols)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif x.dtype != operands.w.dtype:
