@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gatepack.functional import FoldedLinear, column_dot, lane_values, low_rank
+from gatepack.functional import (
+    FoldedLinear,
+    column_dot,
+    lane_values,
+    low_rank,
+    spread_lanes,
+    take_lanes,
+)
 
 N, K = 12, 16
 SETS = {
@@ -262,3 +269,18 @@ def test_lane_values():
     z = torch.tensor([0.5, 1.0])
     assert lane_values(None, 4) is None and lane_values(z, 1) is z
     assert lane_values(z, 2).tolist() == [0.5, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("lanes", [[], [2], [0, 3, 4], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5)])
+def test_lanes_are_taken_and_spread(lanes, shape):
+    at = torch.tensor(lanes, dtype=torch.int64)
+    x = random(*shape, seed=1).requires_grad_()
+    y = take_lanes(x, at)
+    assert torch.equal(y, x[..., at])
+    full = spread_lanes(y, at, 5)
+    kept = torch.zeros(5, dtype=torch.bool)
+    kept[at] = True
+    assert torch.equal(full, torch.where(kept, x, 0.0))
+    (dx,) = torch.autograd.grad(full, x, upstream := random(*shape, seed=2))
+    assert torch.equal(dx, torch.where(kept, upstream, 0.0))

@@ -189,6 +189,21 @@ def test_packs_unpacks_saves_and_reloads(family, tmp_path):
     torch.testing.assert_close(again(ids).logits, packed, rtol=1e-4, atol=1e-5 * scale)
 
 
+def test_kernels_compute_the_same(monkeypatch):
+    pytest.importorskip("triton")
+    found = {}
+    for path in ("folded", "triton"):
+        monkeypatch.setenv("GATEPACK_BACKEND", path)
+        model, gates = gated("llama", torch.float32)
+        logits = model(token_ids(1, 5)).logits
+        upstream = torch.Generator().manual_seed(1)
+        logits.backward(torch.randn(logits.shape, generator=upstream))
+        found[path] = (logits.detach(), gates.logits.grad)
+    for ours, expected in zip(found["triton"], found["folded"], strict=True):
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * scale)
+
+
 def test_mlp_hands_over_open_channels_only():
     model, _ = gated("llama", torch.float32)
     gp.pack(model)
@@ -245,6 +260,26 @@ def test_budget_of_exact_zeros_is_met():
     kept = gates.snap({name: torch.randn(gate.size) for name, gate in gates.items()})
     assert abs(kept - 0.6) <= 0.005 and gates.kept_fraction() == kept
     assert abs(gp.pack(model).kept_fraction - 0.6) <= 0.005
+
+
+def test_rows_are_kept_in_multiples():
+    model = tiny_model("llama", torch.float32, intermediate_size=160, num_hidden_layers=6).eval()
+    config = gp.GateConfig(units=("rows", "columns"), noise=0.0, target=0.6, width_multiple=4)
+    gates = gp.attach(model, config)
+    torch.manual_seed(0)
+    scores = {name: torch.rand(gate.size) for name, gate in gates.items()}
+    plan = gates.plan(scores)
+    assert abs(plan.kept_fraction - 0.6) <= 0.005 and plan.width_multiple == 4
+    counts = {n: int(m.sum()) for n, m in plan.masks.items() if n.endswith("rows")}
+    in_multiples = [count % 4 == 0 for count in counts.values()]
+    assert sum(in_multiples) >= 0.9 * len(counts)
+    assert all(ok for n, ok in zip(counts, in_multiples, strict=True) if "mlp" in n)
+    for name, mask in plan.masks.items():
+        if name.endswith("columns") and "down" not in name and "o_proj" not in name:
+            threshold = scores[name][mask].min()
+            assert bool((scores[name][~mask] <= threshold).all())
+    flat = torch.cat(list(plan.masks.values()))
+    assert torch.equal(gates.couple(flat), flat)
 
 
 def test_every_linear_and_the_tied_head():

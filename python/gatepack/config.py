@@ -26,9 +26,9 @@ class GateConfig:
         deterministic.
     target: kept fraction of the weights of the blocks' linears, gated or not, in (0, 1).
     target_of: the cost that target counts; "params".
-    width_multiple: kept channels per layer are a multiple of this, or of its largest half, quarter,
-        ... with which the target can be met within 0.5 %; the multiple in use is logged and
-        reported.
+    width_multiple: kept channels per layer (rows per linear) are a multiple of this, or of its
+        largest half, quarter, ... with which the target can be met within 0.5 %; the multiple in
+        use is logged and reported.
     equal_layers: the same number of heads and of channels in every layer, so that every engine
         loads the result.
     q_per_kv_uniform: the key/value groups that stay in a layer keep equally many query heads each.

@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gatepack.functional import FoldedLinear, lane_values, low_rank
+from gatepack.functional import (
+    FoldedLinear,
+    lane_values,
+    low_rank,
+    spread_lanes,
+    take_lanes,
+)
 from gatepack.gates import Gate, Open
 from gatepack.paths import choose_path
 
@@ -212,15 +218,13 @@ def gated_forward(
         raise ValueError(f"x must have {full_in} features, got shape {tuple(x.shape)}")
     if isinstance(operands, str):
         if cols is not None and x.shape[-1] != full_in:
-            x = x.new_zeros(*x.shape[:-1], full_in).index_copy(-1, cols, x)
+            x = spread_lanes(x, cols, full_in)
         y = _masked(site, dense_forward, x)
-        y = y if rows.index is None else y.index_select(-1, rows.index)
+        y = y if rows.index is None else take_lanes(y, rows.index)
     else:
         y = _folded(operands, x, in_open, out_open, rows.index, cols, full_in)
     if rows.index is not None and not site.compact_out:
-        y = y.new_zeros(*y.shape[:-1], linear_shape(base_linear(module))[0]).index_copy(
-            -1, rows.index, y
-        )
+        y = spread_lanes(y, rows.index, linear_shape(base_linear(module))[0])
     if rows.spread is not None:
         lanes = site.rows_gate.lanes
         y = y.unflatten(-1, (-1, lanes)).index_select(-2, rows.spread).flatten(-2)

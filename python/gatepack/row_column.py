@@ -1,6 +1,9 @@
 """Stage 3, modules: gates on rows and columns of any linear, closed together where they meet."""
 
 import fnmatch
+import logging
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -12,6 +15,8 @@ from gatepack.config import GateConfig
 from gatepack.gates import Gate, GateSet, GateSpec, Sample
 from gatepack.hf import Attachment, Layer, layers_of
 from gatepack.modules import Site, base_linear, is_conv1d, linear_shape
+
+logger = logging.getLogger(__name__)
 
 # How q and k lanes meet, by model_type: lane by lane, or rotated in pairs (j, j + head_dim / 2).
 QUERY_KEY = {
@@ -151,9 +156,10 @@ class RowColumnGateSet(GateSet):
     def plan(self, scores: Mapping[str, torch.Tensor]) -> Plan:
         """The units above one threshold on scores that keep config.target of the weights.
 
-        Shapes follow from that alone: width_multiple, equal_layers and tp_divisor speak of heads
-        and channels. Raises ValueError for scores that are not finite [size], or if no threshold is
-        within 0.5 % of the target.
+        Rows that stay in part of a linear are then fewer by the worst ones, down to a multiple of
+        width_multiple or of its largest half, quarter, ... with which the target can be met;
+        equal_layers and tp_divisor speak of heads and channels. Raises ValueError for scores that
+        are not finite [size], or if no threshold is within 0.5 % of the target.
         """
         for name, gate in self.items():
             if name not in scores or scores[name].shape != (gate.size,):
@@ -164,27 +170,58 @@ class RowColumnGateSet(GateSet):
         flat = torch.cat([scores[name].float().cpu() for name in self])
         if not bool(flat.isfinite().all()):
             raise ValueError("scores: expected finite values, got infinite or NaN ones")
+        target, multiple, nearest = self.config.target, self.config.width_multiple, math.inf
+        while multiple >= 1:
+            found = self._threshold(flat, target, multiple)
+            if abs(found.kept_fraction - target) <= TOLERANCE:
+                if multiple != self.config.width_multiple:
+                    logger.warning(
+                        "width_multiple %d cannot meet the target %.4f within %.1f %%; using %d",
+                        self.config.width_multiple, target, 100 * TOLERANCE, multiple,
+                    )  # fmt: skip
+                return found
+            nearest = min(nearest, found.kept_fraction, key=lambda kept: abs(kept - target))
+            multiple = multiple // 2
+        raise ValueError(
+            f"target={target} cannot be met within {TOLERANCE:.1%} of the parameters: the nearest "
+            f"kept fraction is {nearest:.4f}"
+        )
+
+    def _threshold(self, flat: torch.Tensor, target: float, multiple: int) -> Plan:
+        """The threshold on scores [N] that comes nearest to the target, found by bisection."""
         order = torch.argsort(flat, descending=True, stable=True)
-
-        def kept(count: int) -> tuple[dict[str, torch.Tensor], float]:
-            is_open = torch.zeros(len(flat), dtype=torch.bool)
-            is_open[order[:count]] = True
-            masks = self.split(self.couple(is_open))
-            return masks, self.costs.kept_fraction(masks)
-
-        low, high = 0, len(flat)
+        low, high, best = 0, len(flat) + 1, None
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if kept(middle)[1] < self.config.target else (low, middle)
-        below, above = kept(low), kept(high)
-        target = self.config.target
-        masks, fraction = min(below, above, key=lambda found: abs(found[1] - target))
-        if abs(fraction - target) > TOLERANCE:
-            raise ValueError(
-                f"target={target} cannot be met within {TOLERANCE:.1%} of the parameters: the "
-                f"nearest kept fractions are {below[1]:.4f} and {above[1]:.4f}"
-            )
-        return Plan(masks, fraction, 1)
+            is_open = torch.zeros(len(flat), dtype=torch.bool)
+            is_open[order[:middle]] = True
+            masks = self.split(self._in_multiples(self.couple(is_open), flat, multiple))
+            kept = self.costs.kept_fraction(masks)
+            if best is None or abs(kept - target) < abs(best.kept_fraction - target):
+                best = Plan(masks, kept, multiple)
+            low, high = (middle, high) if kept < target else (low, middle)
+        return best
+
+    def _in_multiples(
+        self, is_open: torch.Tensor, flat: torch.Tensor, multiple: int
+    ) -> torch.Tensor:
+        """Closes the worst open rows of each linear until their number is a multiple.
+
+        One kind of linear at a time, because closing rows of one may close those of another.
+        """
+        kinds: dict[str, list[Gate]] = {}
+        for name, gate in self.items():
+            if gate.kind == "rows" and multiple > 1:
+                kinds.setdefault(re.sub(r"\d+", "", name), []).append(gate)
+        for same in (*kinds.values(), *kinds.values()):
+            for gate in same:
+                rows = is_open[gate.start : gate.start + gate.size]
+                count = int(rows.sum())
+                if multiple < count < gate.size and count % multiple:
+                    worth = torch.where(rows, flat[gate.start : gate.start + gate.size], math.inf)
+                    rows[torch.topk(worth, count % multiple, largest=False).indices] = False
+            is_open = self.couple(is_open)
+        return is_open
 
 
 def attach_rows_columns(root: nn.Module, config: GateConfig) -> RowColumnGateSet:

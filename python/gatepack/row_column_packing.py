@@ -4,15 +4,16 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from gatepack._ext import fold_pack, fold_pack_adjoint
+from gatepack.functional import spread_lanes, take_lanes
 from gatepack.hf import Layer, detach, layers_of
 from gatepack.modules import PackedLinear, adopt, is_conv1d, linear_shape, weight_matrix
 from gatepack.packing import FORMAT_VERSION, decode_mask, encode_mask
 from gatepack.row_column import RowColumnGateSet
 
-Mask = torch.Tensor | None
+Mask = Tensor | None
 
 
 class IndexedLinear(PackedLinear):
@@ -20,8 +21,8 @@ class IndexedLinear(PackedLinear):
 
     x [*, K] and y [*, N] have their dense widths, so that residual streams and heads stay as they
     were, except between the linears of an MLP, which hand each other open channels only. weight
-    [|R|, |C|] and bias [|R|] are the parameters. LoRA on it does not fit: train adapters before
-    packing and merge them, or unpack.
+    [|R|, |C|] and bias [|R|] are the parameters. LoRA on it does not fit: train and merge adapters
+    before packing, or unpack.
     """
 
     @classmethod
@@ -34,38 +35,35 @@ class IndexedLinear(PackedLinear):
         packed.dense_class, packed.dense_shape = type(linear), linear_shape(linear)
         packed.masks = (rows, columns)
         packed._indices = tuple(
-            None if mask is None else mask.nonzero().squeeze(1) for mask in (rows, columns)
+            None if mask is None or mask.all() else mask.nonzero().squeeze(1)
+            for mask in (rows, columns)
         )
         packed.compact = compact
-        weight, bias = packed._packed_operands(linear, *(values or (None, None)))
+        weight, bias = packed._kept(linear, *(values or (None, None)))
         packed._parameters["weight"] = nn.Parameter(weight, linear.weight.requires_grad)
         if bias is not None:
             packed._parameters["bias"] = nn.Parameter(bias, linear.bias.requires_grad)
         packed.out_features, packed.in_features = weight.shape
         return packed
 
-    def _packed_operands(self, linear: nn.Module, z_rows, z_columns):
-        rows, columns = (
-            None
-            if i is None
-            else i.to(linear.weight.device if not linear.weight.is_meta else "cpu")
-            for i in self._indices
-        )
-        n, k = self.dense_shape
-        if linear.weight.is_meta:
-            n, k = (n if rows is None else len(rows)), (k if columns is None else len(columns))
-            bias = None if linear.bias is None else linear.bias.new_empty(n)
-            return linear.weight.new_empty(n, k), bias
-        z_rows = z_rows if z_rows is None or rows is None else z_rows[rows]
-        z_columns = z_columns if z_columns is None or columns is None else z_columns[columns]
-        weight = fold_pack(weight_matrix(linear).detach(), rows, columns, z_rows, z_columns)
-        bias = None if linear.bias is None else linear.bias.detach()
-        if bias is not None:
-            bias = bias if rows is None else bias[rows]
-            bias = bias.clone() if z_rows is None else (bias * z_rows).to(bias.dtype)
-        return weight.contiguous(), bias
+    def _kept(self, linear: nn.Module, z_rows: Tensor | None, z_columns: Tensor | None):
+        """(weight [|R|, |C|], bias [|R|] or None) of a dense linear, gate values folded in."""
+        weight, bias = weight_matrix(linear).detach(), linear.bias
+        if weight.is_meta:
+            shape = [
+                size if index is None else len(index)
+                for size, index in zip(self.dense_shape, self._indices, strict=True)
+            ]
+            return weight.new_empty(shape), None if bias is None else bias.new_empty(shape[0])
+        rows, columns = (self._index(side, weight.device) for side in (0, 1))
+        z_rows, z_columns = _chosen(z_rows, rows), _chosen(z_columns, columns)
+        kept = fold_pack(weight, rows, columns, z_rows, z_columns).contiguous()
+        if bias is None:
+            return kept, None
+        bias = _chosen(bias.detach(), rows)
+        return kept, bias.clone() if z_rows is None else (bias * z_rows).to(bias.dtype)
 
-    def _index(self, side: int, device: torch.device) -> Mask:
+    def _index(self, side: int, device: torch.device) -> Tensor | None:
         index = self._indices[side]
         if index is not None and index.device != device:
             moved = list(self._indices)
@@ -73,16 +71,14 @@ class IndexedLinear(PackedLinear):
             self._indices = tuple(moved)
         return self._indices[side]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         compact_out, compact_in = self.compact
         columns = None if compact_in else self._index(1, x.device)
         if columns is not None:
-            x = x.index_select(-1, columns)
+            x = take_lanes(x, columns)
         y = F.linear(x, self.weight, self.bias)
         rows = None if compact_out else self._index(0, x.device)
-        if rows is None:
-            return y
-        return y.new_zeros(*y.shape[:-1], self.dense_shape[0]).index_copy(-1, rows, y)
+        return y if rows is None else spread_lanes(y, rows, self.dense_shape[0])
 
     def to_dense(self) -> nn.Module:
         """The linear with zeros where rows and columns were removed."""
@@ -104,6 +100,10 @@ class IndexedLinear(PackedLinear):
         if bias is not None:
             dense._parameters["bias"] = nn.Parameter(bias, self.bias.requires_grad)
         return dense
+
+
+def _chosen(values: Tensor | None, index: Tensor | None) -> Tensor | None:
+    return values if values is None or index is None else values[index]
 
 
 @torch.no_grad()
@@ -172,7 +172,7 @@ def shrink_linears(model: nn.Module, record: Mapping[str, Mapping]) -> None:
 
 
 @torch.no_grad()
-def unpack_rows_columns(root: nn.Module) -> dict[str, torch.Tensor]:
+def unpack_rows_columns(root: nn.Module) -> dict[str, Tensor]:
     """The inverse of pack_rows_columns, zeros where units were removed; the masks by gate name."""
     record = dict(root.config.gatepack)
     kept = {}

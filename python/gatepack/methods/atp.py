@@ -40,7 +40,8 @@ class ATP:
     LoRA is pushed to zero: by "lasso", whose gradient is taken lasso_weight times, last_weight
     times after freeze, or "proximal", a projection after each step of strength gamma *
     proximal_rate, gamma rising to 5e4. From freeze on, m is fixed: what has the highest logits and
-    costs nearest to target (final="budget", ours), or the last sample (final="sample", published).
+    costs nearest to target, with channels in multiples of width_multiple where that fits
+    (final="budget", ours), or the last sample (final="sample", published).
 
     target: kept fraction of the weights of the blocks' linears. per_head: own lanes for each
     key/value head, not the same ones for all. tie_pairs: RoPE's pairs of lanes go together, so that
@@ -63,6 +64,7 @@ class ATP:
     last_weight: float = 100.0
     proximal_rate: float = 1e-4
     final: str = "budget"
+    width_multiple: int = 16
     per_head: bool = False
     tie_pairs: bool | None = None
     lora_rank: int = 8
@@ -86,8 +88,9 @@ class ATP:
                 raise ValueError(
                     f"{field}: expected one of {allowed}, got {getattr(self, field)!r}"
                 )
-        if self.lora_rank < 1:
-            raise ValueError(f"lora_rank: expected at least 1, got {self.lora_rank}")
+        for field in ("lora_rank", "width_multiple"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
         for field in ("lora_dropout", "generator_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(
@@ -254,8 +257,11 @@ class ATPTraining:
     def _freeze(self) -> None:
         if self.method.final == "budget":
             self.generator.eval()
-            chosen = self.decisions.layout.closest(self.generator(), self.method.target)
-            self.decisions.set(chosen)
+            method = self.method
+            chosen = self.decisions.layout.closest(
+                self.generator(), method.target, method.width_multiple
+            )
+            self.decisions.set(chosen.to(self._device))
         self.frozen = True
 
     def _project(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gatepack.budget import TOLERANCE
 from gatepack.hf import Layer
 from gatepack.modules import linear_shape
 
@@ -69,13 +70,20 @@ class Layout:
         """sum of costs of decisions [N] in [0, 1] / total, a differentiable scalar."""
         return (decisions * self.costs.to(decisions)).sum() / self.total
 
-    def closest(self, scores: torch.Tensor, target: float) -> torch.Tensor:
+    def closest(self, scores: torch.Tensor, target: float, multiple: int = 1) -> torch.Tensor:
         """The decisions with the highest scores whose cost is nearest to target of the total, bool.
 
-        Where the next one is too dear, those after it that still fit are taken.
+        Channels of a layer are kept in multiples, or in their largest half, quarter, ... with which
+        the cost is within 0.5 % of the total; in ones, decisions that still fit follow where the
+        next is too dear.
         """
-        costs = self.costs.cpu()
-        order = torch.argsort(scores.cpu(), descending=True, stable=True)
+        scores = scores.cpu()
+        while multiple > 1:
+            chosen = self._threshold(scores, target, multiple)
+            if abs(float(self.kept_fraction(chosen.double())) - target) <= TOLERANCE:
+                return chosen
+            multiple //= 2
+        order, costs = torch.argsort(scores, descending=True, stable=True), self.costs.cpu()
         left = target * self.total
         chosen = torch.zeros(len(order), dtype=torch.bool)
         rest = order
@@ -87,7 +95,32 @@ class Layout:
             rest = rest[costs[rest] <= left]
         nearer = order[~chosen[order] & (costs[order] < 2 * left)]
         chosen[nearer[:1]] = True
-        return chosen.to(scores.device)
+        return chosen
+
+    def _threshold(self, scores: torch.Tensor, target: float, multiple: int) -> torch.Tensor:
+        """The threshold on scores that, with channels in multiples, costs nearest to target."""
+        order = torch.argsort(scores, descending=True, stable=True)
+        low, high, best, distance = 0, len(order) + 1, None, math.inf
+        while high - low > 1:
+            middle = (low + high) // 2
+            chosen = torch.zeros(len(order), dtype=torch.bool)
+            chosen[order[:middle]] = True
+            self._in_multiples(chosen, scores, multiple)
+            kept = float(self.kept_fraction(chosen.double()))
+            if abs(kept - target) < distance:
+                best, distance = chosen, abs(kept - target)
+            low, high = (middle, high) if kept < target else (low, middle)
+        return best
+
+    def _in_multiples(self, chosen: torch.Tensor, scores: torch.Tensor, multiple: int) -> None:
+        """Drops the worst channels of each layer until their number is a multiple, in place."""
+        width = self.lengths[2]
+        channels = chosen.view(self.layers, -1)[:, -width:]
+        worth = scores.view(self.layers, -1)[:, -width:].masked_fill(~channels, math.inf)
+        for mask, values in zip(channels, worth, strict=True):
+            count = int(mask.sum())
+            if multiple < count < width and count % multiple:
+                mask[torch.topk(values, count % multiple, largest=False).indices] = False
 
 
 def layout_of(layers: Sequence[Layer], per_head: bool, tie_pairs: bool) -> Layout:

@@ -121,6 +121,7 @@ class FineGates:
             units=("rows", "columns"),
             noise=self.noise,
             target=self.budget or 0.999,
+            width_multiple=16,
             targets=self._targets(root),
             init_logit=1.0,
             seed=self.seed,

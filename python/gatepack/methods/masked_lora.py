@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gatepack.functional import FoldedLinear
+from gatepack.functional import FoldedLinear, spread_lanes
 from gatepack.methods.decisions import Layout, Place
 from gatepack.modules import Operands, adopt, operands_of
 from gatepack.paths import choose_path
@@ -23,7 +24,7 @@ class Decisions:
     """
 
     def __init__(self, layout: Layout, width: int, device: torch.device):
-        self.layout, self.width = layout, width
+        self.layout, self.width = replace(layout, costs=layout.costs.to(device)), width
         self.soft: torch.Tensor | None = None
         self.index = {
             place.name: (place.columns if place.rows is None else place.rows).to(device)
@@ -113,7 +114,7 @@ def _frozen(
     if rows is None:
         return F.linear(x, w.to(x.dtype), _cast(bias, x.dtype))
     kept = FoldedLinear.apply(x, w, bias, None, None, rows, None, 1, 1)
-    return kept.new_zeros(*kept.shape[:-1], len(w)).index_copy(-1, rows, kept)
+    return spread_lanes(kept, rows, len(w))
 
 
 def _cast(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
