@@ -381,7 +381,7 @@ class TestInterruptedSave:
             fail_at(monkeypatch, os, "chmod", 1)
         else:
             monkeypatch.setattr(
-                checkpoint, "_write_manifest" if point == "manifest" else "_sha256", full_disk
+                checkpoint, "write_manifest" if point == "manifest" else "_sha256", full_disk
             )
         with pytest.raises(
             OSError,
@@ -436,7 +436,7 @@ class TestInterruptedSave:
         assert torch.equal(logits_of(gp.from_pretrained(folder)), logits_of(new))
 
     def test_first_save_that_fails_leaves_nothing(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(checkpoint, "_write_manifest", full_disk)
+        monkeypatch.setattr(checkpoint, "write_manifest", full_disk)
         with pytest.raises(OSError, match="No space left"):
             gp.save_pretrained(gated()[0], tmp_path / "a" / "m")
         assert entries(tmp_path / "a") == []

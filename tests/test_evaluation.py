@@ -17,7 +17,8 @@ from tiny import VOCAB, tiny_model
 import gatepack as gp
 from gatepack import evaluation
 from gatepack.data import load_documents, split_documents
-from gatepack.evaluation import EvalConfig, evaluate, identify, run
+from gatepack.evaluation import EvalConfig, evaluate, run
+from gatepack.inspection import identify
 from gatepack.regression import FORMAT_VERSION, Bounds, compare
 from gatepack.scoring import load_questions, score_questions, wilson_interval
 from gatepack.texts import TextScore, score_text

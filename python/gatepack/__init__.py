@@ -35,6 +35,7 @@ _EXPORTS = {
     "explain": "inspection",
     "measure": "timing",
     "evaluate": "evaluation",
+    "export": "exporters",
 }
 
 # What type checkers and editors see: _EXPORTS once more, written by `make api`.
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from gatepack.checkpoint import save_pretrained as save_pretrained
     from gatepack.config import GateConfig as GateConfig
     from gatepack.evaluation import evaluate as evaluate
+    from gatepack.exporters import export as export
     from gatepack.families import Family as Family
     from gatepack.families import register_family as register_family
     from gatepack.gate_training import GateSchedule as GateSchedule
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
         "detach",
         "evaluate",
         "explain",
+        "export",
         "from_pretrained",
         "gates_of",
         "measure",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-from gatepack.evaluation import identify
 from gatepack.hf import hf_model
+from gatepack.inspection import identify
 from gatepack.models import load_model, torch_device, torch_dtype
 from gatepack.optional import require
 from gatepack.packing import pack

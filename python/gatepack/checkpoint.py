@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,13 @@ from gatepack.row_column_packing import shrink_linears
 
 MANIFEST = "gatepack.json"
 _SUPERSEDED = re.compile(
-    rf"(generation_)?config\.json|{re.escape(MANIFEST)}|model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?"
+    rf"(generation_)?config\.json|{re.escape(MANIFEST)}|modeling_gatepack\.py|model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?"
+)
+_MODELING_KEYS = (
+    "per_layer_config",
+    "allow_global_per_layer_attribute_access",
+    "gatepack_layout",
+    "auto_map",
 )
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -35,6 +42,16 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer=No
     ValueError for a model with unmerged PEFT adapters.
     """
     root = hf_model(model)
+    refuse_adapters(root)
+    with replaced_folder(directory) as staging:
+        root.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        write_manifest(staging)
+
+
+def refuse_adapters(root: nn.Module) -> None:
+    """ValueError for a model with PEFT adapters, naming the first module that carries one."""
     for name, module in root.named_modules():
         if hasattr(module, "base_layer"):
             raise ValueError(
@@ -42,6 +59,15 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer=No
                 "(model = model.merge_and_unload()) or save it with the PEFT model's own "
                 "save_pretrained"
             )
+
+
+@contextlib.contextmanager
+def replaced_folder(directory: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder beside `directory`, put in its place by one rename if all goes well.
+
+    Files of `directory` that are not part of a checkpoint stay. Raises OSError, naming the folder,
+    if writing fails; what was there is then unchanged. ValueErrors and FloatingPointErrors pass.
+    """
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
         raise OSError(f"{directory} is not a folder")
@@ -53,11 +79,10 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer=No
     except OSError as error:
         raise OSError(f"cannot write beside {directory}: {error}") from error
     try:
-        root.save_pretrained(staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        _write_manifest(staging)
+        yield staging
         _replace(staging, directory)
+    except (ValueError, FloatingPointError):
+        raise
     except Exception as error:
         raise OSError(
             f"saving to {directory} failed, what was there is unchanged: {error}"
@@ -66,7 +91,8 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer=No
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_manifest(directory: Path) -> None:
+def write_manifest(directory: Path) -> None:
+    """Writes gatepack.json: size and SHA-256 of every safetensors file of a folder."""
     files = {
         path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size}
         for path in sorted(directory.glob("*.safetensors"))
@@ -231,7 +257,17 @@ def _read_config(directory: Path):
             f"{path} has packed format {record.get('format')!r}, this release reads "
             f"{FORMAT_VERSION}"
         )
+    _forget_modeling_file(config)
     return config
+
+
+def _forget_modeling_file(config) -> None:
+    """Removes what gatepack.export writes for transformers; the record of open sets says it all."""
+    if hasattr(config, "gatepack_layout"):
+        config.per_layer_config = None
+        for name in _MODELING_KEYS:
+            config.__dict__.pop(name, None)
+        config.architectures = [name.removeprefix("Packed") for name in config.architectures]
 
 
 def _class_of(config, directory: Path):

@@ -7,16 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from gatepack.data import load_documents, split_documents
-from gatepack.hf import GATES_NAME, hf_model, layers_of
+from gatepack.inspection import identify
 from gatepack.models import load_model, torch_device, torch_dtype
-from gatepack.modules import linear_shape
 from gatepack.optional import require
 from gatepack.progress import Log
-from gatepack.quality import input_device, vocabulary_size
+from gatepack.quality import input_device
 from gatepack.regression import FORMAT_VERSION
 from gatepack.scoring import (
     ChoiceScores,
@@ -137,52 +135,6 @@ def run(
     if out is not None:
         write_json(Path(out), report)
     return report
-
-
-def identify(model: nn.Module, name: str = "") -> dict:
-    """What a report says of a model: its name, class, dtype, parameters and widths.
-
-    kept_fraction: of the blocks' linear weights, against the model that its config describes; for a
-    gated model what its gates leave open. widths: units that each layer has in memory.
-    """
-    root = hf_model(model)
-    gates = getattr(root, GATES_NAME, None)
-    own = set() if gates is None else {id(p) for p in gates.parameters()}
-    parameters = [p for p in model.parameters() if id(p) not in own]
-    found = {
-        "name": name,
-        "class": type(root).__name__,
-        "dtype": str(root.dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in parameters),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "vocabulary": vocabulary_size(model),
-    }
-    try:
-        layers = layers_of(root)
-    except ValueError:  # a family that gatepack has no row for has no widths to tell
-        return {**found, "state": "dense", "kept_fraction": 1.0, "widths": None}
-    found["widths"] = {
-        "heads": [layer.queries for layer in layers],
-        "kv_heads": [layer.kv_heads for layer in layers],
-        "channels": [linear_shape(layer.linear(layer.family.down))[1] for layer in layers],
-    }
-    packed = bool((getattr(root.config, "gatepack", None) or {}).get("kept"))
-    kept = _block_weights(layers) / _dense_block_weights(root) if packed else 1.0
-    if gates is not None:
-        kept *= gates.kept_fraction()
-    state = "gated" if gates is not None else "packed" if packed else "dense"
-    return {**found, "state": state, "kept_fraction": kept}
-
-
-def _dense_block_weights(root: nn.Module) -> int:
-    with torch.device("meta"):
-        return _block_weights(layers_of(type(root)(root.config)))
-
-
-def _block_weights(layers) -> int:
-    return sum(
-        layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears
-    )
 
 
 def _load_texts(config: EvalConfig) -> dict[str, dict[str, list[str]]]:

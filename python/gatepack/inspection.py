@@ -1,7 +1,8 @@
-"""Stage 3, modules: which path each gated linear takes, and why."""
+"""Stage 3, modules: which path each gated linear takes and why, and what sizes a model has."""
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from gatepack import _ext
@@ -117,3 +118,49 @@ def _role(site: Site) -> str:
     gates = (("in", site.in_gate), ("out", site.out_gate), ("rows", site.rows_gate))
     named = [f"{role} {gate.name.rpartition(':')[2]}" for role, gate in gates if gate is not None]
     return ", ".join(named) or "no gate"
+
+
+def identify(model: nn.Module, name: str = "") -> dict:
+    """What a report says of a model: its name, class, dtype, parameters and widths.
+
+    kept_fraction: of the blocks' linear weights, against the model that its config describes; for a
+    gated model what its gates leave open. widths: units that each layer has in memory.
+    """
+    root = hf_model(model)
+    gates = getattr(root, GATES_NAME, None)
+    own = set() if gates is None else {id(p) for p in gates.parameters()}
+    parameters = [p for p in model.parameters() if id(p) not in own]
+    found = {
+        "name": name,
+        "class": type(root).__name__,
+        "dtype": str(root.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in parameters),
+        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "vocabulary": root.get_input_embeddings().weight.shape[0],
+    }
+    try:
+        layers = layers_of(root)
+    except ValueError:  # a family that gatepack has no row for has no widths to tell
+        return {**found, "state": "dense", "kept_fraction": 1.0, "widths": None}
+    found["widths"] = {
+        "heads": [layer.queries for layer in layers],
+        "kv_heads": [layer.kv_heads for layer in layers],
+        "channels": [linear_shape(layer.linear(layer.family.down))[1] for layer in layers],
+    }
+    packed = bool((getattr(root.config, "gatepack", None) or {}).get("kept"))
+    kept = _block_weights(layers) / _dense_block_weights(root) if packed else 1.0
+    if gates is not None:
+        kept *= gates.kept_fraction()
+    state = "gated" if gates is not None else "packed" if packed else "dense"
+    return {**found, "state": state, "kept_fraction": kept}
+
+
+def _dense_block_weights(root: nn.Module) -> int:
+    with torch.device("meta"):
+        return _block_weights(layers_of(type(root)(root.config)))
+
+
+def _block_weights(layers) -> int:
+    return sum(
+        layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears
+    )

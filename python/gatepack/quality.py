@@ -9,9 +9,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from gatepack.hf import hf_model
+from gatepack.hf import hf_model, layers_of
 
 LOGITS_AT_ONCE = 64 * 1024**2
+
+
+class ParityError(FloatingPointError):
+    """A model does not compute what the one that it was made from did."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,20 @@ def max_logit_difference(
                 gap = (row.to(wide) - other.to(wide)).abs().max()
                 largest = torch.maximum(largest, gap.double().cpu())
     return largest.item()
+
+
+@torch.no_grad()
+def rounding_bound(model: nn.Module, windows: torch.Tensor) -> tuple[float, float]:
+    """(bound, largest |logit|): how far rounding may take the logits of two equal models apart.
+
+    One rounding of the running sum per sublayer and linear, added up in the worst direction: eps *
+    layers * linears per layer * largest |logit|.
+    """
+    with evaluating(model):
+        largest = float(token_logits(model, windows).abs().max())
+    layers = layers_of(hf_model(model))
+    roundings = len(layers) * len(layers[0].family.linears)
+    return torch.finfo(hf_model(model).dtype).eps * roundings * largest, largest
 
 
 @contextlib.contextmanager

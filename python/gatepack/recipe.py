@@ -13,13 +13,13 @@ import gatepack
 from gatepack.checkpoint import from_pretrained, save_pretrained
 from gatepack.config import GateConfig
 from gatepack.data import load_documents, split_documents, to_windows
-from gatepack.hf import attach, gates_of, layers_of
+from gatepack.hf import attach, gates_of
 from gatepack.models import load_model, torch_device, torch_dtype
 from gatepack.optional import require
 from gatepack.packing import PackReport, pack
 from gatepack.plots import draw_gate_map, draw_training
 from gatepack.progress import Log
-from gatepack.quality import max_logit_difference, perplexity, token_logits
+from gatepack.quality import ParityError, max_logit_difference, perplexity, rounding_bound
 from gatepack.resume import State
 from gatepack.texts import sha256_of
 from gatepack.timing import environment
@@ -109,10 +109,6 @@ class Trained:
 
     model: nn.Module
     losses: list[float]
-
-
-class ParityError(FloatingPointError):
-    """A model does not compute what the one that it was made from did."""
 
 
 def train(config: RecipeConfig, log: Log) -> dict:
@@ -318,12 +314,7 @@ def pack_and_check(gated: nn.Module, held_out: torch.Tensor) -> tuple[nn.Module,
     packed.eval()
     sample = held_out[:4]
     difference = max_logit_difference(gated, packed, sample)
-    with torch.no_grad():
-        largest = float(token_logits(packed, sample[:1]).abs().max())
-    # One rounding of the running sum per sublayer and linear, added up in the worst direction.
-    layers = layers_of(packed)
-    roundings = len(layers) * len(layers[0].family.linears)
-    bound = torch.finfo(packed.dtype).eps * roundings * largest
+    bound, largest = rounding_bound(packed, sample[:1])
     parity = {"max_abs_difference": difference, "bound": bound, "largest_logit": largest}
     if not difference <= bound:
         raise ParityError(

@@ -1,0 +1,81 @@
+"""Stage 6, export: a packed model in the formats that other programs load."""
+
+import importlib
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gatepack.checkpoint import replaced_folder
+from gatepack.exporters.card import write_card
+from gatepack.exporters.parity import default_windows
+from gatepack.exporters.source import read_model
+from gatepack.inspection import identify
+from gatepack.models import DTYPES
+from gatepack.progress import Log
+from gatepack.timing import Measurement
+
+FORMATS = ("uniform", "hf", "gguf")
+_QUANTIZED = {"gguf": ("q8_0",)}
+
+
+def export(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    format: str = "uniform",
+    *,
+    tokenizer=None,
+    dtype: str = "auto",
+    windows: torch.Tensor | None = None,
+    base: str = "",
+    text: str = "",
+    speed: Measurement | None = None,
+    log: Log | None = None,
+) -> dict:
+    """Writes a packed (or dense) model for other programs, runs one of them on it, and reports.
+
+    format: "uniform" (a stock checkpoint; every layer has the same sizes), "hf" (sizes of each
+    layer, with a modelling file for transformers) or "gguf" (llama.cpp). dtype: float32, bfloat16,
+    float16 or, for "auto", the model's own; "gguf" also takes q8_0. windows [n, length]: token ids
+    on which what was written is compared with the model; None for random ones. base, text and
+    speed (of gatepack.measure) are for the model card, README.md.
+
+    The folder is written whole or not at all, after the comparison. Returns format, model, files
+    (name -> bytes), parity, and notes, what the format does not carry. Raises ValueError for a
+    model that the format cannot hold, naming what to change; ParityError if what was written does
+    not compute what the model does; ImportError with the pip line for a missing package.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    allowed = (*DTYPES, *_QUANTIZED.get(format, ()))
+    if dtype not in allowed:
+        raise ValueError(
+            f"dtype must be one of {', '.join(allowed)} for format {format!r}, got {dtype!r}"
+        )
+    writer = importlib.import_module(f"gatepack.exporters.{format}")
+    own = DTYPES.get(dtype)
+    options = {"dtype": dtype} if format in _QUANTIZED else {}
+    source = read_model(model, tokenizer, own if isinstance(own, torch.dtype) else None)
+    windows = default_windows(source.model) if windows is None else windows
+    log = log or Log()
+    with replaced_folder(directory) as folder:
+        log.say(f"writing {format}")
+        notes = writer.write(source, folder, **options)
+        if tokenizer is not None and format != "gguf":
+            tokenizer.save_pretrained(folder)
+        log.say("comparing what was written with the model")
+        parity = writer.check(source, folder, windows)
+        report = {
+            "format": format,
+            "model": identify(source.model, base),
+            "files": _sizes(folder),
+            "parity": parity,
+            "notes": notes,
+        }
+        write_card(source, folder, report, base, text, speed)
+    return report
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

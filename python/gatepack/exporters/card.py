@@ -1,0 +1,100 @@
+"""Stage 6, export: the model card that lies beside every export."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from gatepack.exporters.source import Source
+from gatepack.hf import layers_of
+from gatepack.inspection import identify
+
+_TITLES = {
+    "uniform": "Loads with plain transformers, and with every engine that takes its model_type.",
+    "hf": "Loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, or "
+    "with `gatepack.from_pretrained(folder)`, which runs no code of the folder.",
+    "gguf": "Loads with llama.cpp and what is built on it.",
+}
+
+
+def write_card(source: Source, folder: Path, report: dict, base: str, text: str, speed) -> None:
+    """README.md: what was removed, from what, on which text, parity and speed."""
+    facts = identify(source.model)
+    front = {"library_name": "gguf" if report["format"] == "gguf" else "transformers"}
+    if base.count("/") == 1 and not base.startswith((".", "/", "~")):
+        front["base_model"] = base
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
+    lines += ["tags:", "- gatepack", "- pruned", "---", "", f"# {base or facts['class']}, packed"]
+    lines += ["", _TITLES[report["format"]], "", "## What was removed", ""]
+    lines += _removed(source, facts, base, text)
+    lines += ["", "## Parity", "", *_parity(report["parity"])]
+    lines += ["", "## Speed", "", *_speed(speed)]
+    if report["notes"]:
+        lines += ["", "## Not carried", "", *(f"- {note}" for note in report["notes"])]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _removed(source: Source, facts: dict, base: str, text: str) -> Sequence[str]:
+    lines = [
+        f"{1 - facts['kept_fraction']:.1%} of the weights of the blocks' linears; "
+        f"{facts['parameters']:,} parameters stay.",
+        "",
+        f"- from: {base or 'not recorded'}",
+        f"- text: {text or 'not recorded'}",
+        "",
+        "| layer | query heads | key/value heads | MLP channels |",
+        "|---|---:|---:|---:|",
+    ]
+    dense = _dense_sizes(source)
+    for index, sizes in enumerate(source.sizes):
+        cells = (
+            f"{kept} of {whole}"
+            for kept, whole in zip(
+                (sizes.queries, sizes.kv_heads, sizes.width), dense[index], strict=True
+            )
+        )
+        lines.append(f"| {index} | {' | '.join(cells)} |")
+    return lines
+
+
+def _dense_sizes(source: Source) -> list[tuple[int, int, int]]:
+    """(query heads, key/value heads, channels) of each layer before packing."""
+    kept = (getattr(source.config, "gatepack", None) or {}).get("kept", {})
+    config, found = source.config, []
+    for layer, sizes in zip(layers_of(source.model), source.sizes, strict=True):
+        heads = kept.get(f"{layer.heads_name}:heads")
+        channels = kept.get(f"{layer.channels_name}:channels")
+        queries = heads["size"] if heads else sizes.queries
+        whole = getattr(config, "num_key_value_heads", None) or queries
+        found.append(
+            (
+                queries,
+                whole if heads else sizes.kv_heads,
+                channels["size"] if channels else sizes.width,
+            )
+        )
+    return found
+
+
+def _parity(parity: dict) -> Sequence[str]:
+    if "skipped" in parity:
+        return [f"Not checked: {parity['skipped']}."]
+    lines = [f"Loaded and run by {parity['consumer']}, against the packed model in torch:", ""]
+    if "max_abs_difference" in parity:
+        bound = f" (rounding bound {parity['bound']:.3g})" if "bound" in parity else ""
+        lines.append(f"- logits differ by at most {parity['max_abs_difference']:.3g}{bound}")
+    if "perplexity" in parity:
+        figures = parity["perplexity"]
+        lines.append(f"- perplexity {figures['export']:.4f}, the model's {figures['model']:.4f}")
+    if "greedy" in parity:
+        lines.append(
+            "- {same} of {prompts} greedy continuations are equal".format(**parity["greedy"])
+        )
+    return lines
+
+
+def _speed(speed) -> Sequence[str]:
+    if speed is None:
+        return ["Not measured."]
+    header, *rows = speed.rows()
+    table = [header, ["---"] * len(header), *rows]
+    return [*(f"| {' | '.join(row)} |" for row in table), "", f"{speed.conditions()}."]

@@ -1,0 +1,64 @@
+"""Stage 6, export: sizes of each layer for transformers, with a small modelling file.
+
+config.json has per_layer_config (transformers >= 5.14 reads it), auto_map, and gatepack_layout, the
+family's row; modeling_gatepack.py gives the stock classes those sizes. Loads with
+AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), and with
+gatepack.from_pretrained, which runs no code of the folder.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from gatepack.checkpoint import write_manifest
+from gatepack.exporters.parity import auto_class, check_reloaded
+from gatepack.exporters.source import Source
+
+MODELING = "modeling_gatepack"
+_CLASSIFIERS = ("SequenceClassification", "TokenClassification")
+
+
+def write(source: Source, folder: Path) -> list[str]:
+    """Writes the checkpoint with its modelling file; returns what it does not carry."""
+    name = source.stock_class().__name__
+    source.model.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    digits = len(str(len(source.sizes) - 1))
+    config["per_layer_config"] = {
+        str(index).zfill(digits): source.config_sizes(sizes)
+        for index, sizes in enumerate(source.sizes)
+    }
+    config["allow_global_per_layer_attribute_access"] = True
+    config["gatepack_layout"] = {
+        **asdict(source.layers[0].family),
+        "width_key": source.width_key,
+    }
+    config["architectures"] = [f"Packed{name}"]
+    config["auto_map"] = _auto_map(source, name)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(Path(__file__).with_name(f"{MODELING}.py"), folder / f"{MODELING}.py")
+    write_manifest(folder)
+    return []
+
+
+def check(source: Source, folder: Path, windows: torch.Tensor) -> dict:
+    return check_reloaded(source, folder, windows, trust_remote_code=True)
+
+
+def _auto_map(source: Source, name: str) -> dict[str, str]:
+    """The model's own head, the bare model, and the classifiers that its family has."""
+    import transformers
+
+    family = name.partition("For")[0].removesuffix("LMHeadModel")
+    classes = {auto_class(name): name, "AutoModel": f"{family}Model"}
+    for head in _CLASSIFIERS:
+        classes.setdefault(f"AutoModelFor{head}", f"{family}For{head}")
+    return {
+        auto: f"{MODELING}.Packed{found}"
+        for auto, found in classes.items()
+        if hasattr(transformers, found)
+    }

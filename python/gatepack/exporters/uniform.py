@@ -1,0 +1,67 @@
+"""Stage 6, export: a stock checkpoint, which every engine loads without custom code.
+
+Keys: num_attention_heads, num_key_value_heads, head_dim and intermediate_size, each one number for
+all layers. LlamaConfig refuses head counts that do not divide hidden_size, so such a model is
+written as Mistral, whose forward is the same without biases.
+"""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from gatepack.exporters.parity import check_reloaded
+from gatepack.exporters.source import Source
+
+_OURS = ("gatepack", "gatepack_layout", "auto_map", "per_layer_config")
+_LLAMA_ONLY = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp")
+
+
+def write(source: Source, folder: Path) -> list[str]:
+    """Writes the checkpoint; returns what it does not carry."""
+    config, name, notes = _stock_config(source)
+    with torch.device("meta"):
+        stock = source.stock_class(name)(config)
+    stock.load_state_dict(source.model.state_dict(), assign=True)
+    stock.tie_weights()
+    if source.model.can_generate():
+        stock.generation_config = source.model.generation_config
+    stock.save_pretrained(folder)
+    return [*notes, "which units of the dense model these are (gatepack.save_pretrained does)"]
+
+
+def check(source: Source, folder: Path, windows: torch.Tensor) -> dict:
+    return check_reloaded(source, folder, windows)
+
+
+def _stock_config(source: Source):
+    """(config, class name, notes) of the stock architecture."""
+    queries = source.same(lambda sizes: sizes.queries, "query heads", "uniform")
+    kv_heads = source.same(lambda sizes: sizes.kv_heads, "key/value heads", "uniform")
+    width = source.same(lambda sizes: sizes.width, "MLP channels", "uniform")
+    source.require_free_head_dim(queries, "uniform")
+    values = source.config.to_dict()
+    for key in _OURS:
+        values.pop(key, None)
+    values[source.width_key] = width
+    name = source.stock_class().__name__
+    if hasattr(source.config, "num_key_value_heads"):
+        sizes = {"num_key_value_heads": kv_heads, "head_dim": source.head_dim}
+        values |= {"num_attention_heads": queries, **sizes}
+    if source.config.model_type != "llama" or source.config.hidden_size % queries == 0:
+        return type(source.config).from_dict(values), name, []
+    biased = [key for key in ("attention_bias", "mlp_bias") if values.get(key)]
+    if biased:
+        raise ValueError(
+            f"format 'uniform' writes a Llama whose {queries} heads do not divide hidden_size "
+            f"{source.config.hidden_size} as Mistral, which has no biases, but {biased[0]} is set: "
+            "export with format='hf' or 'gguf'"
+        )
+    for key in _LLAMA_ONLY:
+        values.pop(key, None)
+    note = (
+        f"the name Llama: {queries} heads do not divide hidden_size, so it is written as Mistral, "
+        "which computes the same"
+    )
+    config = transformers.MistralConfig.from_dict({**values, "sliding_window": None})
+    return config, name.replace("Llama", "Mistral"), [note]

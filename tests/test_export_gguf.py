@@ -1,0 +1,185 @@
+"""export(format="gguf"): what the file says, checked with the gguf package, and what llama.cpp
+makes of it where llama-cpp-python is installed."""
+
+import pytest
+import torch
+from packed import EVEN, UNEVEN, packed_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import gatepack as gp
+from gatepack.exporters import parity
+
+gguf = pytest.importorskip("gguf")
+VOCABULARY = 300
+PROSE = ("the gate is open", "a word 42 and more", "héllo\n  wörld")
+
+
+def byte_tokenizer(*merges: tuple[str, str], split=None):
+    """A byte-level BPE tokenizer with one special token; split: what comes before ByteLevel."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<eos>", *letters, *("".join(pair) for pair in merges)]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
+    steps = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.pre_tokenizer = steps if split is None else pre_tokenizers.Sequence([split, steps])
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+MERGES = (("t", "h"), ("th", "e"), ("Ġ", "o"), ("o", "r"), ("4", "2"))
+
+
+def exported(folder, model_type="llama", sizes=UNEVEN, dtype="auto", **overrides):
+    model = packed_model(model_type, **sizes, vocab_size=VOCABULARY, **overrides)
+    tokenizer = byte_tokenizer(*MERGES)
+    report = gp.export(model, folder, "gguf", tokenizer=tokenizer, dtype=dtype)
+    return model, tokenizer, report
+
+
+def read(folder):
+    reader = gguf.GGUFReader(folder / "model.gguf")
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    return values, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def test_arrays_of_uneven_layers(tmp_path):
+    model, _, _ = exported(tmp_path / "m")
+    values, tensors = read(tmp_path / "m")
+    assert values["general.architecture"] == "deci"
+    assert values["deci.attention.head_count"] == [6, 3]
+    assert values["deci.attention.head_count_kv"] == [2, 1]
+    assert values["deci.feed_forward_length"] == [16, 24]
+    assert values["deci.attention.key_length"] == values["deci.rope.dimension_count"] == 8
+    layer = model.model.layers[1]
+    pairs = layer.self_attn.q_proj.weight.detach().reshape(3, 2, 4, 48).transpose(1, 2)
+    found = torch.from_numpy(tensors["blk.1.attn_q.weight"].data.copy())
+    assert torch.equal(found, pairs.reshape(24, 48))
+    found = torch.from_numpy(tensors["blk.1.ffn_down.weight"].data.copy())
+    assert torch.equal(found, layer.mlp.down_proj.weight.detach())
+    assert len(tensors) == len(model.state_dict())
+
+
+def test_even_layers_are_a_plain_llama(tmp_path):
+    exported(tmp_path / "m", sizes=EVEN, tie_word_embeddings=True)
+    values, tensors = read(tmp_path / "m")
+    assert values["general.architecture"] == "llama"
+    assert values["llama.attention.head_count"] == 4
+    assert values["llama.feed_forward_length"] == 24
+    assert "output.weight" not in tensors
+
+
+def test_tokenizer(tmp_path):
+    _, tokenizer, _ = exported(tmp_path / "m")
+    values, _ = read(tmp_path / "m")
+    tokens = values["tokenizer.ggml.tokens"]
+    assert len(tokens) == VOCABULARY
+    assert {token: tokens.index(token) for token in tokenizer.get_vocab()} == tokenizer.get_vocab()
+    assert values["tokenizer.ggml.merges"] == [" ".join(pair) for pair in MERGES]
+    assert values["tokenizer.ggml.pre"] == "gpt-2"
+    assert values["tokenizer.ggml.eos_token_id"] == 0
+    kinds = values["tokenizer.ggml.token_type"]
+    assert kinds[0] == gguf.TokenType.CONTROL and kinds[1] == gguf.TokenType.NORMAL
+    assert kinds[-1] == gguf.TokenType.UNUSED
+
+
+@pytest.mark.parametrize(
+    "dtype, kind", [("float16", "F16"), ("bfloat16", "BF16"), ("float32", "F32"), ("q8_0", "Q8_0")]
+)
+def test_dtypes(tmp_path, dtype, kind):
+    sizes = {"closed": ([1, 4], [1, 4]), "widths": (32, 32)}
+    _, _, report = exported(
+        tmp_path / "m", sizes=sizes, dtype=dtype, hidden_size=64, num_attention_heads=8
+    )
+    _, tensors = read(tmp_path / "m")
+    assert tensors["blk.0.ffn_up.weight"].tensor_type.name == kind
+    assert tensors["blk.0.ffn_norm.weight"].tensor_type.name == "F32"
+    odd = [name for name, each in tensors.items() if each.tensor_type.name not in (kind, "F32")]
+    assert odd == ([f"blk.{i}.attn_output.weight" for i in (0, 1)] if dtype == "q8_0" else [])
+    assert bool(report["notes"]) == bool(odd)
+
+
+@pytest.mark.parametrize(
+    "model_type, overrides, message",
+    [
+        ("qwen3", {}, "model_type 'qwen3': expected one of llama, mistral, qwen2"),
+        ("mistral", {"sliding_window": 16}, "sliding_window 16"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu': expected 'silu'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type 'dynamic'",
+        ),
+    ],
+)
+def test_refusals(tmp_path, model_type, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        exported(tmp_path / "m", model_type, **{"sliding_window": None, **overrides})
+    assert not (tmp_path / "m").exists()
+
+
+def test_tokenizers_that_are_refused(tmp_path):
+    model = packed_model(**UNEVEN, vocab_size=VOCABULARY)
+    with pytest.raises(ValueError, match="pass tokenizer="):
+        gp.export(model, tmp_path / "m", "gguf")
+    odd = byte_tokenizer(split=pre_tokenizers.Punctuation())
+    with pytest.raises(ValueError, match="has no name for a tokenizer that splits text"):
+        gp.export(model, tmp_path / "m", "gguf", tokenizer=odd)
+    small = packed_model(**UNEVEN, vocab_size=100)
+    with pytest.raises(ValueError, match="the model's embedding has 100 rows"):
+        gp.export(small, tmp_path / "m", "gguf", tokenizer=byte_tokenizer())
+
+
+class TestLlamaCpp:
+    @pytest.fixture(autouse=True)
+    def installed(self):
+        pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which builds from source")
+
+    @pytest.mark.parametrize(
+        "model_type, sizes, overrides",
+        [
+            ("llama", UNEVEN, {}),
+            ("llama", EVEN, {"tie_word_embeddings": True}),
+            ("llama", UNEVEN, {"attention_bias": True, "mlp_bias": True}),
+            (
+                "llama",
+                UNEVEN,
+                {
+                    "rope_parameters": {
+                        "rope_type": "llama3",
+                        "rope_theta": 1e4,
+                        "factor": 8.0,
+                        "low_freq_factor": 1.0,
+                        "high_freq_factor": 4.0,
+                        "original_max_position_embeddings": 16,
+                    }
+                },
+            ),
+            ("mistral", UNEVEN, {"sliding_window": None}),
+            ("qwen2", UNEVEN, {}),
+            ("qwen2", EVEN, {}),
+        ],
+    )
+    def test_computes_the_same(self, tmp_path, model_type, sizes, overrides):
+        _, _, report = exported(tmp_path / "m", model_type, sizes, **overrides)
+        found = report["parity"]
+        assert found["consumer"].startswith("llama.cpp")
+        assert found["max_abs_difference"] < 1e-4
+        assert found["greedy"] == {"same": 5, "prompts": 5, "tokens": 16}
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
+    def test_other_dtypes_are_within_one_per_cent(self, tmp_path, dtype):
+        _, _, report = exported(tmp_path / "m", dtype=dtype)
+        figures = report["parity"]["perplexity"]
+        assert figures["export"] == pytest.approx(figures["model"], rel=parity.PERPLEXITY_BOUND - 1)
+
+    @pytest.mark.parametrize("split", [None, pre_tokenizers.Digits(individual_digits=True)])
+    def test_tokenizes_the_same(self, tmp_path, split):
+        import llama_cpp
+
+        model = packed_model(**UNEVEN, vocab_size=VOCABULARY)
+        tokenizer = byte_tokenizer(*MERGES, split=split)
+        gp.export(model, tmp_path / "m", "gguf", tokenizer=tokenizer)
+        runner = llama_cpp.Llama(str(tmp_path / "m/model.gguf"), vocab_only=True, verbose=False)
+        for text in PROSE:
+            assert runner.tokenize(text.encode(), add_bos=True) == tokenizer(text).input_ids
+            assert runner.detokenize(tokenizer(text).input_ids).decode() == text
