@@ -21,7 +21,7 @@ from gatepack.row_column_packing import shrink_linears
 
 MANIFEST = "gatepack.json"
 _SUPERSEDED = re.compile(
-    rf"(generation_)?config\.json|{re.escape(MANIFEST)}|modeling_gatepack\.py|model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?"
+    rf"(generation_)?config\.json|{re.escape(MANIFEST)}|(modeling_(gatepack|decilm)|configuration_decilm)\.py|model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?"
 )
 _MODELING_KEYS = (
     "per_layer_config",

@@ -1,5 +1,7 @@
 """Tiny packed models with chosen sizes, and modules of theirs that transformers runs."""
 
+import sys
+
 import pytest
 import torch
 from tiny import set_gates, tiny_model
@@ -36,3 +38,5 @@ def modules_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)

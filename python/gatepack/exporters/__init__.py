@@ -16,7 +16,7 @@ from gatepack.models import DTYPES
 from gatepack.progress import Log
 from gatepack.timing import Measurement
 
-FORMATS = ("uniform", "hf", "gguf")
+FORMATS = ("uniform", "hf", "gguf", "decilm")
 _QUANTIZED = {"gguf": ("q8_0",)}
 
 
@@ -36,10 +36,11 @@ def export(
     """Writes a packed (or dense) model for other programs, runs one of them on it, and reports.
 
     format: "uniform" (a stock checkpoint; every layer has the same sizes), "hf" (sizes of each
-    layer, with a modelling file for transformers) or "gguf" (llama.cpp). dtype: float32, bfloat16,
-    float16 or, for "auto", the model's own; "gguf" also takes q8_0. windows [n, length]: token ids
-    on which what was written is compared with the model; None for random ones. base, text and
-    speed (of gatepack.measure) are for the model card, README.md.
+    layer, with a modelling file for transformers), "gguf" (llama.cpp) or "decilm" (vLLM, SGLang,
+    TensorRT-LLM). dtype: float32, bfloat16, float16 or, for "auto", the model's own; "gguf" also
+    takes q8_0. windows [n, length]: token ids on which what was written is compared with the model;
+    None for random ones. base, text and speed (of gatepack.measure) are for the model card,
+    README.md.
 
     The folder is written whole or not at all, after the comparison. Returns format, model, files
     (name -> bytes), parity, and notes, what the format does not carry. Raises ValueError for a
@@ -57,6 +58,7 @@ def export(
     own = DTYPES.get(dtype)
     options = {"dtype": dtype} if format in _QUANTIZED else {}
     source = read_model(model, tokenizer, own if isinstance(own, torch.dtype) else None)
+    writer.refuse(source)
     windows = default_windows(source.model) if windows is None else windows
     log = log or Log()
     with replaced_folder(directory) as folder:

@@ -13,6 +13,8 @@ _TITLES = {
     "hf": "Loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, or "
     "with `gatepack.from_pretrained(folder)`, which runs no code of the folder.",
     "gguf": "Loads with llama.cpp and what is built on it.",
+    "decilm": "Loads with engines that have DeciLM (`nemotron-nas`), and with transformers and "
+    "`trust_remote_code=True`.",
 }
 
 

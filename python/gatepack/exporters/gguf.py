@@ -38,10 +38,8 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 def write(source: Source, folder: Path, dtype: str) -> list[str]:
     """Writes model.gguf; returns what it does not carry."""
-    require("format 'gguf'", "gguf")
     import gguf
 
-    _refuse(source)
     kind = {
         "float32": gguf.GGMLQuantizationType.F32,
         "float16": gguf.GGMLQuantizationType.F16,
@@ -142,7 +140,9 @@ def _prompts(windows: torch.Tensor) -> list[list[int]]:
     return [flat[start : start + PROMPT_TOKENS].tolist() for start in starts]
 
 
-def _refuse(source: Source) -> None:
+def refuse(source: Source) -> None:
+    """ValueError for a model that the format cannot hold; ImportError where gguf is missing."""
+    require("format 'gguf'", "gguf")
     config = source.config
     problem = None
     if config.model_type not in _MODEL_TYPES:

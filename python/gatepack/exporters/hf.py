@@ -21,6 +21,11 @@ MODELING = "modeling_gatepack"
 _CLASSIFIERS = ("SequenceClassification", "TokenClassification")
 
 
+def refuse(source: Source) -> None:
+    """ValueError for a model that is not of a class of transformers."""
+    auto_class(source.stock_class().__name__)
+
+
 def write(source: Source, folder: Path) -> list[str]:
     """Writes the checkpoint with its modelling file; returns what it does not carry."""
     name = source.stock_class().__name__

@@ -17,6 +17,11 @@ _OURS = ("gatepack", "gatepack_layout", "auto_map", "per_layer_config")
 _LLAMA_ONLY = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp")
 
 
+def refuse(source: Source) -> None:
+    """ValueError for a model whose layers differ, or whose config has no key for its heads."""
+    _stock_config(source)
+
+
 def write(source: Source, folder: Path) -> list[str]:
     """Writes the checkpoint; returns what it does not carry."""
     config, name, notes = _stock_config(source)
