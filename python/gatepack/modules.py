@@ -269,7 +269,7 @@ def multipliers(current: Open | None) -> torch.Tensor | None:
 
 def _folded(operands, x, in_open, out_open, rows, cols, full_in):
     if cols is not None and x.shape[-1] == full_in:
-        x = x.index_select(-1, cols)
+        x = take_lanes(x, cols)
     x = as_operand(x, operands.w)
     z_in, z_out = multipliers(in_open), multipliers(out_open)
     in_lanes = 1 if in_open is None else in_open.gate.lanes
