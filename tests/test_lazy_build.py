@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ class Bench:
         real = os.environ.get("CXX", "c++")
         self.compiler.write_text(COMPILER.format(log=self.log, go=self.go, compiler=real))
         self.compiler.chmod(0o755)
+        self.started: list[subprocess.Popen] = []
 
     @property
     def compiled(self) -> int:
@@ -69,7 +71,7 @@ class Bench:
             "CXX": str(self.compiler),
             **variables,
         }
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(self.env.bin / "python"), "-c", code],
             env=variables,
             stdout=subprocess.PIPE,
@@ -77,6 +79,15 @@ class Bench:
             text=True,
             start_new_session=True,
         )
+        self.started.append(process)
+        return process
+
+    def stop(self) -> None:
+        """Ends what a failed test has left waiting, with the compilers it started."""
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
 
     def finish(self, process: subprocess.Popen) -> list[str]:
         out, err = process.communicate(timeout=500)
@@ -91,8 +102,10 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path) -> Bench:
-    return Bench(tmp_path)
+def bench(tmp_path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.stop()
 
 
 def wait_for(holds, seconds: float = 120) -> None:
