@@ -36,7 +36,7 @@ def neighbours(config):
         elif field.name.startswith("block") or field.name == "num_warps":
             changed = iter((value // 2, value * 2))
         else:
-            changed = iter(sorted({value - 1, value + 1, value * 2}))
+            changed = iter(sorted({value // 2, value - 1, value + 1, value * 2}))
         while True:
             try:
                 yield dataclasses.replace(config, **{field.name: next(changed)})
