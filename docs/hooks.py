@@ -16,6 +16,7 @@ from gatepack import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
+_SPECIAL = re.compile(r"`[^`\n]+`|[\\`*_<>\[\]#]")
 
 
 def on_files(files, config):
@@ -55,10 +56,8 @@ def _op_section(op: str) -> list[str]:
     parts = [f"## {op}", to_markdown(about[0].upper() + about[1:])]
     parts += [f"### {op}_fn", *_signed(f"{op}_fn")]
     parts += [f"### {op}_ref", *_signed(f"{op}_ref")]
-    registered = getattr(torch.ops.gatepack, op, None)
-    if registered is not None:
-        parts += ["Registered as", f"```text\n{registered.default._schema}\n```"]
-    return parts
+    schema = getattr(torch.ops.gatepack, op).default._schema
+    return [*parts, "Registered as", f"```text\n{schema}\n```"]
 
 
 def _signed(name: str) -> list[str]:
@@ -71,17 +70,19 @@ def _signed(name: str) -> list[str]:
             lines.append("    *,")
             starred = True
         lines.append(f"    {parameter},")
-    signature = "\n".join([f"{name}(", *lines, ")"])
+    signature = re.sub(r"gatepack\.kernels\.\w+\.", "", "\n".join([f"{name}(", *lines, ")"]))
     return [f"```python\n{signature}\n```", to_markdown(inspect.getdoc(value) or "")]
 
 
 def to_markdown(docstring: str) -> str:
-    """A docstring in Markdown: indented formulas stay code, what is special elsewhere is quoted."""
+    """A docstring in Markdown: formulas and `names` stay code, what is special elsewhere is not."""
     blocks = docstring.split("\n\n")
-    return "\n\n".join(
-        block if block.startswith("    ") else re.sub(r"([\\`*_<>\[\]|#~])", r"\\\1", block)
-        for block in blocks
-    )
+    return "\n\n".join(b if b.startswith("    ") else _SPECIAL.sub(_plain, b) for b in blocks)
+
+
+def _plain(match: re.Match) -> str:
+    found = match.group()
+    return found if len(found) > 1 else f"&#{ord(found)};"
 
 
 def performance_page() -> str:
