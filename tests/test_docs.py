@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hooks
 import pytest
+import report
 import torch
 from checkpoints import save_tiny
 from tiny import tiny_model, token_ids
@@ -133,6 +134,24 @@ def test_performance_page_has_every_bench_with_results():
     }
     for bench in {row["bench"] for row in rows} & set(titles):
         assert f"## {titles[bench]}\n" in page
+
+
+def test_op_results_have_a_line_per_setting(tmp_path, monkeypatch):
+    stamp = {"commit": "abc", "dirty": False, "date": "2026-01-01", "threads": 1, "torch": "2.9"}
+    setting = {"bench": "op", "op": "gated_mlp", "model": "tiny", "dtype": "float32", "open": 0.6}
+    rows = [
+        {"contender": name, "tokens": tokens, "ms": ms, "roofline": 0.5, "device": "chip"}
+        for name, tokens, ms in (("ours", 8, 1.25), ("masked", 8, 2.5), ("masked", 16, 5.0))
+    ]
+    (tmp_path / "chip").mkdir()
+    lines = [json.dumps(setting | stamp | row) for row in rows]
+    (tmp_path / "chip" / "ops.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    page = report.performance_page()
+    assert "| shape | open | masked, ms | ours, ms | ours, of roofline |" in page
+    assert "| tiny, T=8, float32 | 60% | 2.500 | 1.250 | 50% |" in page
+    assert "| tiny, T=16, float32 | 60% | 5.000 |  |  |" in page
+    assert "chip, 1 threads, torch 2.9, 2026-01-01, commit abc." in page
 
 
 def documented_defaults() -> list[tuple[str, str, str]]:
