@@ -17,6 +17,7 @@ from gatepack.progress import Log
 from gatepack.timing import Measurement
 
 FORMATS = ("uniform", "hf", "gguf", "decilm")
+# Formats that convert weights themselves, and what they take beyond DTYPES.
 _QUANTIZED = {"gguf": ("q8_0",)}
 
 
@@ -47,18 +48,8 @@ def export(
     model that the format cannot hold, naming what to change; ParityError if what was written does
     not compute what the model does; ImportError with the pip line for a missing package.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    allowed = (*DTYPES, *_QUANTIZED.get(format, ()))
-    if dtype not in allowed:
-        raise ValueError(
-            f"dtype must be one of {', '.join(allowed)} for format {format!r}, got {dtype!r}"
-        )
-    writer = importlib.import_module(f"gatepack.exporters.{format}")
-    own = DTYPES.get(dtype)
+    source, writer = plan(model, format, tokenizer=tokenizer, dtype=dtype)
     options = {"dtype": dtype} if format in _QUANTIZED else {}
-    source = read_model(model, tokenizer, own if isinstance(own, torch.dtype) else None)
-    writer.refuse(source)
     windows = default_windows(source.model) if windows is None else windows
     log = log or Log()
     with replaced_folder(directory) as folder:
@@ -77,6 +68,27 @@ def export(
         }
         write_card(source, folder, report, base, text, speed)
     return report
+
+
+def plan(model: nn.Module, format: str, *, tokenizer=None, dtype: str = "auto"):
+    """(Source, module of the format) for a model that the format holds; ValueError for others."""
+    check_options(format, dtype)
+    casts = format not in _QUANTIZED and dtype != "auto"
+    source = read_model(model, tokenizer, DTYPES[dtype] if casts else None)
+    writer = importlib.import_module(f"gatepack.exporters.{format}")
+    writer.refuse(source)
+    return source, writer
+
+
+def check_options(format: str, dtype: str) -> None:
+    """ValueError for a format that there is not, or a dtype that it does not take."""
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    allowed = (*DTYPES, *_QUANTIZED.get(format, ()))
+    if dtype not in allowed:
+        raise ValueError(
+            f"dtype must be one of {', '.join(allowed)} for format {format!r}, got {dtype!r}"
+        )
 
 
 def _sizes(folder: Path) -> dict[str, int]:
