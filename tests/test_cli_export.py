@@ -41,7 +41,9 @@ def test_writes_prints_and_can_be_loaded(tmp_path, text):
     transformers.AutoModelForCausalLM.from_pretrained(out)
     transformers.AutoTokenizer.from_pretrained(out)
     card = (out / "README.md").read_text()
-    assert "| prefill, tokens/s |" in card and "- text: text.jsonl" in card and "owner/model" in card
+    assert (
+        "| prefill, tokens/s |" in card and "- text: text.jsonl" in card and "owner/model" in card
+    )
 
 
 @pytest.mark.usefixtures("modules_cache")
