@@ -73,7 +73,7 @@ def test_dry_run_writes_nothing(tmp_path):
         (["--format", "uniform"], "needs equally many query heads in every layer"),
         (["--format", "uniform", "--dry-run"], "needs equally many query heads in every layer"),
         (["--format", "decilm"], "format 'decilm'"),
-        (["--format", "zip"], "format must be one of uniform, hf, gguf, decilm, got 'zip'"),
+        (["--format", "zip"], "format must be one of uniform, hf, gguf, decilm, onnx, got 'zip'"),
         (["--dtype", "q8_0"], "dtype must be one of"),
         (["--windows", "0"], "windows must be >= 1, got 0"),
     ],

@@ -26,7 +26,7 @@ def export(
         str,
         typer.Option(
             help="uniform (stock checkpoint), hf (sizes of each layer, with a modelling file), "
-            "gguf (llama.cpp) or decilm (vLLM, SGLang, TensorRT-LLM)."
+            "gguf (llama.cpp), decilm (vLLM, SGLang, TensorRT-LLM) or onnx (onnxruntime)."
         ),
     ] = "uniform",
     dtype: Annotated[

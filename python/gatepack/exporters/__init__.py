@@ -16,7 +16,7 @@ from gatepack.models import DTYPES
 from gatepack.progress import Log
 from gatepack.timing import Measurement
 
-FORMATS = ("uniform", "hf", "gguf", "decilm")
+FORMATS = ("uniform", "hf", "gguf", "decilm", "onnx")
 # Formats that convert weights themselves, and what they take beyond DTYPES.
 _QUANTIZED = {"gguf": ("q8_0",)}
 
@@ -37,11 +37,11 @@ def export(
     """Writes a packed (or dense) model for other programs, runs one of them on it, and reports.
 
     format: "uniform" (a stock checkpoint; every layer has the same sizes), "hf" (sizes of each
-    layer, with a modelling file for transformers), "gguf" (llama.cpp) or "decilm" (vLLM, SGLang,
-    TensorRT-LLM). dtype: float32, bfloat16, float16 or, for "auto", the model's own; "gguf" also
-    takes q8_0. windows [n, length]: token ids on which what was written is compared with the model;
-    None for random ones. base, text and speed (of gatepack.measure) are for the model card,
-    README.md.
+    layer, with a modelling file for transformers), "gguf" (llama.cpp), "decilm" (vLLM, SGLang,
+    TensorRT-LLM) or "onnx" (onnxruntime). dtype: float32, bfloat16, float16 or, for "auto", the
+    model's own; "gguf" also takes q8_0. windows [n, length]: token ids on which what was written is
+    compared with the model; None for random ones. base, text and speed (of gatepack.measure) are
+    for the model card, README.md.
 
     The folder is written whole or not at all, after the comparison. Returns format, model, files
     (name -> bytes), parity, and notes, what the format does not carry. Raises ValueError for a

@@ -15,6 +15,7 @@ _TITLES = {
     "gguf": "Loads with llama.cpp and what is built on it.",
     "decilm": "Loads with engines that have DeciLM (`nemotron-nas`), and with transformers and "
     "`trust_remote_code=True`.",
+    "onnx": "Loads with onnxruntime: `input_ids` [batch, tokens] in, `logits` out, no cache.",
 }
 
 

@@ -176,7 +176,7 @@ def _add_sizes(writer, source: Source, uniform: bool) -> None:
     )
     for add, values in arrays:
         add(values[0] if uniform else values)
-    writer.add_name(getattr(config, "name_or_path", "") or type(source.model).__name__)
+    writer.add_name(f"{type(source.model).__name__}, packed")
     writer.add_block_count(len(sizes))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
