@@ -34,16 +34,20 @@ def invoke(*arguments):
 
 def test_writes_prints_and_can_be_loaded(tmp_path, text):
     folder, out = save(tmp_path / "packed", packed_model(**EVEN)), tmp_path / "out"
-    done = invoke(folder, *text, *FAST, "--out", out, "--base", "owner/model")
+    done = invoke(folder, *text, *FAST, "--out", out, "--base", "owner/model", "--data", "d")
     assert done.exit_code == 0, done.output
     assert "LlamaForCausalLM as uniform" in done.output
     assert "AutoModelForCausalLM" in done.output and "logits differ by at most" in done.output
     transformers.AutoModelForCausalLM.from_pretrained(out)
     transformers.AutoTokenizer.from_pretrained(out)
     card = (out / "README.md").read_text()
-    assert (
-        "| prefill, tokens/s |" in card and "- text: text.jsonl" in card and "owner/model" in card
-    )
+    for line in (
+        "| prefill, tokens/s |",
+        "- pruned or trained on: d",
+        "on 2 x 16 tokens",
+        "# owner/model, packed",
+    ):
+        assert line in card
 
 
 @pytest.mark.usefixtures("modules_cache")

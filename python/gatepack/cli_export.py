@@ -36,6 +36,9 @@ def export(
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
     windows: Annotated[int, typer.Option(help="Windows on which it is compared.")] = 4,
     base: Annotated[str, typer.Option(help="The dense model's name, for the model card.")] = "",
+    data: Annotated[
+        str, typer.Option(help="What it was pruned or trained on, for the model card.")
+    ] = "",
     speed: Annotated[bool, typer.Option(help="Time the model for the model card.")] = True,
     prompt_tokens: PromptTokens = 128,
     new_tokens: NewTokens = 16,
@@ -62,6 +65,7 @@ def export(
             window=window,
             windows=windows,
             base=base,
+            data=data,
             speed=speed,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,

@@ -115,6 +115,8 @@ def print_export(report: dict, out: Path) -> None:
         facts["perplexity"] = f"{figures['model']:.4f} -> {figures['export']:.4f}"
     if "greedy" in parity:
         facts["equal greedy continuations"] = "{same} of {prompts}".format(**parity["greedy"])
+    if "tokenized" in parity:
+        facts["equal tokens of texts"] = "{same} of {texts}".format(**parity["tokenized"])
     if report["notes"]:
         facts["not carried"] = "; ".join(report["notes"])
     facts["written"] = f"{out}/ ({', '.join(report['files'])})"

@@ -30,7 +30,7 @@ def export(
     dtype: str = "auto",
     windows: torch.Tensor | None = None,
     base: str = "",
-    text: str = "",
+    data: str = "",
     speed: Measurement | None = None,
     log: Log | None = None,
 ) -> dict:
@@ -40,8 +40,8 @@ def export(
     layer, with a modelling file for transformers), "gguf" (llama.cpp), "decilm" (vLLM, SGLang,
     TensorRT-LLM) or "onnx" (onnxruntime). dtype: float32, bfloat16, float16 or, for "auto", the
     model's own; "gguf" also takes q8_0. windows [n, length]: token ids on which what was written is
-    compared with the model; None for random ones. base, text and speed (of gatepack.measure) are
-    for the model card, README.md.
+    compared with the model; None for random ones. For the model card, README.md: base, the dense
+    model; data, what it was pruned or trained on; speed, of gatepack.measure.
 
     The folder is written whole or not at all, after the comparison. Returns format, model, files
     (name -> bytes), parity, and notes, what the format does not carry. Raises ValueError for a
@@ -58,7 +58,7 @@ def export(
         if tokenizer is not None and format != "gguf":
             tokenizer.save_pretrained(folder)
         log.say("comparing what was written with the model")
-        parity = writer.check(source, folder, windows)
+        parity = {**writer.check(source, folder, windows), "windows": list(windows[:4].shape)}
         report = {
             "format": format,
             "model": identify(source.model, base),
@@ -66,7 +66,7 @@ def export(
             "parity": parity,
             "notes": notes,
         }
-        write_card(source, folder, report, base, text, speed)
+        write_card(source, folder, report, base, data, speed)
     return report
 
 

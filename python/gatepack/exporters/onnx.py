@@ -71,7 +71,7 @@ def write(source: Source, folder: Path) -> list[str]:
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     with evaluating(source.model), torch.no_grad():
         torch.onnx.export(
-            Logits(source.model),
+            Logits(source.model).eval(),
             (example,),
             folder / FILE,
             input_names=["input_ids"],

@@ -6,7 +6,6 @@ from pathlib import Path
 from torch import nn
 
 from gatepack.data import load_documents, split_documents, to_windows
-from gatepack.evaluation import DEFAULT_TEXT
 from gatepack.exporters import check_options, export, plan
 from gatepack.inspection import identify
 from gatepack.models import load_model, torch_dtype
@@ -21,7 +20,8 @@ class ExportConfig:
 
     model: as load_model takes it; a gated one is packed in memory first. text: as load_documents
     takes it; the part that train holds out is cut into windows of `window` tokens, and the first so
-    many are used. base: the dense model, for the card. speed: also time the model for the card.
+    many are used. For the card: base, the dense model; data, what it was pruned or trained on;
+    speed, whether to time it.
     """
 
     model: str
@@ -32,6 +32,7 @@ class ExportConfig:
     window: int = 128
     windows: int = 4
     base: str = ""
+    data: str = ""
     speed: bool = True
     prompt_tokens: int = 128
     new_tokens: int = 16
@@ -67,7 +68,7 @@ def run(config: ExportConfig, log: Log) -> dict:
         dtype=config.dtype,
         windows=windows,
         base=config.base,
-        text=DEFAULT_TEXT if config.text is None else config.text.name,
+        data=config.data,
         speed=speed,
         log=log,
     )
