@@ -115,12 +115,12 @@ def test_model_card_and_tokenizer(tmp_path):
         tmp_path / "m",
         tokenizer=letter_tokenizer(),
         base="owner/model",
-        text="letters, 18 documents",
+        data="letters, 18 documents",
         speed=speed,
     )
     card = (tmp_path / "m" / "README.md").read_text()
     assert 'base_model: "owner/model"' in card
-    assert "- text: letters, 18 documents" in card
+    assert "- pruned or trained on: letters, 18 documents" in card
     assert "| 0 | 4 of 6 | 2 of 2 | 24 of 40 |" in card
     assert "logits differ by at most 0 " in card
     assert speed.conditions() in card

@@ -6,6 +6,7 @@ import typer
 
 from gatepack.cli_bench import bench
 from gatepack.cli_eval import evaluate, plot
+from gatepack.cli_export import export
 from gatepack.cli_train import demo, pack, train
 
 app = typer.Typer(
@@ -14,7 +15,7 @@ app = typer.Typer(
     add_completion=True,
     rich_markup_mode="rich",
 )
-for command in (train, pack, bench, demo, plot):
+for command in (train, pack, export, bench, demo, plot):
     app.command(command.__name__)(command)
 app.command("eval")(evaluate)
 

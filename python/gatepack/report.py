@@ -100,6 +100,38 @@ def print_bench_plan(plan: dict) -> None:
     _facts(plan["model"]["name"], {**facts, "seconds": f"{plan['seconds']:,.1f}"})
 
 
+def print_export(report: dict, out: Path) -> None:
+    """Prints what gatepack.export returned; out is where its files are."""
+    parity, model = report["parity"], report["model"]
+    facts = {
+        "parameters": f"{model['parameters']:,}",
+        "MB": f"{sum(report['files'].values()) / 1e6:,.1f}",
+        "loaded by": parity.get("consumer", f"not checked: {parity.get('skipped')}"),
+    }
+    if "max_abs_difference" in parity:
+        facts["logits differ by at most"] = f"{parity['max_abs_difference']:.2g}"
+    if "perplexity" in parity:
+        figures = parity["perplexity"]
+        facts["perplexity"] = f"{figures['model']:.4f} -> {figures['export']:.4f}"
+    if "greedy" in parity:
+        facts["equal greedy continuations"] = "{same} of {prompts}".format(**parity["greedy"])
+    if "tokenized" in parity:
+        facts["equal tokens of texts"] = "{same} of {texts}".format(**parity["tokenized"])
+    if report["notes"]:
+        facts["not carried"] = "; ".join(report["notes"])
+    facts["written"] = f"{out}/ ({', '.join(report['files'])})"
+    _facts(f"{model['class']} as {report['format']}", facts)
+
+
+def print_export_plan(plan: dict) -> None:
+    """Prints what gatepack.exporters.run.dry_run returned."""
+    model = plan["model"]
+    facts = {"parameters": f"{model['parameters']:,}", "MB": f"{model['bytes'] / 1e6:,.1f}"}
+    for kind, values in model["widths"].items():
+        facts[kind.replace("_", " ")] = ", ".join(map(str, values))
+    _facts(f"{model['name']} as {plan['format']}", facts)
+
+
 def _facts(title: str, facts: dict[str, str]) -> None:
     table = Table(title=escape(title), show_header=False)
     table.add_column(no_wrap=True)

@@ -16,7 +16,8 @@ from gatepack.models import DTYPES
 from gatepack.progress import Log
 from gatepack.timing import Measurement
 
-FORMATS = ("uniform", "hf", "gguf", "decilm")
+FORMATS = ("uniform", "hf", "gguf", "decilm", "onnx")
+# Formats that convert weights themselves, and what they take beyond DTYPES.
 _QUANTIZED = {"gguf": ("q8_0",)}
 
 
@@ -29,36 +30,26 @@ def export(
     dtype: str = "auto",
     windows: torch.Tensor | None = None,
     base: str = "",
-    text: str = "",
+    data: str = "",
     speed: Measurement | None = None,
     log: Log | None = None,
 ) -> dict:
     """Writes a packed (or dense) model for other programs, runs one of them on it, and reports.
 
     format: "uniform" (a stock checkpoint; every layer has the same sizes), "hf" (sizes of each
-    layer, with a modelling file for transformers), "gguf" (llama.cpp) or "decilm" (vLLM, SGLang,
-    TensorRT-LLM). dtype: float32, bfloat16, float16 or, for "auto", the model's own; "gguf" also
-    takes q8_0. windows [n, length]: token ids on which what was written is compared with the model;
-    None for random ones. base, text and speed (of gatepack.measure) are for the model card,
-    README.md.
+    layer, with a modelling file for transformers), "gguf" (llama.cpp), "decilm" (vLLM, SGLang,
+    TensorRT-LLM) or "onnx" (onnxruntime). dtype: float32, bfloat16, float16 or, for "auto", the
+    model's own; "gguf" also takes q8_0. windows [n, length]: token ids on which what was written is
+    compared with the model; None for random ones. For the model card, README.md: base, the dense
+    model; data, what it was pruned or trained on; speed, of gatepack.measure.
 
     The folder is written whole or not at all, after the comparison. Returns format, model, files
     (name -> bytes), parity, and notes, what the format does not carry. Raises ValueError for a
     model that the format cannot hold, naming what to change; ParityError if what was written does
     not compute what the model does; ImportError with the pip line for a missing package.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    allowed = (*DTYPES, *_QUANTIZED.get(format, ()))
-    if dtype not in allowed:
-        raise ValueError(
-            f"dtype must be one of {', '.join(allowed)} for format {format!r}, got {dtype!r}"
-        )
-    writer = importlib.import_module(f"gatepack.exporters.{format}")
-    own = DTYPES.get(dtype)
+    source, writer = plan(model, format, tokenizer=tokenizer, dtype=dtype)
     options = {"dtype": dtype} if format in _QUANTIZED else {}
-    source = read_model(model, tokenizer, own if isinstance(own, torch.dtype) else None)
-    writer.refuse(source)
     windows = default_windows(source.model) if windows is None else windows
     log = log or Log()
     with replaced_folder(directory) as folder:
@@ -67,7 +58,7 @@ def export(
         if tokenizer is not None and format != "gguf":
             tokenizer.save_pretrained(folder)
         log.say("comparing what was written with the model")
-        parity = writer.check(source, folder, windows)
+        parity = {**writer.check(source, folder, windows), "windows": list(windows[:4].shape)}
         report = {
             "format": format,
             "model": identify(source.model, base),
@@ -75,8 +66,29 @@ def export(
             "parity": parity,
             "notes": notes,
         }
-        write_card(source, folder, report, base, text, speed)
+        write_card(source, folder, report, base, data, speed)
     return report
+
+
+def plan(model: nn.Module, format: str, *, tokenizer=None, dtype: str = "auto"):
+    """(Source, module of the format) for a model that the format holds; ValueError for others."""
+    check_options(format, dtype)
+    casts = format not in _QUANTIZED and dtype != "auto"
+    source = read_model(model, tokenizer, DTYPES[dtype] if casts else None)
+    writer = importlib.import_module(f"gatepack.exporters.{format}")
+    writer.refuse(source)
+    return source, writer
+
+
+def check_options(format: str, dtype: str) -> None:
+    """ValueError for a format that there is not, or a dtype that it does not take."""
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    allowed = (*DTYPES, *_QUANTIZED.get(format, ()))
+    if dtype not in allowed:
+        raise ValueError(
+            f"dtype must be one of {', '.join(allowed)} for format {format!r}, got {dtype!r}"
+        )
 
 
 def _sizes(folder: Path) -> dict[str, int]:

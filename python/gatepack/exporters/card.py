@@ -15,11 +15,12 @@ _TITLES = {
     "gguf": "Loads with llama.cpp and what is built on it.",
     "decilm": "Loads with engines that have DeciLM (`nemotron-nas`), and with transformers and "
     "`trust_remote_code=True`.",
+    "onnx": "Loads with onnxruntime: `input_ids` [batch, tokens] in, `logits` out, no cache.",
 }
 
 
-def write_card(source: Source, folder: Path, report: dict, base: str, text: str, speed) -> None:
-    """README.md: what was removed, from what, on which text, parity and speed."""
+def write_card(source: Source, folder: Path, report: dict, base: str, data: str, speed) -> None:
+    """README.md: what was removed, from what, on which data, parity and speed."""
     facts = identify(source.model)
     front = {"library_name": "gguf" if report["format"] == "gguf" else "transformers"}
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):
@@ -27,7 +28,7 @@ def write_card(source: Source, folder: Path, report: dict, base: str, text: str,
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
     lines += ["tags:", "- gatepack", "- pruned", "---", "", f"# {base or facts['class']}, packed"]
     lines += ["", _TITLES[report["format"]], "", "## What was removed", ""]
-    lines += _removed(source, facts, base, text)
+    lines += _removed(source, facts, base, data)
     lines += ["", "## Parity", "", *_parity(report["parity"])]
     lines += ["", "## Speed", "", *_speed(speed)]
     if report["notes"]:
@@ -35,13 +36,13 @@ def write_card(source: Source, folder: Path, report: dict, base: str, text: str,
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _removed(source: Source, facts: dict, base: str, text: str) -> Sequence[str]:
+def _removed(source: Source, facts: dict, base: str, data: str) -> Sequence[str]:
     lines = [
         f"{1 - facts['kept_fraction']:.1%} of the weights of the blocks' linears; "
         f"{facts['parameters']:,} parameters stay.",
         "",
         f"- from: {base or 'not recorded'}",
-        f"- text: {text or 'not recorded'}",
+        f"- pruned or trained on: {data or 'not recorded'}",
         "",
         "| layer | query heads | key/value heads | MLP channels |",
         "|---|---:|---:|---:|",
@@ -80,7 +81,12 @@ def _dense_sizes(source: Source) -> list[tuple[int, int, int]]:
 def _parity(parity: dict) -> Sequence[str]:
     if "skipped" in parity:
         return [f"Not checked: {parity['skipped']}."]
-    lines = [f"Loaded and run by {parity['consumer']}, against the packed model in torch:", ""]
+    count, length = parity["windows"]
+    lines = [
+        f"Loaded and run by {parity['consumer']}, against the packed model in torch, on {count} x "
+        f"{length} tokens:",
+        "",
+    ]
     if "max_abs_difference" in parity:
         bound = f" (rounding bound {parity['bound']:.3g})" if "bound" in parity else ""
         lines.append(f"- logits differ by at most {parity['max_abs_difference']:.3g}{bound}")
@@ -88,9 +94,11 @@ def _parity(parity: dict) -> Sequence[str]:
         figures = parity["perplexity"]
         lines.append(f"- perplexity {figures['export']:.4f}, the model's {figures['model']:.4f}")
     if "greedy" in parity:
-        lines.append(
-            "- {same} of {prompts} greedy continuations are equal".format(**parity["greedy"])
-        )
+        form = "- {same} of {prompts} greedy continuations of {tokens} tokens are equal"
+        lines.append(form.format(**parity["greedy"]))
+    if "tokenized" in parity:
+        form = "- {same} of {texts} texts give the same tokens"
+        lines.append(form.format(**parity["tokenized"]))
     return lines
 
 

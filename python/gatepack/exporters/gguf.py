@@ -100,6 +100,7 @@ def check(source: Source, folder: Path, windows: torch.Tensor) -> dict:
 
     what = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
     try:
+        tokenized = sum(_same_tokens(runner, source.tokenizer, row) for row in sample)
         theirs = [logits_of(row.tolist()) for row in sample]
         same = 0
         for prompt in _prompts(windows):
@@ -125,7 +126,13 @@ def check(source: Source, folder: Path, windows: torch.Tensor) -> dict:
         "max_abs_difference": difference,
         "perplexity": figures,
         "greedy": {"same": same, "prompts": PROMPTS, "tokens": NEW_TOKENS},
+        "tokenized": {"same": tokenized, "texts": len(sample)},
     }
+
+
+def _same_tokens(runner, tokenizer, ids: torch.Tensor) -> bool:
+    text = tokenizer.decode(ids)
+    return runner.tokenize(text.encode(), special=True) == tokenizer(text).input_ids
 
 
 def _torch_logits(model, ids: list[int]) -> torch.Tensor:
@@ -176,7 +183,7 @@ def _add_sizes(writer, source: Source, uniform: bool) -> None:
     )
     for add, values in arrays:
         add(values[0] if uniform else values)
-    writer.add_name(getattr(config, "name_or_path", "") or type(source.model).__name__)
+    writer.add_name(f"{type(source.model).__name__}, packed")
     writer.add_block_count(len(sizes))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -11,13 +11,20 @@ import torch
 import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 
 class Packed:
     """Mixed into a class of transformers: gives its layers their sizes before weights load."""
 
     def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+        verbosity = logging.get_verbosity()
+        # transformers warns of the global sizes, which are meant here and replaced below.
+        logging.set_verbosity_error()
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            logging.set_verbosity(verbosity)
         for index, (_, layer) in enumerate(_layers(self)):
             _resize_layer(layer, config, index)
 

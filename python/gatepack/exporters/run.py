@@ -1,0 +1,91 @@
+"""Stage 7, command line: export by name, with a text to compare on and a timing for the card."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from gatepack.data import load_documents, split_documents, to_windows
+from gatepack.exporters import check_options, export, plan
+from gatepack.inspection import identify
+from gatepack.models import load_model, torch_dtype
+from gatepack.packing import pack
+from gatepack.progress import Log
+from gatepack.timing import measure
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is written where, and on what it is compared.
+
+    model: as load_model takes it; a gated one is packed in memory first. text: as load_documents
+    takes it; the part that train holds out is cut into windows of `window` tokens, and the first so
+    many are used. For the card: base, the dense model; data, what it was pruned or trained on;
+    speed, whether to time it.
+    """
+
+    model: str
+    out: Path
+    format: str = "uniform"
+    dtype: str = "auto"
+    text: Path | None = None
+    window: int = 128
+    windows: int = 4
+    base: str = ""
+    data: str = ""
+    speed: bool = True
+    prompt_tokens: int = 128
+    new_tokens: int = 16
+    repeats: int = 3
+
+    def __post_init__(self):
+        check_options(self.format, self.dtype)
+        for name in ("window", "windows", "prompt_tokens", "new_tokens", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+
+def run(config: ExportConfig, log: Log) -> dict:
+    """Loads config.model, exports it to config.out, and returns export's report."""
+    model, tokenizer = _load(config, log)
+    documents = split_documents(load_documents(config.text))[1]
+    windows = to_windows(documents, tokenizer, config.window)[: config.windows]
+    speed = None
+    if config.speed:
+        with log.bar("timing", "repeat", config.repeats) as tell:
+            speed = measure(
+                model,
+                prompt_tokens=config.prompt_tokens,
+                new_tokens=config.new_tokens,
+                repeats=config.repeats,
+                progress=tell,
+            )
+    return export(
+        model,
+        config.out,
+        config.format,
+        tokenizer=tokenizer,
+        dtype=config.dtype,
+        windows=windows,
+        base=config.base,
+        data=config.data,
+        speed=speed,
+        log=log,
+    )
+
+
+def dry_run(config: ExportConfig, log: Log) -> dict:
+    """Whether the format holds the model (else ValueError), and what it is; writes nothing."""
+    model, _ = _load(config, log)
+    return {"format": config.format, "model": identify(model, config.model)}
+
+
+def _load(config: ExportConfig, log: Log) -> tuple[nn.Module, object]:
+    """(packed model, tokenizer), of which the format is known to hold the model."""
+    log.say(f"loading {config.model}")
+    model, tokenizer = load_model(config.model, torch_dtype("auto"))
+    if identify(model)["state"] == "gated":
+        log.say("packing it in memory")
+        pack(model)
+    plan(model, config.format, tokenizer=tokenizer)
+    return model.eval(), tokenizer
