@@ -62,7 +62,7 @@ def checkout(folder: Path, version: str | None = None, mark: str | None = None) 
 class Env:
     """A virtual environment without pip; borrow: also sees the packages of the running one.
 
-    Its own packages come first, and of the running one's only plain folders are seen, not its
+    Its own packages come first, and of the running one's nothing of gatepack is seen, nor other
     editable installs.
     """
 
@@ -75,7 +75,12 @@ class Env:
             sysconfig.get_path("purelib", scheme, {"base": str(folder), "platbase": str(folder)})
         )
         if borrow:
-            (self.site / "borrowed.pth").write_text(f"{SITE}\n")
+            borrowed = folder / "borrowed"
+            borrowed.mkdir()
+            for path in SITE.iterdir():
+                if not path.name.startswith(("gatepack", "__editable__")):
+                    (borrowed / path.name).symlink_to(path)
+            (self.site / "borrowed.pth").write_text(f"{borrowed}\n")
         else:
             # Enough to build with, and nothing else: no torch.
             for path in (*SITE.glob("setuptools*"), SITE / "_distutils_hack"):
