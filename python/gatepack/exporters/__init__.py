@@ -50,12 +50,15 @@ def export(
     not compute what the model does; ImportError with the pip line for a missing package.
     """
     source, writer = plan(model, format, tokenizer=tokenizer, dtype=dtype)
-    options = {"dtype": dtype} if format in _QUANTIZED else {}
     windows = default_windows(source.model) if windows is None else windows
     log = log or Log()
     with replaced_folder(directory) as folder:
         log.say(f"writing {format}")
-        notes = writer.write(source, folder, **options)
+        if format in _QUANTIZED:
+            with log.bar("converting", "tensor") as tell:
+                notes = writer.write(source, folder, dtype, tell)
+        else:
+            notes = writer.write(source, folder)
         if tokenizer is not None and format != "gguf":
             tokenizer.save_pretrained(folder)
         log.say("comparing what was written with the model")
