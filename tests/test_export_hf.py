@@ -114,6 +114,18 @@ class TestLoading:
         assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
         assert torch.equal(outputs_of(load(tmp_path / "again")), outputs_of(model))
 
+    @pytest.mark.parametrize("format", ["uniform", "decilm", "hf"])
+    def test_exports_again(self, tmp_path, format):
+        sizes = {"closed": ([1, 4], [0, 5]), "widths": (256, 256), "intermediate_size": 512}
+        model = packed_model(**sizes)
+        gp.export(model, tmp_path / "m", "hf")
+        report = gp.export(load(tmp_path / "m"), tmp_path / "again", format)
+        assert report["parity"]["max_abs_difference"] == 0
+        assert 0.4 < report["model"]["kept_fraction"] < 0.7
+        config = json.loads((tmp_path / "again" / "config.json").read_text())
+        assert ("per_layer_config" in config) == (format == "hf")
+        assert torch.equal(outputs_of(load(tmp_path / "again")), outputs_of(model))
+
     def test_unpacks(self, folder, model):
         loaded = gp.from_pretrained(folder)
         gp.unpack(loaded)

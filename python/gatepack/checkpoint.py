@@ -23,7 +23,7 @@ MANIFEST = "gatepack.json"
 _SUPERSEDED = re.compile(
     rf"(generation_)?config\.json|{re.escape(MANIFEST)}|(modeling_(gatepack|decilm)|configuration_decilm)\.py|model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?"
 )
-_MODELING_KEYS = (
+MODELING_KEYS = (
     "per_layer_config",
     "allow_global_per_layer_attribute_access",
     "gatepack_layout",
@@ -265,7 +265,7 @@ def _forget_modeling_file(config) -> None:
     """Removes what gatepack.export writes for transformers; the record of open sets says it all."""
     if hasattr(config, "gatepack_layout"):
         config.per_layer_config = None
-        for name in _MODELING_KEYS:
+        for name in MODELING_KEYS:
             config.__dict__.pop(name, None)
         config.architectures = [name.removeprefix("Packed") for name in config.architectures]
 

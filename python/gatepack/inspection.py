@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+import transformers
 from torch import nn
 
 from gatepack import _ext
@@ -156,8 +157,11 @@ def identify(model: nn.Module, name: str = "") -> dict:
 
 
 def _dense_block_weights(root: nn.Module) -> int:
+    # A model that its modelling file built (exporters/modeling_gatepack.py) is of a class PackedX.
+    name = type(root).__name__.removeprefix("Packed")
+    dense_class = getattr(transformers, name, type(root))
     with torch.device("meta"):
-        return _block_weights(layers_of(type(root)(root.config)))
+        return _block_weights(layers_of(dense_class(root.config)))
 
 
 def _block_weights(layers) -> int:

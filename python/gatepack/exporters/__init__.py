@@ -3,6 +3,7 @@
 import importlib
 import os
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from gatepack.checkpoint import replaced_folder
 from gatepack.exporters.card import write_card
 from gatepack.exporters.parity import default_windows
-from gatepack.exporters.source import read_model
+from gatepack.exporters.source import Source, read_model
 from gatepack.inspection import identify
 from gatepack.models import DTYPES
 from gatepack.progress import Log
@@ -49,12 +50,15 @@ def export(
     not compute what the model does; ImportError with the pip line for a missing package.
     """
     source, writer = plan(model, format, tokenizer=tokenizer, dtype=dtype)
-    options = {"dtype": dtype} if format in _QUANTIZED else {}
     windows = default_windows(source.model) if windows is None else windows
     log = log or Log()
     with replaced_folder(directory) as folder:
         log.say(f"writing {format}")
-        notes = writer.write(source, folder, **options)
+        if format in _QUANTIZED:
+            with log.bar("converting", "tensor") as tell:
+                notes = writer.write(source, folder, dtype, tell)
+        else:
+            notes = writer.write(source, folder)
         if tokenizer is not None and format != "gguf":
             tokenizer.save_pretrained(folder)
         log.say("comparing what was written with the model")
@@ -70,7 +74,9 @@ def export(
     return report
 
 
-def plan(model: nn.Module, format: str, *, tokenizer=None, dtype: str = "auto"):
+def plan(
+    model: nn.Module, format: str, *, tokenizer=None, dtype: str = "auto"
+) -> tuple[Source, ModuleType]:
     """(Source, module of the format) for a model that the format holds; ValueError for others."""
     check_options(format, dtype)
     casts = format not in _QUANTIZED and dtype != "auto"

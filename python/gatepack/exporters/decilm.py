@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gatepack.checkpoint import write_manifest
+from gatepack.checkpoint import MODELING_KEYS, write_manifest
 from gatepack.exporters.parity import check_reloaded
 from gatepack.exporters.source import Source
 
@@ -48,7 +48,8 @@ def write(source: Source, folder: Path) -> list[str]:
     source.model.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("gatepack", None)
+    for key in ("gatepack", *MODELING_KEYS):
+        config.pop(key, None)
     queries, hidden = source.sizes[0].queries, source.config.hidden_size
     config |= {
         "model_type": "nemotron-nas",

@@ -15,6 +15,7 @@ from gatepack.exporters.gguf_tokenizer import add_tokenizer
 from gatepack.exporters.parity import greedy_tokens, refuse_perplexity
 from gatepack.exporters.source import Source
 from gatepack.optional import require
+from gatepack.progress import Tell
 from gatepack.quality import perplexity, token_logits, vocabulary_size
 
 FILE = "model.gguf"
@@ -36,8 +37,8 @@ _GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
-def write(source: Source, folder: Path, dtype: str) -> list[str]:
-    """Writes model.gguf; returns what it does not carry."""
+def write(source: Source, folder: Path, dtype: str, progress: Tell) -> list[str]:
+    """Writes model.gguf; returns what it does not carry. progress: called with (done, total)."""
     import gguf
 
     kind = {
@@ -61,9 +62,10 @@ def write(source: Source, folder: Path, dtype: str) -> list[str]:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, tensor in tensors.items():
+        for done, (name, tensor) in enumerate(tensors.items(), 1):
             values = tensor.detach().float().cpu().contiguous().numpy()
             writer.write_tensor_data(gguf.quants.quantize(values, kinds[name]))
+            progress(done, len(tensors))
     finally:
         writer.close()
     odd = [name for name, tensor in tensors.items() if tensor.dim() > 1 and kinds[name] != kind]

@@ -27,6 +27,10 @@ class Packed:
             logging.set_verbosity(verbosity)
         for index, (_, layer) in enumerate(_layers(self)):
             _resize_layer(layer, config, index)
+        # save_pretrained copies this file only for a class that is registered.
+        for auto, reference in (getattr(config, "auto_map", None) or {}).items():
+            if reference.endswith(f".{type(self).__name__}"):
+                self.register_for_auto_class(auto)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):

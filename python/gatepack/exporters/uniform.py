@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import transformers
 
+from gatepack.checkpoint import MODELING_KEYS
 from gatepack.exporters.parity import check_reloaded
 from gatepack.exporters.source import Source
 
-_OURS = ("gatepack", "gatepack_layout", "auto_map", "per_layer_config")
 _LLAMA_ONLY = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp")
 
 
@@ -46,7 +46,7 @@ def _stock_config(source: Source):
     width = source.same(lambda sizes: sizes.width, "MLP channels", "uniform")
     source.require_free_head_dim(queries, "uniform")
     values = source.config.to_dict()
-    for key in _OURS:
+    for key in ("gatepack", *MODELING_KEYS):
         values.pop(key, None)
     values[source.width_key] = width
     name = source.stock_class().__name__
