@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from ops import no_host_sync
+from ops import no_host_sync, warm_up
 from tiny import dense_gradients, mask_dense, set_gates, tiny_model, token_ids
 
 import gatepack as gp
@@ -266,12 +266,7 @@ def test_a_training_step_captures_into_a_graph(device):
         gates.step()
         return loss.detach()
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
+    warm_up(step, 3)
     start = {name: t.clone() for name, t in model.state_dict().items()}
     optimizer_start = copy.deepcopy(optimizer.state_dict())
     with no_host_sync():

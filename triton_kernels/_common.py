@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from ._configs import choose_config
+
 INTERPRET = knobs.runtime.interpret
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,6 +38,13 @@ def arch_of(device: torch.device) -> str:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def config_of(kind, op, ints, shape, dtype, device):
+    """The `kind` of config that the caller gave as integers, or else the choice for this chip."""
+    if ints:
+        return kind.from_ints(ints)
+    return choose_config(op, shape, dtype, arch_of(device))
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import arch_of, check_device, expect, expect_operand, offsets, rows_of
-from ._configs import Panel, choose_config
+from ._common import check_device, config_of, expect, expect_operand, offsets, rows_of
+from ._configs import Panel
 from .sample_gates import bytes_of
 
 
@@ -233,11 +233,7 @@ def _channel_stats(x, token_mask, shift, config):
     if t == 0 or c == 0:
         kept = x.new_full((), t, dtype=torch.int64) if token_mask is None else token_mask.sum()
         return kept, x.new_zeros(5, c, dtype=torch.float32)
-    panel = (
-        Panel.from_ints(config)
-        if config
-        else choose_config("channel_stats", (t, c), x.dtype, arch_of(x.device))
-    )
+    panel = config_of(Panel, "channel_stats", config, (t, c), x.dtype, x.device)
     splits, tiles_c = triton.cdiv(t, panel.span), triton.cdiv(c, panel.columns)
     count = x.new_empty(splits, dtype=torch.float32)
     partial = x.new_empty(5, splits, c, dtype=torch.float32)

@@ -14,14 +14,14 @@ import triton.language as tl
 from ._common import (
     DTYPES,
     INTERPRET,
-    arch_of,
     check_device,
+    config_of,
     offsets,
     refuse_second_derivative,
     round_to,
     rows_of,
 )
-from ._configs import Panel, choose_config
+from ._configs import Panel
 
 
 def column_dot_ref(a, b):
@@ -107,9 +107,7 @@ def _check(a, b):
 
 
 def _panel(config, rows):
-    if config:
-        return Panel.from_ints(config)
-    return choose_config("column_dot", tuple(rows.shape), rows.dtype, arch_of(rows.device))
+    return config_of(Panel, "column_dot", config, tuple(rows.shape), rows.dtype, rows.device)
 
 
 @torch.library.custom_op(

@@ -26,8 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import arch_of, check_device, expect, refuse_second_derivative
-from ._configs import Panel, choose_config
+from ._common import check_device, config_of, expect, refuse_second_derivative
+from ._configs import Panel
 from .sample_gates import BETA, GAMMA, OFFSET, ZETA, bytes_of, check_segments, tanh
 
 PENALTY_SIGMA = tl.constexpr(0.5)
@@ -199,9 +199,7 @@ def _launch_arguments(logits, offsets, unit_cost, shared_size, shared_cost, clos
 
 
 def _panel(config, max_segment, device):
-    if config:
-        return Panel.from_ints(config)
-    return choose_config("gate_penalty", (max_segment,), torch.float32, arch_of(device))
+    return config_of(Panel, "gate_penalty", config, (max_segment,), torch.float32, device)
 
 
 _GATES = (

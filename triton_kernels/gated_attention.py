@@ -27,13 +27,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ._common import (
     DTYPES,
     INTERPRET,
-    arch_of,
     check_device,
+    config_of,
     expect,
     fp32_precision,
     refuse_second_derivative,
 )
-from ._configs import GatedAttentionConfig, choose_config
+from ._configs import GatedAttentionConfig
 from .attention_kernels import (
     _gated_attention_bwd_dkv_kernel,
     _gated_attention_bwd_dq_kernel,
@@ -157,10 +157,8 @@ def _sizes(q, k, cu_q, max_q, max_k):
 
 
 def _tiles(config, q, v, queries, keys):
-    if config:
-        return GatedAttentionConfig.from_ints(config)
     shape = (queries, keys, q.shape[-1], v.shape[-1])
-    return choose_config("gated_attention", shape, q.dtype, arch_of(q.device))
+    return config_of(GatedAttentionConfig, "gated_attention", config, shape, q.dtype, q.device)
 
 
 def _masks(key_mask, cu_seqlens_q, cu_seqlens_k):

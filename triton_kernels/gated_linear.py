@@ -37,7 +37,7 @@ Source: FineGates, arXiv 2412.12951 (row and column gates, LoRA between them); A
 import torch
 import torch.nn.functional as F
 
-from ._common import arch_of, check_device, refuse_second_derivative, rows_of
+from ._common import arch_of, check_device, config_of, refuse_second_derivative, rows_of
 from ._configs import GatedLinearConfig, choose_config
 from ._dropout import Dropout, kept_ref
 from ._gated_linear_arguments import check_settings, check_tensors
@@ -100,9 +100,7 @@ def _axis(size, z, open_set_of_z, group):
 
 
 def _tiles(config, t, n, k, dtype, device):
-    if config:
-        return GatedLinearConfig.from_ints(config)
-    return choose_config("gated_linear", (t, n, k), dtype, arch_of(device))
+    return config_of(GatedLinearConfig, "gated_linear", config, (t, n, k), dtype, device)
 
 
 def _project(x, w, ins, alpha, drop=None):

@@ -27,6 +27,7 @@ from .gated_swiglu import (
     branch_gradients,
     branches_of,
     check,
+    differentiate,
     expect_lora,
     gated_swiglu_ref,
     gradients_like,
@@ -104,7 +105,6 @@ _NAMES = (
     "x", "w_a", "w_u", "w_d", "z", "b_a", "b_u", "b_d", "a_of_a", "b_of_a", "a_of_u", "b_of_u",
     "a_of_d", "b_of_d",
 )  # fmt: skip
-_READ_X = ("w_a", "w_u", "a_of_a", "a_of_u")  # what needs x for its gradient
 
 
 @torch.library.custom_op("gatepack::gated_mlp", mutates_args=(), schema=_FORWARD)
@@ -209,24 +209,7 @@ def _(
     return dx + gradients_like(tensors, needs[1:])
 
 
-def _save_for_backward(ctx, inputs, output):
-    tensors, (_, keep, *settings) = inputs[:14], inputs[14:]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    needs = [t is not None and ctx.needs_input_grad[i] for i, t in enumerate(tensors)]
-    reads_x = not keep or any(needs[i] for i, name in enumerate(_NAMES) if name in _READ_X)
-    ctx.save_for_backward(tensors[0] if reads_x else None, *tensors[1:], *output[1:])
-    ctx.args = needs, *settings
-
-
-def _backward(ctx, dy, *_):
-    if dy is None:
-        return (None,) * 22
-    grads = iter(torch.ops.gatepack.gated_mlp_backward(dy, *ctx.saved_tensors, *ctx.args))
-    return *(next(grads) if needed else None for needed in ctx.args[0]), *(None,) * 8
-
-
-_gated_mlp.register_autograd(_backward, setup_context=_save_for_backward)
+differentiate(_gated_mlp, "gated_mlp", _NAMES)
 _gated_mlp_backward.register_autograd(refuse_second_derivative("gated_mlp"))
 
 

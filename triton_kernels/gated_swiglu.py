@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 
 from ._common import (
-    arch_of,
     check_device,
+    config_of,
     expect,
     expect_matrix,
     expect_operand,
     refuse_second_derivative,
     rows_of,
 )
-from ._configs import GatedMLPConfig, choose_config
+from ._configs import GatedMLPConfig
 from .glu_backward import glu_dx, glu_gradients
 from .glu_common import Branch, Slots, project, slots_outer, slots_times
 from .glu_forward import glu_forward
@@ -119,10 +119,8 @@ def lora_parts(name, lora):
 
 def tiles_of(op, config, t, w_u, w_a, x):
     """The op's GatedMLPConfig: given as integers, or chosen."""
-    if config:
-        return GatedMLPConfig.from_ints(config)
     shape = (t, *w_u.shape, 1 if w_a is None else 2)
-    return choose_config(op, shape, x.dtype, arch_of(x.device))
+    return config_of(GatedMLPConfig, op, config, shape, x.dtype, x.device)
 
 
 def branches_of(w_a, w_u, bias_a, bias_u, a_of_a, b_of_a, a_of_u, b_of_u, scale_a, scale_u):
@@ -285,24 +283,36 @@ def gradients_like(tensors, needs):
     ]
 
 
-def _save_for_backward(ctx, inputs, output):
-    tensors, (_, keep, *settings) = inputs[:10], inputs[10:]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    needs = [t is not None and ctx.needs_input_grad[i] for i, t in enumerate(tensors)]
-    reads_x = not keep or any(needs[i] for i, name in enumerate(_NAMES) if name in _READ_X)
-    ctx.save_for_backward(tensors[0] if reads_x else None, *tensors[1:], *output[1:])
-    ctx.args = needs, *settings
+def differentiate(op, name, names):
+    """Registers the autograd of gated_swiglu or gated_mlp.
+
+    The op takes the tensors called `names`, then gathers, keep and its settings; its first result
+    alone has a gradient, and its backward takes that, the tensors, the other results, which of
+    `names` need a gradient, and the settings.
+    """
+    backward_op = getattr(torch.ops.gatepack, f"{name}_backward")
+
+    def save_for_backward(ctx, inputs, output):
+        tensors, (_, keep, *settings) = inputs[: len(names)], inputs[len(names) :]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        needs = [t is not None and ctx.needs_input_grad[i] for i, t in enumerate(tensors)]
+        reads_x = not keep or any(needs[i] for i, name in enumerate(names) if name in _READ_X)
+        ctx.save_for_backward(tensors[0] if reads_x else None, *tensors[1:], *output[1:])
+        ctx.args = needs, *settings
+
+    def backward(ctx, grad, *_):
+        needs, *settings = ctx.args
+        others = (None,) * (2 + len(settings))  # gathers, keep, settings
+        if grad is None:
+            return *(None for _ in names), *others
+        grads = iter(backward_op(grad, *ctx.saved_tensors, *ctx.args))
+        return *(next(grads) if needed else None for needed in needs), *others
+
+    op.register_autograd(backward, setup_context=save_for_backward)
 
 
-def _backward(ctx, dh, *_):
-    if dh is None:
-        return (None,) * 17
-    grads = iter(torch.ops.gatepack.gated_swiglu_backward(dh, *ctx.saved_tensors, *ctx.args))
-    return *(next(grads) if needed else None for needed in ctx.args[0]), *(None,) * 7
-
-
-_gated_swiglu.register_autograd(_backward, setup_context=_save_for_backward)
+differentiate(_gated_swiglu, "gated_swiglu", _NAMES)
 _gated_swiglu_backward.register_autograd(refuse_second_derivative("gated_swiglu"))
 
 

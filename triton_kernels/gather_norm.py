@@ -22,14 +22,14 @@ import triton
 
 from ._common import (
     INTERPRET,
-    arch_of,
     check_device,
+    config_of,
     expect,
     expect_operand,
     refuse_second_derivative,
     rows_of,
 )
-from ._configs import Panel, choose_config
+from ._configs import Panel
 from .gather_norm_kernels import (
     _gather_norm_bwd_columns_kernel,
     _gather_norm_bwd_dx_kernel,
@@ -91,9 +91,7 @@ def _check(x, weight, bias, open_sets, gates, capacities, kind, eps):
 
 
 def _panel(config, x):
-    if config:
-        return Panel.from_ints(config)
-    return choose_config("gather_norm", tuple(x.shape), x.dtype, arch_of(x.device))
+    return config_of(Panel, "gather_norm", config, tuple(x.shape), x.dtype, x.device)
 
 
 def _dense(tensor):

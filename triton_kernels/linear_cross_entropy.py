@@ -36,8 +36,8 @@ import triton.language as tl
 
 from ._common import (
     INTERPRET,
-    arch_of,
     check_device,
+    config_of,
     expect,
     expect_matrix,
     expect_operand,
@@ -45,7 +45,7 @@ from ._common import (
     round_to,
     rows_of,
 )
-from ._configs import Panel, choose_config
+from ._configs import Panel
 
 CHUNK_BYTES = 512 * 1024**2  # logits of one chunk of tokens; twice that where W is trained
 REDUCTIONS = ("mean", "sum")
@@ -301,8 +301,7 @@ def _linear_cross_entropy(
         dw[v if t else 0 :].zero_()
     if need_bias:
         db.zero_()
-    panel = Panel.from_ints(config) if config else None
-    panel = panel or choose_config("linear_cross_entropy", (t, v, d), x.dtype, arch_of(x.device))
+    panel = config_of(Panel, "linear_cross_entropy", config, (t, v, d), x.dtype, x.device)
     with torch.cuda.device_of(x):
         x2, rows, labels = rows_of(x), w[:v], labels.reshape(-1).contiguous()
         remap = None if remap is None else remap.contiguous()

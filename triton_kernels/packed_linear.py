@@ -28,8 +28,8 @@ import triton.language as tl
 
 from ._common import (
     INTERPRET,
-    arch_of,
     check_device,
+    config_of,
     dot,
     expect,
     expect_matrix,
@@ -40,7 +40,7 @@ from ._common import (
     round_to,
     rows_of,
 )
-from ._configs import PackedLinearConfig, choose_config
+from ._configs import PackedLinearConfig
 
 LANES = 64  # lanes without a row that one step of a program fills
 
@@ -283,11 +283,7 @@ def _packed_linear(x, w, bias, rows, cols, accumulate, out_features, config):
     with torch.cuda.device_of(x):
         x2, residual = rows_of(x), None if accumulate is None else rows_of(accumulate)
         shape = (x2.shape[0], *w.shape)
-        chosen = (
-            PackedLinearConfig.from_ints(config)
-            if config
-            else choose_config("packed_linear", shape, x.dtype, arch_of(x.device))
-        )
+        chosen = config_of(PackedLinearConfig, "packed_linear", config, shape, x.dtype, x.device)
         bias, rows, cols = (v if v is None else v.contiguous() for v in (bias, rows, cols))
         _launch(x2, w, bias, rows, cols, residual, rows_of(y), chosen)
     return y

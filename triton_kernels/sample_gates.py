@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import arch_of, check_device, philox, philox_uniform, refuse_second_derivative
-from ._configs import Panel, choose_config
+from ._common import check_device, config_of, philox, philox_uniform, refuse_second_derivative
+from ._configs import Panel
 from .open_sets import open_set_ref
 
 ESTIMATORS = ("stg", "hard_concrete", "gumbel")
@@ -285,9 +285,7 @@ def bytes_of(flags):
 
 
 def _panel(config, size, device):
-    if config:
-        return Panel.from_ints(config)
-    return choose_config("sample_gates", (size,), torch.float32, arch_of(device))
+    return config_of(Panel, "sample_gates", config, (size,), torch.float32, device)
 
 
 _FORWARD = (

@@ -20,8 +20,8 @@ import triton.language as tl
 
 from ._common import (
     INTERPRET,
-    arch_of,
     check_device,
+    config_of,
     expect,
     expect_operand,
     offsets,
@@ -29,7 +29,7 @@ from ._common import (
     round_to,
     rows_of,
 )
-from ._configs import Panel, choose_config
+from ._configs import Panel
 
 
 def scatter_add_ref(residual, y, open_set, z=None):
@@ -158,9 +158,7 @@ def _check(residual, y, open_set, z):
 
 
 def _panel(config, t, d, tensor):
-    if config:
-        return Panel.from_ints(config)
-    return choose_config("scatter_add", (t, d), tensor.dtype, arch_of(tensor.device))
+    return config_of(Panel, "scatter_add", config, (t, d), tensor.dtype, tensor.device)
 
 
 @torch.library.custom_op(

@@ -11,6 +11,7 @@ from torch import nn
 from gatepack import _env
 from gatepack.gates import Gate
 from gatepack.modules import (
+    Operands,
     RowBlock,
     adopt,
     as_operand,
@@ -50,10 +51,11 @@ class GatedMLP(nn.Module):
         return gated
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up, down = self.linears()
-        if self.why_not_fused():
+        operands = self._operands()
+        if isinstance(operands, str):
+            gate, up, down = self.linears()
             return down(self.act_fn(gate(x)) * up(x))
-        return _fused(self, x)
+        return _fused(self, operands, x)
 
     def linears(self) -> list[nn.Module]:
         """gate, up and down projection."""
@@ -61,6 +63,11 @@ class GatedMLP(nn.Module):
 
     def why_not_fused(self) -> str:
         """Why the MLP runs linear by linear in its present state, or ""."""
+        operands = self._operands()
+        return operands if isinstance(operands, str) else ""
+
+    def _operands(self) -> list[Operands] | str:
+        """The operands of gate, up and down for the op, or why the MLP runs linear by linear."""
         *ups, down = self.linears()
         if not is_gated(down) or down.site.in_gate is None:
             return "no channel gate"
@@ -75,7 +82,8 @@ class GatedMLP(nn.Module):
             return "gates beside that of the channels"
         if any(_is_watched(part) for part in (*ups, down, self.act_fn)):
             return "hooks on its parts"
-        return next(filter(None, map(_why_not_whole, (*ups, down))), "")
+        operands = [operands_of(linear) for linear in (*ups, down)]
+        return next(filter(None, map(_why_not_whole, operands)), operands)
 
 
 def ungate_mlp(module: GatedMLP) -> nn.Module:
@@ -105,9 +113,8 @@ def _is_watched(module: nn.Module) -> bool:
     )
 
 
-def _why_not_whole(linear: nn.Module) -> str:
+def _why_not_whole(operands: Operands | str) -> str:
     """Why the op cannot take a linear with all that is on it, or ""."""
-    operands = operands_of(linear)
     if isinstance(operands, str):
         return operands
     if len(operands.adapters) > 1:
@@ -118,13 +125,13 @@ def _why_not_whole(linear: nn.Module) -> str:
     return "LoRA dropout" if drops else ""
 
 
-def _fused(mlp: GatedMLP, x: torch.Tensor) -> torch.Tensor:
+def _fused(mlp: GatedMLP, operands: list[Operands], x: torch.Tensor) -> torch.Tensor:
     from gatepack.kernels import gated_mlp_fn
 
     down = mlp.linears()[-1]
     gate = down.site.in_gate
-    x = as_operand(x, base_linear(down).weight)
-    a, u, d = (operands_of(linear).cast(x.dtype) for linear in mlp.linears())
+    x = as_operand(x, operands[-1].w)
+    a, u, d = (linear.cast(x.dtype) for linear in operands)
     packed = path_of(down, x) == "folded"
     if packed:
         lanes, z = gate.open().lanes, multipliers(gate.open())

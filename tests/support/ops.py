@@ -51,14 +51,19 @@ def no_host_sync():
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def captured(step):
-    """Results of step() from a CUDA graph replay, after two runs outside of it to warm up."""
+def warm_up(step, runs):
+    """Runs of step() on a stream of their own, as a capture wants before it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
+        for _ in range(runs):
             step()
     torch.cuda.current_stream().wait_stream(stream)
+
+
+def captured(step):
+    """Results of step() from a CUDA graph replay, after two runs outside of it to warm up."""
+    warm_up(step, 2)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = step()
