@@ -1,5 +1,6 @@
 """One-shot methods: metrics against their formulas by loops, then prune, pack, save and tune."""
 
+import copy
 import dataclasses
 import math
 
@@ -10,7 +11,7 @@ from tiny import tiny_model, token_ids
 import gatepack as gp
 from gatepack import methods
 from gatepack.hf import layers_of
-from gatepack.methods.one_shot import comparable, ranks, worth
+from gatepack.methods.one_shot import comparable, ranks, run_beside_lora, worth
 from gatepack.modules import weight_matrix
 from gatepack.training import TrainConfig
 
@@ -298,6 +299,35 @@ def test_run_prunes_then_tunes():
     assert not any(hasattr(module, "base_layer") for module in result.model.modules())
     assert bool(result.model(windows).logits.isfinite().all())
     assert abs(result.report.kept_fraction - 0.7) <= 0.005
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        gp.methods.FineGates(learning_rate=0.5, trains="gates", budget=0.7, freeze=0.5),
+        gp.methods.ATP(target=0.7, width_multiple=1, generator_rate=0.01),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_run_beside_lora_ends_at_the_budget_and_computes_what_was_trained(method):
+    torch.manual_seed(0)
+    model = tiny_model("llama", torch.float32)
+    windows = token_ids(batch=8, length=9)
+    train = TrainConfig(
+        steps=6, batch_size=4, window=9, lora_rank=2, calibration_batches=2, learning_rate=1e-2
+    )
+    merged = {}
+
+    def keep_last(run):
+        if run.step == train.steps:
+            run.beside.finish()
+            merged["model"] = copy.deepcopy(run.model).merge_and_unload().eval()
+
+    result = run_beside_lora(method, model, windows, train, on_step=keep_last)
+    assert len(result.losses) == train.steps
+    assert result.report.kept_fraction == pytest.approx(0.7, abs=0.02)
+    expected = merged["model"](windows).logits
+    torch.testing.assert_close(result.model(windows).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 class TestErrors:

@@ -1,5 +1,6 @@
 """The recipe and its resumable run."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -52,6 +53,60 @@ def test_interrupted_run_resumes_bit_exactly(tmp_path):
     expected = adapter_state(whole)
     for name, value in adapter_state(resumed_model).items():
         assert torch.equal(value, expected[name]), name
+
+
+def beside(model):
+    """Gates on a model with LoRA, to be trained by FineGates with noise."""
+    method = gp.methods.FineGates(learning_rate=0.2, trains="gates", budget=0.7, freeze=0.7)
+    method.prepare(model)
+    return method.start(model, CONFIG.steps)
+
+
+def test_interrupted_run_with_gates_beside_it_resumes_bit_exactly(tmp_path):
+    windows = token_ids(batch=8, length=9)
+    whole = lora_model()
+    gates = beside(whole)
+    losses = FineTuning(whole, windows, CONFIG, beside=gates).run()
+    assert gates.gates.frozen
+
+    def stop_at_three(run):
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    model = lora_model()
+    first = FineTuning(model, windows, CONFIG, tmp_path, beside=beside(model))
+    with pytest.raises(Interrupted):
+        first.run(stop_at_three)
+    resumed_model = lora_model()
+    resumed_gates = beside(resumed_model)
+    resumed = FineTuning(resumed_model, windows, CONFIG, tmp_path, beside=resumed_gates)
+    assert not any("gatepack_gates" in name for name in resumed.parameters)
+    assert resumed.run() == losses
+    assert torch.equal(resumed_gates.gates.logits, gates.gates.logits)
+    expected = adapter_state(whole)
+    for name, value in adapter_state(resumed_model).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_autocast_rounds_the_matmuls_and_keeps_fp32_weights():
+    windows = token_ids(batch=8, length=9)
+    model = lora_model()
+    lowered = FineTuning(model, windows, dataclasses.replace(CONFIG, autocast="bfloat16")).run()
+    exact = FineTuning(lora_model(), windows, CONFIG).run()
+    assert lowered != exact
+    assert lowered == pytest.approx(exact, rel=2**-7)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_objective_is_what_is_minimised():
+    windows = token_ids(batch=8, length=9)
+    model = lora_model()
+
+    def tripled(model, ids):
+        return 3 * training.next_token_loss(model, ids)
+
+    first, *_ = FineTuning(model, windows, CONFIG, objective=tripled).run()
+    assert first == pytest.approx(3 * FineTuning(lora_model(), windows, CONFIG).run()[0])
 
 
 def test_finished_run_does_not_train_again(tmp_path):
@@ -137,3 +192,5 @@ def test_config_refuses_bad_rates_and_windows():
         TrainConfig(learning_rate=-1)
     with pytest.raises(ValueError, match="window must be >= 2"):
         TrainConfig(window=1)
+    with pytest.raises(ValueError, match="autocast must be None or 'bfloat16', got 'fp8'"):
+        TrainConfig(autocast="fp8")

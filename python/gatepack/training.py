@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,7 @@ from torch import nn
 
 from gatepack.compensation import close_and_compensate
 from gatepack.data import batches
+from gatepack.gate_training import under
 from gatepack.gates import GateSet
 from gatepack.hf import GATES_NAME, gates_of, layers_of
 from gatepack.importance import calibrate, unit_scores
@@ -25,7 +27,9 @@ from gatepack.importance import calibrate, unit_scores
 class TrainConfig:
     """Lengths in steps and tokens, peak learning rate of Adam, LoRA rank (alpha = rank), seed.
 
-    The rate rises linearly over warmup_steps and falls along a cosine to 0.
+    The rate rises linearly over warmup_steps and falls along a cosine to 0. autocast: "bfloat16"
+    runs the matmuls of training in it (torch.autocast), with weights, gradients and Adam in the
+    model's dtype; None runs all in that.
     """
 
     steps: int = 40
@@ -36,8 +40,11 @@ class TrainConfig:
     lora_rank: int = 16
     calibration_batches: int = 8
     seed: int = 0
+    autocast: str | None = None
 
     def __post_init__(self):
+        if self.autocast not in (None, "bfloat16"):
+            raise ValueError(f"autocast must be None or 'bfloat16', got {self.autocast!r}")
         for field in ("steps", "batch_size", "lora_rank", "calibration_batches"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be >= 1, got {getattr(self, field)}")
@@ -109,12 +116,22 @@ def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
     return wrapped
 
 
+class Beside(Protocol):
+    """What steps beside an optimizer of the weights: a GateTraining, an ATPTraining."""
+
+    def weights(self) -> list[nn.Parameter]: ...
+    def step(self) -> None: ...
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
+
+
 class FineTuning:
     """A resumable run: Adam over a model's trainable parameters, next-token loss.
 
     Step i's batch depends on seed and i only, so a run that is cut off and resumed goes on as if it
     had not been. folder: where a checkpoint is kept, or None. Trainable parameters are saved by
-    name, as safetensors.
+    name, as safetensors. beside: steps once per step, before Adam does, and is saved along.
+    objective(model, ids [B, S]) -> scalar replaces the next-token loss in what is minimised.
     """
 
     def __init__(
@@ -123,9 +140,15 @@ class FineTuning:
         windows: torch.Tensor,
         config: TrainConfig,
         folder: Path | None = None,
+        *,
+        beside: Beside | None = None,
+        objective: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
     ):
         self.model, self.windows, self.config, self.folder = model, windows, config, folder
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.beside, self.objective = beside, objective or next_token_loss
+        trained = model.parameters() if beside is None else beside.weights()
+        trained = {id(p) for p in trained if p.requires_grad}
+        self.parameters = {name: p for name, p in model.named_parameters() if id(p) in trained}
         if not self.parameters:
             raise ValueError(
                 "model has no trainable parameter: add LoRA or unfreeze something first"
@@ -158,7 +181,10 @@ class FineTuning:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate_at(self.step)
         ids = self.windows[self.order[self.step]]
-        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        with torch.autocast(
+            ids.device.type, torch.bfloat16, enabled=self.config.autocast is not None
+        ):
+            loss = self.objective(self.model, ids)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.step}: "
@@ -166,6 +192,8 @@ class FineTuning:
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.beside is not None:
+            self.beside.step()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         self.losses.append(loss.item())
@@ -178,6 +206,8 @@ class FineTuning:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
+        if self.beside is not None:
+            tensors |= {f"beside.{name}": t for name, t in self.beside.state_dict().items()}
         metadata = {"config": json.dumps(asdict(self.config)), "losses": json.dumps(self.losses)}
         write_safetensors(self.folder / "run.safetensors", tensors, metadata)
 
@@ -193,7 +223,14 @@ class FineTuning:
             self.optimizer.state[parameter] = {
                 key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
             }
+        if self.beside is not None:
+            self.beside.load_state_dict(under("beside.", tensors))
         self.losses = json.loads(metadata["losses"])
+
+
+def next_token_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """mean of -log p(next token) over token ids [B, S], a differentiable scalar."""
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
 def save_gated_base(gates: GateSet, folder: Path) -> None:

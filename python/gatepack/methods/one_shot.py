@@ -137,13 +137,45 @@ def calibration_batches(windows: torch.Tensor, train: TrainConfig) -> list[torch
     return [windows[rows] for rows in order]
 
 
-def fine_tune(
-    model: nn.Module, windows: torch.Tensor, train: TrainConfig, folder=None, on_step=None
-) -> tuple[list[float], nn.Module]:
-    """(losses, model with LoRA trained and merged)."""
+def run_beside_lora(
+    method,
+    model: nn.Module,
+    windows: torch.Tensor,
+    train: TrainConfig | None = None,
+    folder: str | os.PathLike | None = None,
+    on_step: Callable[[FineTuning], None] | None = None,
+) -> MethodRun:
+    """Trains a causal language model's gates by method, with LoRA inside them; merges and packs.
+
+    method: what GateCallback takes besides a one-shot method (FineGates, ATP, GateRecipe); it gets
+    the batches that one-shot methods calibrate on. windows, folder, on_step: as in OneShot.run.
+    """
+    train = TrainConfig() if train is None else train
+    calibration = calibration_batches(windows, train)
     wrapped = add_lora(model, train)
-    tuning = FineTuning(wrapped, windows, train, None if folder is None else Path(folder))
+    method.prepare(wrapped, calibration)
+    beside = method.start(wrapped, train.steps, calibration)
+    losses, merged = fine_tune(wrapped, windows, train, folder, on_step, beside=beside)
+    return MethodRun(merged, pack(merged), losses)
+
+
+def fine_tune(
+    model: nn.Module,
+    windows: torch.Tensor,
+    train: TrainConfig,
+    folder=None,
+    on_step=None,
+    *,
+    beside=None,
+    objective=None,
+) -> tuple[list[float], nn.Module]:
+    """(losses, model with LoRA trained and merged); a model that is no PEFT model gets LoRA."""
+    wrapped = model if hasattr(model, "merge_and_unload") else add_lora(model, train)
+    folder = None if folder is None else Path(folder)
+    tuning = FineTuning(wrapped, windows, train, folder, beside=beside, objective=objective)
     losses = tuning.run(on_step)
+    if beside is not None:
+        beside.finish()
     return losses, wrapped.merge_and_unload().eval()
 
 

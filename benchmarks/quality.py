@@ -1,0 +1,211 @@
+"""Quality at a size: every method on the same text, tokens and packer, one JSON file per run.
+
+python benchmarks/quality.py --domain medical --train medquad_train.jsonl \\
+    --test medquad_test.jsonl --choices pubmedqa_test.jsonl --ood wikitext2_test.txt
+
+Runs that stand in --out with the same settings are left out, and models that stand in --work are
+not trained again, so a call that was cut off goes on when it is given once more. Methods: dense
+(LoRA and nothing removed), recipe (gatepack's default one), and those of gatepack.methods.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from _harness import environment
+
+from gatepack import methods
+from gatepack.checkpoint import save_pretrained
+from gatepack.config import GateConfig
+from gatepack.data import load_documents, to_windows
+from gatepack.evaluation import EvalConfig, evaluate
+from gatepack.hf import attach
+from gatepack.methods.one_shot import calibration_batches, fine_tune, run_beside_lora
+from gatepack.models import load_model, torch_device
+from gatepack.packing import pack
+from gatepack.progress import Log
+from gatepack.recipe import plain
+from gatepack.timing import measure
+from gatepack.training import TrainConfig, close_to_budget, write_json
+
+ONE_SHOT = ("Magnitude", "WandaSP", "FLAP", "Taylor", "ContextPruning")
+METHODS = ("dense", "recipe", *ONE_SHOT, "FineGates", "ATP")
+# Published rates are for thousands of steps; a gate must fall by 1.55 in half of ours.
+FINE_GATES_TRAVEL = 4.0
+GENERATOR_RATE = 1e-2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method, the fraction of the blocks' weights that it keeps, and a seed."""
+
+    domain: str
+    method: str
+    kept: float
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def name(self) -> str:
+        return f"{self.domain}-{self.method}-{self.kept}-{self.train.seed}"
+
+    def gates(self) -> GateConfig:
+        """For every method the same shapes: multiples of 32, free from layer to layer."""
+        return GateConfig(
+            target=self.kept, noise=0.0, width_multiple=32, equal_layers=False, seed=self.train.seed
+        )
+
+
+def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict]:
+    """(the packed and merged model, what else there is to say of how it came about)."""
+    train = cell.train
+    with log.bar(cell.name, "step", train.steps) as tell:
+
+        def on_step(tuning) -> None:
+            tell(tuning.step, loss=round(tuning.losses[-1], 3))
+
+        if cell.method in ("dense", "recipe"):
+            if cell.method == "recipe":
+                attach(model, cell.gates())
+                close_to_budget(model, windows, train)
+            losses, merged = fine_tune(model, windows, train, None, on_step)
+            report = pack(merged) if cell.method == "recipe" else None
+            settings = {}
+        else:
+            method = published(cell)
+            if cell.method in ONE_SHOT:
+                report = method.prune(model, calibration_batches(windows, train))
+                losses, merged = fine_tune(model, windows, train, None, on_step)
+            else:
+                run = run_beside_lora(method, model, windows, train, None, on_step)
+                losses, merged, report = run.losses, run.model, run.report
+            settings = asdict(method)
+    return merged, {
+        "losses": losses,
+        "method": settings,
+        "kept": 1.0 if report is None else report.kept_fraction,
+        "params": None if report is None else report.to_dict()["params"],
+    }
+
+
+def published(cell: Cell):
+    """The method of a cell, with its published values but for what a short run needs."""
+    if cell.method == "FineGates":
+        return methods.FineGates(
+            target_sparsity=1 - cell.kept, budget=cell.kept, freeze=0.5, trains="gates",
+            learning_rate=FINE_GATES_TRAVEL / cell.train.steps * 2, seed=cell.train.seed,
+        )  # fmt: skip
+    if cell.method == "ATP":
+        return methods.ATP(
+            target=cell.kept, generator_rate=GENERATOR_RATE, seed=cell.train.seed, width_multiple=32
+        )
+    if cell.method == "ContextPruning":
+        return methods.ContextPruning(gates=cell.gates(), rule="budget")
+    return getattr(methods, cell.method)(gates=cell.gates())
+
+
+def figures(report: dict) -> dict:
+    """kind -> name -> metrics of an evaluation report."""
+    found: dict[str, dict] = {}
+    for entry in report["entries"]:
+        found.setdefault(entry["kind"], {})[Path(entry["name"]).name] = entry["metrics"]
+    return found
+
+
+def made(cell: Cell, options, folder: Path, log: Log) -> dict:
+    """What is to be said of a cell's model, trained now or before, and then in folder."""
+    said = folder / "made.json"
+    if not settings_match(said, cell):
+        model, tokenizer = load_model(options.model)
+        model = model.to(torch_device(options.device))
+        documents = [text for path in options.train for text in load_documents(path)]
+        windows = to_windows(documents, tokenizer, cell.train.window).to(model.device)
+        start = time.perf_counter()
+        model, record = trained(cell, model, windows, log)
+        record["train_seconds"] = round(time.perf_counter() - start, 1)
+        save_pretrained(model, folder, tokenizer)
+        write_json(said, {**plain(asdict(cell)), **record})
+    return json.loads(said.read_text(encoding="utf-8"))
+
+
+def scored(cell: Cell, options, folder: Path, log: Log) -> dict:
+    """The figures of the model in folder, and its speed beside the model that it came from."""
+    model, tokenizer = load_model(str(folder))
+    model = model.to(torch_device(options.device))
+    config = EvalConfig(
+        texts=tuple(options.test), ood=tuple(options.ood), choices=tuple(options.choices),
+        windows=options.windows, questions=options.questions, latency=False,
+    )  # fmt: skip
+    report = evaluate(model, tokenizer, config, name=cell.name, log=log)
+    speed = None
+    if cell.method != "dense":
+        dense, _ = load_model(options.model)
+        speed = measure(model, dense=dense.to(model.device)).to_dict()
+    return {
+        "figures": figures(report),
+        "inputs": {Path(entry["name"]).name: entry["inputs"] for entry in report["entries"]},
+        "speed": speed,
+    }
+
+
+def settings_match(path: Path, cell: Cell) -> bool:
+    """Whether path holds a record of this cell."""
+    if not path.is_file():
+        return False
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return all(record.get(name) == value for name, value in plain(asdict(cell)).items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--domain", required=True, help="name for the results")
+    parser.add_argument("--train", type=Path, nargs="+", required=True)
+    parser.add_argument("--test", type=Path, nargs="+", required=True)
+    parser.add_argument("--choices", type=Path, nargs="*", default=[])
+    parser.add_argument("--ood", type=Path, nargs="*", default=[])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--kept", type=float, nargs="+", default=[0.8, 0.6])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--windows", type=int, default=24, help="of 512 tokens, scored per text")
+    parser.add_argument("--questions", type=int, default=100, help="of multiple choice, 0 for all")
+    parser.add_argument("--train-only", action="store_true", help="score in a later call")
+    parser.add_argument("--work", type=Path, default=Path("out/quality"), help="for the models")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
+    options = parser.parse_args()
+    stamp = environment("cuda" if torch_device(options.device).type == "cuda" else "cpu")
+    log = Log()
+    for cell in cells(options):
+        path = options.out / f"{cell.name}.json"
+        if settings_match(path, cell):
+            continue
+        folder = options.work / cell.name
+        row = {"bench": "quality", "model": options.model, **made(cell, options, folder, log)}
+        if options.train_only:
+            continue
+        row |= scored(cell, options, folder, log)
+        write_json(path, {**row, "command": shlex.join(["python", *sys.argv]), **stamp})
+        print(cell.name, json.dumps(row["figures"]), flush=True)
+
+
+def cells(options) -> list[Cell]:
+    """The dense model once per seed, then all methods at the first size, at the second, ..."""
+    found = []
+    for seed in options.seeds:
+        train = TrainConfig(steps=options.steps, seed=seed, autocast="bfloat16")
+        for kept in options.kept:
+            for method in options.methods:
+                found.append(
+                    Cell(options.domain, method, 1.0 if method == "dense" else kept, train)
+                )
+    return list(dict.fromkeys(found))
+
+
+if __name__ == "__main__":
+    main()
