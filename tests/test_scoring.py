@@ -8,6 +8,7 @@ import torch
 from letters import LETTERS, ids_of, letter_tokenizer, merging_tokenizer
 from tiny import tiny_model
 
+from gatepack import scoring
 from gatepack.scoring import (
     ChoiceScores,
     Question,
@@ -154,8 +155,11 @@ def test_long_prompt_loses_its_beginning_for_every_choice_alike():
     assert encode_question(question, letter_tokenizer(), positions=5).context == 1
 
 
+@pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 16])
-def test_batches_give_what_one_forward_per_choice_gives(model, batch_size):
+def test_batches_give_what_one_forward_per_choice_gives(model, batch_size, cached, monkeypatch):
+    if not cached:
+        monkeypatch.setattr(scoring, "_prompt", lambda model, ids: None)
     done = []
     scores = score_questions(model, letter_tokenizer(), QUESTIONS, batch_size, done.append)
     for question, log_p in zip(QUESTIONS, scores.log_p, strict=True):
@@ -165,6 +169,37 @@ def test_batches_give_what_one_forward_per_choice_gives(model, batch_size):
         ]
         assert log_p.tolist() == pytest.approx(expected, rel=1e-5)
     assert done[-1] == 9 and scores.truncated == 0
+
+
+def test_prompt_runs_once_for_all_its_choices(model):
+    widths = []
+    with model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
+    ):
+        score_questions(model, letter_tokenizer(), QUESTIONS[1:])
+    # " left" and " right" (a space before it) share the prompt; the last letter predicts nothing.
+    assert [tuple(shape) for shape in widths] == [(1, 7), (2, 2), (1, 40), (4, 5)]
+
+
+def test_model_without_a_cache_runs_each_choice_with_its_prompt(model):
+    class Bare(torch.nn.Module):
+        """A model as a plain forward, which knows no cache."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.config = inner, inner.config
+
+        def get_input_embeddings(self):
+            return self.inner.get_input_embeddings()
+
+        def forward(self, input_ids):
+            return self.inner(input_ids=input_ids, use_cache=False)
+
+    bare = score_questions(Bare(model), letter_tokenizer(), QUESTIONS).log_p
+    for found, expected in zip(
+        bare, score_questions(model, letter_tokenizer(), QUESTIONS).log_p, strict=True
+    ):
+        assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 def test_best_choice_is_raw_or_per_byte():

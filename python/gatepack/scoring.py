@@ -1,5 +1,6 @@
 """Stage 4, methods: multiple-choice questions, scored by what a model finds likeliest."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,13 @@ from torch import nn
 
 from gatepack.data import json_lines, read_text
 from gatepack.hf import hf_model
-from gatepack.quality import calibration_error, evaluating, token_scores
+from gatepack.quality import (
+    calibration_error,
+    evaluating,
+    forward_arguments,
+    input_device,
+    token_scores,
+)
 from gatepack.texts import start_token
 
 TEMPLATE = "Question: {question}\nAnswer:"
@@ -140,10 +147,11 @@ def score_questions(
 ) -> ChoiceScores:
     """log p(choice | prompt) of every choice, by a causal language model.
 
-    Choices of similar length share a forward, padded on the right, where a causal model does not
-    look; the scores are those of one forward per choice up to rounding. progress is called with the
-    number of choices done. Raises ValueError as encode_question does, naming the question, and for
-    batch_size < 1.
+    A prompt runs once for all its choices, which continue its key/value cache; without a cache that
+    can be copied, each choice runs with its prompt. The scores are those of one forward per choice
+    up to rounding. batch_size: choices per forward, at most, padded on the right, where a causal
+    model does not look. progress is called with the number of choices done. Raises ValueError as
+    encode_question does, naming the question, and for batch_size < 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
@@ -154,19 +162,23 @@ def score_questions(
             encoded.append(encode_question(question, tokenizer, positions))
         except ValueError as error:
             raise ValueError(f"question {number}: {error}") from error
-    jobs = [(row, each.context) for each in encoded for row in each.rows]
-    log_p = torch.zeros(len(jobs), dtype=torch.float64)
-    longest_first = sorted(range(len(jobs)), key=lambda job: -len(jobs[job][0]))
+    found = []
     done = 0
     with evaluating(model):
-        for start in range(0, len(jobs), batch_size):
-            batch = longest_first[start : start + batch_size]
-            log_p[batch] = _log_p(model, [jobs[job] for job in batch])
-            done += len(batch)
-            if progress is not None:
-                progress(done)
-    parts = log_p.split([len(question.choices) for question in questions])
-    return ChoiceScores(tuple(questions), parts, sum(each.truncated > 0 for each in encoded))
+        for each in encoded:
+            prompt = _prompt(model, each.rows[0][: each.context])
+            parts = []
+            for start in range(0, len(each.rows), batch_size):
+                rows = each.rows[start : start + batch_size]
+                if prompt is None:
+                    parts.append(_log_p(model, rows, each.context))
+                else:
+                    parts.append(_continued(model, prompt, [row[each.context :] for row in rows]))
+                done += len(rows)
+                if progress is not None:
+                    progress(done)
+            found.append(torch.cat(parts))
+    return ChoiceScores(tuple(questions), tuple(found), sum(each.truncated > 0 for each in encoded))
 
 
 def wilson_interval(hits: int, count: int, z: float = _Z95) -> tuple[float, float]:
@@ -197,15 +209,56 @@ def _shared(a: list[int], b: list[int]) -> int:
     return min(len(a), len(b))
 
 
-def _log_p(model: nn.Module, jobs: list[tuple[list[int], int]]) -> torch.Tensor:
-    """Sum of log p from a row's context to its end, fp64 [rows]."""
-    width = max(len(row) for row, _ in jobs)
-    ids = torch.zeros(len(jobs), width, dtype=torch.int64)
-    scored = torch.zeros(len(jobs), width, dtype=torch.bool)
-    for place, (row, context) in enumerate(jobs):
-        ids[place, : len(row)] = torch.tensor(row)
-        scored[place, context : len(row)] = True
-    nats = token_scores(model, ids, scored, len(jobs)).nats
+@dataclass(frozen=True)
+class _Prompt:
+    """What a prompt leaves behind: its cache, and log p of the token after it, [vocabulary]."""
+
+    cache: object
+    next_token: torch.Tensor
+
+
+@torch.no_grad()
+def _prompt(model: nn.Module, ids: list[int]) -> _Prompt | None:
+    """A prompt run once, or None for a model whose cache cannot go on for several choices."""
+    accepted = forward_arguments(model)
+    if not {"past_key_values", "use_cache"} <= accepted:
+        return None
+    last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    tokens = torch.tensor([ids], device=input_device(model))
+    output = model(input_ids=tokens, use_cache=True, **last)
+    cache = getattr(output, "past_key_values", None)
+    if not hasattr(cache, "batch_repeat_interleave"):
+        return None
+    return _Prompt(cache, output.logits[0, -1].float().log_softmax(-1))
+
+
+@torch.no_grad()
+def _continued(model: nn.Module, prompt: _Prompt, choices: list[list[int]]) -> torch.Tensor:
+    """log p of each choice after the prompt, fp64 [choices]."""
+    device = prompt.next_token.device
+    log_p = prompt.next_token[torch.tensor([c[0] for c in choices], device=device)].double()
+    width = max(map(len, choices)) - 1
+    if width == 0:
+        return log_p.cpu()
+    padded = torch.tensor([c + [0] * (width + 1 - len(c)) for c in choices], device=device)
+    cache = copy.deepcopy(prompt.cache)
+    cache.batch_repeat_interleave(len(choices))
+    ids = padded[:, :-1].to(input_device(model))
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits.to(device)
+    found = logits.float().log_softmax(-1).gather(-1, padded[:, 1:, None]).squeeze(-1)
+    lengths = torch.tensor([len(c) - 1 for c in choices], device=device)
+    scored = torch.arange(width, device=device) < lengths[:, None]
+    return (log_p + found.double().masked_fill(~scored, 0.0).sum(1)).cpu()
+
+
+def _log_p(model: nn.Module, rows: list[list[int]], context: int) -> torch.Tensor:
+    """Sum of log p of each row's tokens from context on, fp64 [rows]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    places = torch.arange(width)
+    scored = (places >= context) & (places < lengths)
+    nats = token_scores(model, ids, scored, len(rows)).nats
     return -torch.stack([part.sum() for part in nats.split(scored.sum(1).tolist())])
 
 
