@@ -86,7 +86,7 @@ def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict
             settings = asdict(method)
     return merged, {
         "losses": losses,
-        "method": settings,
+        "settings": settings,
         "kept": 1.0 if report is None else report.kept_fraction,
         "params": None if report is None else report.to_dict()["params"],
     }

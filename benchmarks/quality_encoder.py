@@ -1,0 +1,228 @@
+"""FineGates on an encoder, as in its paper, beside full, LoRA and final-layers-only fine-tuning.
+
+python benchmarks/quality_encoder.py --model FOLDER --task qnli --train qnli_dev_train.jsonl \\
+    --test qnli_dev_test.jsonl
+
+The .jsonl files hold one {"text", "text2" (optional), "label"} per line. A new classification head
+is trained with each method on the same batches; FineGates then packs. One JSON file per run in
+--out; runs that stand there with the same settings are left out.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from _harness import environment
+from quality import settings_match
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from gatepack import methods
+from gatepack.data import batches, json_lines, read_text
+from gatepack.hf import layers_of
+from gatepack.packing import pack
+from gatepack.progress import Log
+from gatepack.quality import evaluating
+from gatepack.recipe import plain
+from gatepack.scoring import wilson_interval
+from gatepack.timing import measure
+from gatepack.training import TrainConfig, add_lora, write_json
+
+METHODS = ("full", "lora", "last_layers", "fine_gates", "fine_gates_lora")
+RATES = {
+    "full": 1e-4,
+    "lora": 1e-3,
+    "last_layers": 5e-4,
+    "fine_gates": 3e-3,
+    "fine_gates_lora": 1e-3,
+}
+LAST = 2  # layers that "last_layers" trains
+RANK = 16
+TRAVEL = (
+    4.0  # how far a gate's logit may move until gates freeze; it closes at 1.55 below its start
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method on a task, the fraction of the encoder's weights it keeps, and a seed."""
+
+    task: str
+    method: str
+    kept: float
+    seed: int
+    epochs: int
+    batch_size: int
+    length: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.method}-{self.kept}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Token ids and masks of examples, padded per batch, and their labels."""
+
+    encoded: dict
+    labels: torch.Tensor
+    tokenizer: object
+
+    @classmethod
+    def load(cls, path: Path, names: list[str], tokenizer, length: int) -> "Examples":
+        records = [record for _, record in json_lines(path, read_text(path))]
+        pairs = [record["text2"] for record in records] if "text2" in records[0] else None
+        encoded = tokenizer([r["text"] for r in records], pairs, truncation=True, max_length=length)
+        return cls(encoded, torch.tensor([names.index(r["label"]) for r in records]), tokenizer)
+
+    def batch(self, rows) -> dict[str, torch.Tensor]:
+        rows = [int(row) for row in rows]
+        chosen = {name: [values[row] for row in rows] for name, values in self.encoded.items()}
+        return dict(self.tokenizer.pad(chosen, return_tensors="pt"), labels=self.labels[rows])
+
+
+def prepared(cell: Cell, model, steps: int):
+    """(model with what the method trains left trainable, what steps beside its optimizer)."""
+    if cell.method in ("lora", "fine_gates_lora"):
+        model = add_lora(model, TrainConfig(lora_rank=RANK, seed=cell.seed))
+        model.base_model.model.classifier.requires_grad_(True)
+    elif cell.method == "last_layers":
+        model.requires_grad_(False)
+        for layer in layers_of(model)[-LAST:]:
+            layer.module.requires_grad_(True)
+        model.classifier.requires_grad_(True)
+    if not cell.method.startswith("fine_gates"):
+        return model, None
+    freeze = 0.6
+    method = methods.FineGates(
+        target_sparsity=1 - cell.kept, budget=cell.kept, freeze=freeze, seed=cell.seed,
+        learning_rate=TRAVEL / (freeze * steps),
+    )  # fmt: skip
+    return model, method.start(model, steps)
+
+
+def trained(cell: Cell, model, examples: Examples, log: Log) -> tuple[torch.nn.Module, list[float]]:
+    """The model with adapters merged and closed units removed, and its losses."""
+    steps = cell.epochs * (len(examples.labels) // cell.batch_size)
+    order = batches(examples.labels, cell.batch_size, steps, cell.seed)
+    model, beside = prepared(cell, model, steps)
+    weights = (
+        [p for p in model.parameters() if p.requires_grad] if beside is None else beside.weights()
+    )
+    optimizer = torch.optim.AdamW(weights, lr=RATES[cell.method], weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+    losses = []
+    model.train()
+    with log.bar(cell.name, "step", steps) as tell:
+        for rows in order:
+            loss = model(**examples.batch(rows)).loss
+            loss.backward()
+            if beside is not None:
+                beside.step()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+            tell(len(losses), loss=round(losses[-1], 3))
+    if beside is not None:
+        beside.finish()
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    return model.eval(), losses
+
+
+def rate(step: int, steps: int) -> float:
+    """The learning rate's share of its peak: up over 6 % of the steps, then down a cosine to 0."""
+    rise = max(1, round(0.06 * steps))
+    fall = 0.5 * (1 + math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
+    return min(1.0, (step + 1) / rise) * fall
+
+
+@torch.no_grad()
+def hits(model, examples: Examples, size: int = 32) -> int:
+    """How many examples the model classifies as labelled."""
+    found = 0
+    with evaluating(model):
+        for rows in torch.arange(len(examples.labels)).split(size):
+            batch = examples.batch(rows)
+            labels = batch.pop("labels")
+            found += int((model(**batch).logits.argmax(-1) == labels).sum())
+    return found
+
+
+def run(cell: Cell, options, log: Log) -> dict:
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    names = sorted({r["label"] for _, r in json_lines(options.train, read_text(options.train))})
+    train = Examples.load(options.train, names, tokenizer, cell.length)
+    test = Examples.load(options.test, names, tokenizer, cell.length)
+    torch.manual_seed(cell.seed)
+    fresh = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=len(names))
+    start = time.perf_counter()
+    model, losses = trained(cell, fresh, train, log)
+    seconds = time.perf_counter() - start
+    report, speed = None, None
+    if cell.method.startswith("fine_gates"):
+        report = pack(model).to_dict()
+        dense = AutoModelForSequenceClassification.from_pretrained(
+            options.model, num_labels=len(names)
+        )
+        speed = measure(model, dense=dense, prompt_tokens=cell.length, batch_size=4).to_dict()
+    correct, count = hits(model, test), len(test.labels)
+    return {
+        "bench": "quality_encoder",
+        **plain(asdict(cell)),
+        "model": Path(options.model).name,
+        "rate": RATES[cell.method],
+        "accuracy": correct / count,
+        "interval": wilson_interval(correct, count),
+        "tested": count,
+        "removed": None if report is None else 1 - report["kept_fraction"],
+        "speed": speed,
+        "losses": losses,
+        "train_seconds": round(seconds, 1),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def cells(options) -> list[Cell]:
+    """All methods with the first seed, then with the second, ..."""
+    found = []
+    for seed in options.seeds:
+        for method in options.methods:
+            for kept in options.kept if method.startswith("fine_gates") else [1.0]:
+                shape = (options.epochs, options.batch_size, options.length)
+                found.append(Cell(options.task, method, kept, seed, *shape))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder or Hub name of an encoder")
+    parser.add_argument("--task", required=True, help="name for the results")
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--kept", type=float, nargs="+", default=[0.8, 0.6])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128, help="tokens of an example, at most")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
+    options = parser.parse_args()
+    stamp, log = environment("cpu"), Log()
+    for cell in cells(options):
+        path = options.out / f"{cell.name}.json"
+        if not settings_match(path, cell):
+            row = {**run(cell, options, log), **stamp}
+            write_json(path, row)
+            print(cell.name, json.dumps({key: row[key] for key in ("accuracy", "removed")}))
+
+
+if __name__ == "__main__":
+    main()
