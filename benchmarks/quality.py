@@ -47,6 +47,7 @@ class Cell:
     domain: str
     method: str
     kept: float
+    width_multiple: int = 32
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @property
@@ -54,9 +55,13 @@ class Cell:
         return f"{self.domain}-{self.method}-{self.kept}-{self.train.seed}"
 
     def gates(self) -> GateConfig:
-        """For every method the same shapes: multiples of 32, free from layer to layer."""
+        """For every method the same shapes, free from layer to layer."""
         return GateConfig(
-            target=self.kept, noise=0.0, width_multiple=32, equal_layers=False, seed=self.train.seed
+            target=self.kept,
+            noise=0.0,
+            width_multiple=self.width_multiple,
+            equal_layers=False,
+            seed=self.train.seed,
         )
 
 
@@ -87,7 +92,7 @@ def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict
     return merged, {
         "losses": losses,
         "settings": settings,
-        "kept": 1.0 if report is None else report.kept_fraction,
+        "kept_fraction": 1.0 if report is None else report.kept_fraction,
         "params": None if report is None else report.to_dict()["params"],
     }
 
@@ -101,8 +106,9 @@ def published(cell: Cell):
         )  # fmt: skip
     if cell.method == "ATP":
         return methods.ATP(
-            target=cell.kept, generator_rate=GENERATOR_RATE, seed=cell.train.seed, width_multiple=32
-        )
+            target=cell.kept, generator_rate=GENERATOR_RATE, seed=cell.train.seed,
+            width_multiple=cell.width_multiple,
+        )  # fmt: skip
     if cell.method == "ContextPruning":
         return methods.ContextPruning(gates=cell.gates(), rule="budget")
     return getattr(methods, cell.method)(gates=cell.gates())
@@ -160,7 +166,7 @@ def settings_match(path: Path, cell: Cell) -> bool:
     return all(record.get(name) == value for name, value in plain(asdict(cell)).items())
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--domain", required=True, help="name for the results")
     parser.add_argument("--train", type=Path, nargs="+", required=True)
@@ -173,12 +179,16 @@ def main() -> None:
     parser.add_argument("--kept", type=float, nargs="+", default=[0.8, 0.6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--window", type=int, default=256, help="of training, in tokens")
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--width-multiple", type=int, default=32)
     parser.add_argument("--windows", type=int, default=24, help="of 512 tokens, scored per text")
     parser.add_argument("--questions", type=int, default=100, help="of multiple choice, 0 for all")
     parser.add_argument("--train-only", action="store_true", help="score in a later call")
     parser.add_argument("--work", type=Path, default=Path("out/quality"), help="for the models")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     stamp = environment("cuda" if torch_device(options.device).type == "cuda" else "cpu")
     log = Log()
     for cell in cells(options):
@@ -198,12 +208,14 @@ def cells(options) -> list[Cell]:
     """The dense model once per seed, then all methods at the first size, at the second, ..."""
     found = []
     for seed in options.seeds:
-        train = TrainConfig(steps=options.steps, seed=seed, autocast="bfloat16")
+        train = TrainConfig(
+            steps=options.steps, batch_size=options.batch_size, window=options.window,
+            learning_rate=options.learning_rate, seed=seed, autocast="bfloat16",
+        )  # fmt: skip
         for kept in options.kept:
             for method in options.methods:
-                found.append(
-                    Cell(options.domain, method, 1.0 if method == "dense" else kept, train)
-                )
+                left = 1.0 if method == "dense" else kept
+                found.append(Cell(options.domain, method, left, options.width_multiple, train))
     return list(dict.fromkeys(found))
 
 

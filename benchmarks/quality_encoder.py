@@ -201,7 +201,7 @@ def cells(options) -> list[Cell]:
     return found
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder or Hub name of an encoder")
     parser.add_argument("--task", required=True, help="name for the results")
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=128, help="tokens of an example, at most")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     stamp, log = environment("cpu"), Log()
     for cell in cells(options):
         path = options.out / f"{cell.name}.json"

@@ -1,0 +1,107 @@
+"""The quality benchmarks on tiny models: what they remove, score, write, and do not do twice."""
+
+import json
+
+import pytest
+import quality
+import quality_encoder
+import torch
+from letters import letter_tokenizer
+from tiny import tiny_model
+
+TEXT = "The gate that stays open is worth its cost; the others go. "
+
+
+def jsonl(path, records):
+    path.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    folder = tmp_path / "model"
+    tiny_model("llama", torch.float32).save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_language_model(language_model, tmp_path, capsys):
+    train = jsonl(tmp_path / "train.jsonl", [{"text": TEXT * 12}])
+    test = jsonl(tmp_path / "test.jsonl", [{"text": TEXT[::-1] * 20}])
+    asked = [{"question": "Open?", "choices": ["yes", "no"], "answer": 0}] * 3
+    choices = jsonl(tmp_path / "choices.jsonl", asked)
+    arguments = [
+        "--domain", "tiny", "--model", str(language_model), "--train", train, "--test", test,
+        "--choices", choices, "--kept", "0.7", "--steps", "4", "--window", "16", "--windows", "1",
+        "--width-multiple", "2", "--device", "cpu", "--work", str(tmp_path / "work"),
+        "--out", str(tmp_path / "out"), "--methods", "dense", "recipe", "FLAP", "FineGates", "ATP",
+    ]  # fmt: skip
+    quality.main([*arguments, "--train-only"])
+    assert not (tmp_path / "out").exists()
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("work/*/made.json")}
+    quality.main(arguments)
+    assert made == {path: path.stat().st_mtime_ns for path in tmp_path.glob("work/*/made.json")}
+    rows = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").iterdir()}
+    assert set(rows) == {
+        "tiny-dense-1.0-0", *(f"tiny-{m}-0.7-0" for m in ("recipe", "FLAP", "FineGates", "ATP"))
+    }  # fmt: skip
+    for name, row in rows.items():
+        assert len(row["losses"]) == 4
+        kept = 1.0 if "dense" in name else 0.7
+        assert row["kept_fraction"] == pytest.approx(kept, abs=0.02), name
+        assert row["params"] is None or row["params"][1] < row["params"][0]
+        assert row["figures"]["text"]["test.jsonl"]["perplexity"] > 1
+        assert 0 <= row["figures"]["choices"]["choices.jsonl"]["accuracy"] <= 1
+        assert (row["speed"] is None) == ("dense" in name)
+    capsys.readouterr()
+    quality.main(arguments)
+    assert capsys.readouterr().out == ""
+
+
+def test_encoder(tmp_path):
+    folder = tmp_path / "encoder"
+    tiny_model("bert", torch.float32).save_pretrained(folder)
+    tokenizer = letter_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    records = [
+        {"text": text, "text2": "gate", "label": label}
+        for text, label in (("open", "yes"), ("closed", "no")) * 8
+    ]
+    data = jsonl(tmp_path / "data.jsonl", records)
+    quality_encoder.main(
+        [
+            "--model",
+            str(folder),
+            "--task",
+            "tiny",
+            "--train",
+            data,
+            "--test",
+            data,
+            "--kept",
+            "0.7",
+            "--seeds",
+            "0",
+            "--batch-size",
+            "4",
+            "--length",
+            "16",
+            "--out",
+            str(tmp_path),
+        ]  # fmt: skip
+    )
+    rows = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*-0.json")}
+    assert set(rows) == {
+        *(f"tiny-{method}-1.0-0" for method in ("full", "lora", "last_layers")),
+        *(f"tiny-{method}-0.7-0" for method in ("fine_gates", "fine_gates_lora")),
+    }
+    for name, row in rows.items():
+        assert len(row["losses"]) == 8 and row["tested"] == 16
+        low, high = row["interval"]
+        assert low <= row["accuracy"] <= high
+        if "fine_gates" in name:
+            assert row["removed"] == pytest.approx(0.3, abs=0.02)
+            assert row["speed"]["model"]["decode"] is None
+        else:
+            assert row["removed"] is None
