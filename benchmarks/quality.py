@@ -178,10 +178,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--kept", type=float, nargs="+", default=[0.8, 0.6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--window", type=int, default=256, help="of training, in tokens")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--calibration-batches", type=int, default=16)
     parser.add_argument("--width-multiple", type=int, default=32)
     parser.add_argument("--windows", type=int, default=24, help="of 512 tokens, scored per text")
     parser.add_argument("--questions", type=int, default=100, help="of multiple choice, 0 for all")
@@ -211,6 +212,7 @@ def cells(options) -> list[Cell]:
         train = TrainConfig(
             steps=options.steps, batch_size=options.batch_size, window=options.window,
             learning_rate=options.learning_rate, seed=seed, autocast="bfloat16",
+            calibration_batches=options.calibration_batches,
         )  # fmt: skip
         for kept in options.kept:
             for method in options.methods:

@@ -1,0 +1,142 @@
+"""The quality page of the documentation, from benchmarks/results/quality (docs/hooks.py)."""
+
+import json
+import statistics
+
+from report import RESULTS, conditions, table
+
+LANGUAGE_METHODS = {
+    "dense": "LoRA, nothing removed",
+    "recipe": "gatepack's recipe",
+    "Magnitude": "magnitude",
+    "WandaSP": "Wanda-sp",
+    "FLAP": "FLAP",
+    "Taylor": "Taylor (LLM-Pruner)",
+    "ContextPruning": "ContextPruning",
+    "FineGates": "FineGates",
+    "ATP": "ATP",
+}
+ENCODER_METHODS = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "last_layers": "last 2 layers",
+    "fine_gates": "FineGates",
+    "fine_gates_lora": "FineGates, LoRA inside",
+}
+
+
+def rows_of(bench: str) -> list[dict]:
+    files = sorted((RESULTS / "quality").glob("*.json"))
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    return [row for row in rows if row["bench"] == bench]
+
+
+def spread(values: list[float], form: str) -> str:
+    """The mean, with the lowest and the highest value where there are several."""
+    mean = form.format(statistics.mean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({form.format(min(values))}-{form.format(max(values))})"
+
+
+def language_section(domain: str, rows: list[dict]) -> str:
+    """A table: each method at each size, beside the dense model with the same fine-tuning."""
+    dense = [row for row in rows if row["method"] == "dense"]
+    lines = []
+    for kept in sorted({row["kept"] for row in rows}, reverse=True):
+        for method, title in LANGUAGE_METHODS.items():
+            runs = [row for row in rows if (row["method"], row["kept"]) == (method, kept)]
+            if runs:
+                lines.append([title, *language_cells(runs, dense)])
+    header = ["method", "removed", "perplexity", "of dense", *_choice_names(rows)]
+    header += ["perplexity elsewhere", "prefill, x", "decode, x", "seeds"]
+    train = rows[0]["train"]
+    tokens = train["steps"] * train["batch_size"] * train["window"]
+    return "\n\n".join(
+        [
+            f"## {rows[0]['model_name']}, {domain}",
+            f"{tokens:,} tokens of training for every row, in {train['steps']} steps; LoRA of rank "
+            f"{train['lora_rank']}. Removed: of the blocks' weights, physically, by the same "
+            "packer. Of dense: the perplexity of the first row over this one, that is how much is "
+            "recovered. Multiple choice: accuracy on the questions named, with the 95 % interval. "
+            "Speed beside the model before pruning, interleaved in one run, batch 1.",
+            table(header, lines),
+            conditions(rows[-1]) + ".",
+        ]
+    )
+
+
+def language_cells(runs: list[dict], dense: list[dict]) -> list[str]:
+    def perplexities(rows, kind):
+        return [next(iter(row["figures"][kind].values()))["perplexity"] for row in rows]
+
+    best = statistics.mean(perplexities(dense, "text")) if dense else None
+    removed = [1 - row["kept_fraction"] for row in runs]
+    ratio = "" if best is None else f"{best / statistics.mean(perplexities(runs, 'text')):.1%}"
+    cells = [
+        spread(removed, "{:.1%}") if max(removed) else "0 %",
+        spread(perplexities(runs, "text"), "{:.2f}"),
+        ratio,
+    ]
+    for name in _choice_names(runs):
+        found = [row["figures"]["choices"][name] for row in runs]
+        cells.append(spread([each["accuracy"] for each in found], "{:.1%}"))
+    cells.append(spread(perplexities(runs, "ood"), "{:.2f}"))
+    for phase in ("prefill", "decode"):
+        ratios = [row["speed"]["ratios"][phase] for row in runs if row["speed"]]
+        cells.append(spread(ratios, "{:.2f}") if ratios else "1")
+    return [*cells, str(len(runs))]
+
+
+def _choice_names(rows: list[dict]) -> list[str]:
+    return sorted({name for row in rows for name in row["figures"].get("choices", {})})
+
+
+def encoder_section(task: str, rows: list[dict]) -> str:
+    lines = []
+    for kept in sorted({row["kept"] for row in rows}, reverse=True):
+        for method, title in ENCODER_METHODS.items():
+            runs = [row for row in rows if (row["method"], row["kept"]) == (method, kept)]
+            if not runs:
+                continue
+            removed = [row["removed"] for row in runs if row["removed"] is not None]
+            ratios = [row["speed"]["ratios"]["prefill"] for row in runs if row["speed"]]
+            lines.append(
+                [
+                    title,
+                    spread(removed, "{:.1%}") if removed else "0 %",
+                    spread([row["accuracy"] for row in runs], "{:.1%}"),
+                    spread(ratios, "{:.2f}") if ratios else "1",
+                    str(len(runs)),
+                ]
+            )
+    first = rows[0]
+    return "\n\n".join(
+        [
+            f"## {first['model_name']}, {task}",
+            f"A new classification head, {first['epochs']} epochs of {first['batch_size']} "
+            f"examples a step, at most {first['length']} tokens each; accuracy on "
+            f"{first['tested']:,} held-out examples, mean (lowest-highest) over seeds. Speed is "
+            f"the forward of 4 sequences beside the dense model, in one run.",
+            table(["method", "removed", "accuracy", "inference, x", "seeds"], lines),
+            conditions(rows[-1]) + ".",
+        ]
+    )
+
+
+def quality_page() -> str:
+    """All of it, as Markdown."""
+    parts = [
+        "# Quality",
+        "What is left of a model's quality at a size, against other methods with the same text, "
+        "tokens and packer. Made from `benchmarks/results/quality`; the command that wrote each "
+        "file stands in it (`benchmarks/quality.py`, `benchmarks/quality_encoder.py`).",
+    ]
+    for bench, key, section in (
+        ("quality", "domain", language_section),
+        ("quality_encoder", "task", encoder_section),
+    ):
+        rows = rows_of(bench)
+        for name in sorted({row[key] for row in rows}):
+            parts.append(section(name, [row for row in rows if row[key] == name]))
+    return "\n\n".join(parts) + "\n"
