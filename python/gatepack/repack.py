@@ -7,7 +7,22 @@ import torch
 from torch import Tensor
 
 from gatepack import _ext
+from gatepack._ext import fold_pack, fold_pack_adjoint
 from gatepack._reference import E4M3, ORDERS
+
+__all__ = [
+    "PackPlan",
+    "Part",
+    "Piece",
+    "fold_pack",
+    "fold_pack_adjoint",
+    "open_sets",
+    "pack_heads",
+    "pack_tensors",
+    "plan_channels",
+    "plan_heads",
+    "unpack_tensors",
+]
 
 PLAN_VERSION = 1
 
@@ -41,7 +56,7 @@ def _require_no_grad(op: str, pieces: Sequence[Piece]) -> None:
         if any(t is not None and t.requires_grad for t in tensors):
             raise ValueError(
                 f"{op}: pieces[{i}] must not require grad, the op has no gradient; detach it, or "
-                "use gatepack's fold_pack, which has one"
+                "use gatepack.repack.fold_pack, which has one"
             )
 
 
@@ -188,7 +203,7 @@ class PackPlan:
     """
 
     parts: Mapping[str, Part]
-    _moved: dict = field(default_factory=dict, repr=False, compare=False)
+    _moved: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def _index(self, name: str, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         key = (name, device)
