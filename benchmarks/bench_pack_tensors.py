@@ -2,24 +2,22 @@
 
 python benchmarks/bench_pack_tensors.py [--shape llama-3-8b] [--device cuda] [--json results.jsonl]
 
-The seven matrices of a layer with 60 % of its heads and channels open, in one call. "copy" is
-torch's threaded clone of what each line writes, and allocates its result, too; "into" copies it
-into memory that is already mapped.
+The seven matrices of a layer with 60 % of its heads and channels open, in one call, or back. Like
+is compared with like: "fresh" calls allocate their results, whose pages arrive one fault at a time,
+and are held against torch's threaded clone; "mapped" ones write to memory that is already there,
+and are held against copy_, a threaded memcpy of the same bytes.
 """
 
-import argparse
-
 import torch
-from _harness import append, environment, interleaved
-from bench_fold_pack import check
+from _copies import check, dtype_name, options, run, timed
 
-from gatepack import _ext
 from gatepack._reference import E4M3, pack_tensors_ref
 from gatepack.repack import Piece, pack_tensors, plan_channels, plan_heads, unpack_tensors
 from gatepack.testing import MODEL_SHAPES, ModelShape
 
 KEPT = 0.6
 RANK = 16
+BASES = ("copy", "torch")
 
 
 def some_open(units: int, generator: torch.Generator) -> torch.Tensor:
@@ -87,6 +85,65 @@ def check_against_reference(pieces: list[Piece], dtype: torch.dtype | None) -> N
               want.view(torch.uint8) if want.dtype == E4M3 else want, "pack_tensors")  # fmt: skip
 
 
+def unpacked(piece: Piece, shape: tuple[int, int]) -> torch.Tensor:
+    return put_back(piece, torch.empty(shape, dtype=piece.matrix.dtype, device=piece.matrix.device))
+
+
+def put_back(piece: Piece, full: torch.Tensor) -> torch.Tensor:
+    full.zero_()
+    if piece.rows is not None:
+        return full.index_copy_(0, piece.rows, piece.matrix)
+    return full.index_copy_(1, piece.cols, piece.matrix)
+
+
+def select_into(piece: Piece, out: torch.Tensor) -> torch.Tensor:
+    dim, index = (0, piece.rows) if piece.cols is None else (1, piece.cols)
+    return torch.index_select(piece.matrix, dim, index, out=out)
+
+
+def each(function, *lists):
+    return lambda: [function(*items) for items in zip(*lists, strict=True)]
+
+
+def contenders(pieces: list[Piece], out: torch.dtype | None, torchs) -> dict:
+    """memory -> op -> call; torchs: what plain torch does with one piece, if anything."""
+    packed, scales = pack_tensors(pieces, out)
+    targets = [torch.empty_like(p).copy_(p) for p in packed]
+    fresh = {"copy": each(torch.clone, packed), "pack": lambda: pack_tensors(pieces, out)}
+    mapped = {
+        "copy": each(torch.Tensor.copy_, targets, packed),
+        "pack": lambda: pack_tensors(pieces, out, out=(targets, scales)),
+    }
+    if torchs:
+        fresh["torch"] = each(torchs, pieces)
+    if torchs is selected:
+        mapped["torch"] = each(select_into, pieces, [torch.empty_like(p) for p in packed])
+    return {"fresh": fresh, "mapped": mapped}
+
+
+def unpackers(pieces: list[Piece]) -> dict:
+    """As contenders, for the way back; the copy is one of the full matrices."""
+    packed, _ = pack_tensors(pieces)
+    compact = [Piece(t, p.rows, p.cols) for t, p in zip(packed, pieces, strict=True)]
+    shapes = [tuple(p.matrix.shape) for p in pieces]
+    full = unpack_tensors(compact, shapes)
+    for piece, ours in zip(compact, full, strict=True):
+        check(ours, unpacked(piece, ours.shape), "unpack_tensors")
+    others = [torch.empty_like(t).copy_(t) for t in full]
+    return {
+        "fresh": {
+            "copy": each(torch.clone, full),
+            "unpack": lambda: unpack_tensors(compact, shapes),
+            "torch": each(unpacked, compact, shapes),
+        },
+        "mapped": {
+            "copy": each(torch.Tensor.copy_, others, full),
+            "unpack": lambda: unpack_tensors(compact, shapes, out=others),
+            "torch": each(put_back, compact, others),
+        },
+    }
+
+
 def measure(shape: str, dtype: torch.dtype, device: str, seconds: float) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     layer = layer_pieces(MODEL_SHAPES[shape], dtype, device, generator)
@@ -100,72 +157,43 @@ def measure(shape: str, dtype: torch.dtype, device: str, seconds: float) -> list
         ("layer, LoRA", list(adapted.values()), None, merged),
         ("layer, e4m3", list(layer.values()), E4M3, None),
         ("layer, crossed", list(crossed.values()), None, lambda p: selected(p).t().contiguous()),
+        ("layer, back", list(layer.values()), None, None),
     )
     rows = []
     for name, pieces, out, torchs in lines:
         check_against_reference(pieces, out)
-        packed, _ = pack_tensors(pieces, out)
-        targets = [torch.empty_like(p) for p in packed]
-        functions = {
-            "copy": lambda ps=packed: [p.clone() for p in ps],
-            "into": lambda ps=packed, ts=targets: [t.copy_(p) for t, p in zip(ts, ps, strict=True)],
-            "pack_tensors": lambda ps=pieces, out=out: pack_tensors(ps, out),
-        }
-        if torchs:
-            functions["torch"] = lambda ps=pieces, f=torchs: [f(p) for p in ps]
-        if name == "layer":
-            back = [Piece(t, p.rows, p.cols) for t, p in zip(packed, pieces, strict=True)]
-            shapes = [tuple(p.matrix.shape) for p in pieces]
-            functions["unpack_tensors"] = lambda b=back, s=shapes: unpack_tensors(b, s)
-        times = interleaved(functions, seconds, device)
-        size = sum(p.nbytes for p in packed)
-        for op, time in times.items():
-            rows.append(
-                {
-                    "bench": "pack_tensors",
-                    "op": op,
-                    "along": name,
-                    "shape": shape,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "kept": KEPT,
-                    "backend": _ext.backend().name,
-                    **{key: round(value, 5) for key, value in time.items()},
-                    "GB/s": round(2e-6 * size / time["ms"], 2),
-                    "of_copy": round(times["copy"]["ms"] / time["ms"], 3),
-                    "of_into": round(times["into"]["ms"] / time["ms"], 3),
-                    "of_torch": round(times["torch"]["ms"] / time["ms"], 3) if torchs else None,
-                    "error": 0.0,
-                }
+        back = name == "layer, back"
+        calls = unpackers(pieces) if back else contenders(pieces, out, torchs)
+        written = [p.matrix for p in pieces] if back else pack_tensors(pieces, out)[0]
+        for memory, functions in calls.items():
+            rows += timed(
+                functions,
+                BASES,
+                sum(t.nbytes for t in written),
+                seconds,
+                device,
+                bench="pack_tensors",
+                along=name,
+                memory=memory,
+                shape=shape,
+                dtype=dtype_name(dtype),
+                kept=KEPT,
             )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, seconds=5.0)
     parser.add_argument("--shape", default="llama-3-8b", choices=sorted(MODEL_SHAPES))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, default=5.0, help="per line")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--json", help="file to append to, one line per number")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    stamp = environment(options.device)
-    print(f"{stamp['device']}, torch {stamp['torch']}, {_ext.backend().reason}")
-    print("x: how many times faster than each; GB/s: bytes kept, read + written")
-    for dtype in (torch.bfloat16, torch.float32):
-        rows = measure(options.shape, dtype, options.device, options.seconds)
-        print(f"\n{options.shape} layer, {rows[0]['dtype']}, {KEPT:.0%} kept")
-        columns = ("ms", "p20", "p80", "GB/s", "x copy", "x into", "x torch")
-        print(" " * 30 + "".join(f"{column:>9}" for column in columns))
-        for row in rows:
-            torchs = f"{row['of_torch']:9.2f}" if row["of_torch"] else ""
-            print(
-                f"{row['along']:16}{row['op']:14}{row['ms']:9.2f}{row['p20']:9.2f}{row['p80']:9.2f}"
-                f"{row['GB/s']:9.1f}{row['of_copy']:9.2f}{row['of_into']:9.2f}{torchs}"
-            )
-        if options.json:
-            append(options.json, [{**row, **stamp} for row in rows])
+    chosen = parser.parse_args()
+    tables = (
+        (
+            f"{chosen.shape} layer, {dtype_name(dtype)}, {KEPT:.0%} kept",
+            measure(chosen.shape, dtype, chosen.device, chosen.seconds),
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    run(chosen, BASES, ("along", "memory", "op"), tables)
 
 
 if __name__ == "__main__":

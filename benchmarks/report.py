@@ -170,6 +170,30 @@ def fold_pack_sections() -> list[str]:
     return sections
 
 
+def pack_tensors_sections() -> list[str]:
+    """One section for each device: the matrices of a layer in one call, beside a copy of the bytes
+    that it writes, both into fresh memory or both into memory that is already mapped."""
+    rows = [row for row in rows_of("pack_tensors") if "memory" in row]  # older lines mix the two
+    rows = newest(rows, "device", "along", "memory", "shape", "dtype", "kept", "backend", "op")
+    sections = []
+    for device in sorted({row["device"] for row in rows}):
+        own = [row for row in rows if row["device"] == device]
+        lines = [
+            [
+                f"{row['op']}, {row['along']}",
+                f"{row['shape']}, {row['dtype']}, {row['kept']:.0%} kept",
+                row["memory"],
+                f"{row['ms']:.2f}",
+                f"{row['GB/s']:.1f}",
+                f"{row['of_copy']:.0%}",
+            ]
+            for row in own
+        ]
+        header = ["op", "layer", "memory", "ms", "GB/s", "of copy"]
+        sections.append(f"{table(header, lines)}\n\n{conditions(own[-1])}.")
+    return sections
+
+
 def performance_page() -> str:
     """docs/performance.md: every bench of which there are results."""
     parts = [
@@ -183,6 +207,7 @@ def performance_page() -> str:
         ("A training step of an MLP", [mlp_section()]),
         ("Ops", op_sections()),
         ("Packing weights", fold_pack_sections()),
+        ("Packing a layer", pack_tensors_sections()),
     ):
         found = [text for text in sections if text]
         if found:

@@ -83,6 +83,22 @@ class Cover {
  public:
   Cover(const std::vector<int64_t>& kept, int64_t lanes, Geometry geometry, bool adjoint)
       : geometry_(geometry) {
+    switch (geometry.unit) {
+      case 2: fill<uint16_t>(kept, lanes, adjoint); break;
+      case 4: fill<uint32_t>(kept, lanes, adjoint); break;
+      case 8: fill<uint64_t>(kept, lanes, adjoint); break;
+      default: fill<uint8_t>(kept, lanes, adjoint);
+    }
+  }
+
+  const std::vector<Block>& blocks() const { return blocks_; }
+  const uint8_t* patterns() const { return reinterpret_cast<const uint8_t*>(patterns_.data()); }
+
+ private:
+  // Entry: an unsigned type of the size of a pattern's entries.
+  template <class Entry>
+  void fill(const std::vector<int64_t>& kept, int64_t lanes, bool adjoint) {
+    const Geometry& geometry = geometry_;
     const int64_t n = static_cast<int64_t>(kept.size());
     const int64_t most = adjoint ? lanes / geometry.width + 1 : n / geometry.width + 1;
     blocks_.reserve(most);
@@ -91,7 +107,7 @@ class Cover {
       for (int64_t j = 0, start = 0; start < lanes; start += geometry.width) {
         CacheLine& pattern = add(start);
         for (; j < n && kept[j] < start + geometry.width; ++j) {
-          set(pattern, kept[j] - start, blocks_.back().count++);
+          set<Entry>(pattern, kept[j] - start, blocks_.back().count++);
         }
       }
     } else {
@@ -101,16 +117,12 @@ class Cover {
         const int64_t start = std::min(kept[j], lanes - geometry.span);
         CacheLine& pattern = add(start);
         for (int k = 0; k < geometry.width && j < n && kept[j] < start + geometry.span; ++k, ++j) {
-          set(pattern, blocks_.back().count++, kept[j] - start);
+          set<Entry>(pattern, blocks_.back().count++, kept[j] - start);
         }
       }
     }
   }
 
-  const std::vector<Block>& blocks() const { return blocks_; }
-  const uint8_t* patterns() const { return reinterpret_cast<const uint8_t*>(patterns_.data()); }
-
- private:
   CacheLine& add(int64_t start) {
     blocks_.push_back({static_cast<int32_t>(start), 0});
     if (geometry_.unit) patterns_.emplace_back();
@@ -120,11 +132,12 @@ class Cover {
   }
 
   // Little-endian entries, as on every machine that has a pattern-driven Mover.
+  template <class Entry>
   void set(CacheLine& pattern, int64_t lane, int64_t source) {
     for (int e = 0; e < geometry_.per_lane; ++e) {
-      const int64_t entry = source * geometry_.per_lane + e;
-      std::memcpy(pattern.bytes + (lane * geometry_.per_lane + e) * geometry_.unit, &entry,
-                  geometry_.unit);
+      const Entry entry = static_cast<Entry>(source * geometry_.per_lane + e);
+      std::memcpy(pattern.bytes + (lane * geometry_.per_lane + e) * sizeof entry, &entry,
+                  sizeof entry);
     }
   }
 
@@ -135,15 +148,16 @@ class Cover {
 };
 
 #if defined(__linux__)
-// Fresh memory of this size arrives page by page, and at 4 KiB the faults cost three times the
-// copy (4096 x 14336 fp32, 60 % of the rows: 98 ms against 24 ms; benchmarks/bench_fold_pack.py).
+// Fresh memory arrives page by page, and at 4 KiB the faults cost three times the copy (4096 x
+// 14336 fp32, 60 % of the rows: 98 ms against 24 ms; benchmarks/bench_fold_pack.py). Huge pages are
+// zeroed by the kernel before they are written, a second pass that only memory in use escapes.
 void prefer_huge_pages(const Tensor& out) {
   constexpr uintptr_t kHuge = 2 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
   const uintptr_t first = (begin + kHuge - 1) & ~(kHuge - 1);
   const uintptr_t last = (begin + out.numel() * out.element_size()) & ~(kHuge - 1);
   // Refusal is harmless: the kernel may be built without transparent huge pages.
-  if (last < first + 4 * kHuge) return;
+  if (last < first + kHuge) return;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 #else
@@ -191,35 +205,37 @@ std::vector<CacheLine> compact_factor(const Factor& factor, const std::vector<in
 class Work {
  public:
   Work(const Where& where, bool adjoint, const Call& call, const Tensor& in,
-       std::optional<ScalarType> dtype)
+       std::optional<ScalarType> dtype, const OptTensor& out_given = {},
+       const OptTensor& scales_given = {})
       : call_(call),
         in_(in),
         adjoint_(adjoint),
         in_type_(in.scalar_type()),
-        out_type_(dtype.value_or(in_type_)) {
+        out_type_(dtype.value_or(in_type_)),
+        fresh_(!out_given),
+        out(result(where, call, in, adjoint ? call.lines : call.out_lines,
+                   adjoint ? call.lanes : call.out_lanes, out_type_, out_given)) {
+    if (out_type_ == ScalarType::Float8_e4m3fn) {
+      scales = result_scales(where, call, in, scales_given);
+    }
     lines_ = checked(where, call.row_major ? "rows" : "cols", call.line_index, call.kept_lines,
                      call.lines);
     lanes_ = checked(where, call.row_major ? "cols" : "rows", call.lane_index, call.kept_lanes,
                      call.lanes);
   }
 
-  // Allocates the result; run() fills its lines.
+  // Everything that is small; run() fills the lines of the result.
   void prepare() {
     const int64_t out_lines = adjoint_ ? call_.lines : call_.out_lines;
     const int64_t out_lanes = adjoint_ ? call_.lanes : call_.out_lanes;
-    out = allocate(call_, in_, out_lines, out_lanes, out_type_);
     const bool e4m3 = out_type_ == ScalarType::Float8_e4m3fn;
-    if (e4m3) {
-      scales.emplace(torch::stable::new_empty(in_, {call_.row_major ? out_lines : out_lanes},
-                                              ScalarType::Float));
-    }
     units = out_lanes == 0 ? 0 : out_lines;
     unit_bytes = out_lanes * static_cast<int64_t>(out.element_size());
     if (units == 0) {
       if (e4m3) std::fill_n(static_cast<float*>(scales->mutable_data_ptr()), scales->numel(), 1.0f);
       return;
     }
-    prefer_huge_pages(out);
+    if (fresh_) prefer_huge_pages(out);
 
     const bool fp64 = in_type_ == ScalarType::Double;
     // An index that keeps every lane costs no more than none.
@@ -304,6 +320,7 @@ class Work {
   Tensor in_;
   bool adjoint_;
   ScalarType in_type_, out_type_;
+  bool fresh_;  // whether this call allocated the result
   std::vector<int64_t> lines_, lanes_;
   std::optional<Cover> cover_;
   std::vector<CacheLine> line_gate_, lane_gate_, line_factor_, lane_factor_;
@@ -311,8 +328,8 @@ class Work {
   Kernel kernel_ = nullptr;
 
  public:
-  Tensor out = in_;
-  std::optional<Tensor> scales;
+  Tensor out;
+  OptTensor scales;
   int64_t units = 0;       // lines to run
   int64_t unit_bytes = 0;  // of the result, each
 };
@@ -339,6 +356,25 @@ void run_all(std::deque<Work>& works) {
                                   pieces[i].work->run(pieces[i].begin, pieces[i].end);
                                 }
                               });
+}
+
+// Results, and for e4m3 the scales of their rows.
+std::tuple<Tensors, Tensors> run_calls(const char* op, bool adjoint, const std::vector<Call>& calls,
+                                       const Tensors& in, std::optional<ScalarType> dtype,
+                                       const Results& results = {}) {
+  if (results.out) require_results(op, in, results, dtype == ScalarType::Float8_e4m3fn);
+  std::deque<Work> works;
+  for (size_t i = 0; i < in.size(); ++i) {
+    works.emplace_back(at_place(op, i), adjoint, calls[i], in[i], dtype, results.out_of(i),
+                       results.scales_of(i));
+  }
+  run_all(works);
+  Tensors out, scales;
+  for (const Work& work : works) {
+    out.push_back(work.out);
+    if (work.scales) scales.push_back(*work.scales);
+  }
+  return {out, scales};
 }
 
 Tensor run_one(Work work) {
@@ -371,34 +407,37 @@ std::tuple<Tensors, Tensors> pack_tensors_cpu(
     const OptTensors& z_in, const OptTensors& lora_a, const OptTensors& lora_b,
     const std::vector<double>& lora_scale, const Ints& row_multiple, const Ints& col_multiple,
     const Ints& order, std::optional<ScalarType> dtype) {
-  const std::vector<Call> calls =
-      describe_packs(w, rows, cols, z_out, z_in, lora_a, lora_b, lora_scale, row_multiple,
-                     col_multiple, order, dtype);
-  std::deque<Work> works;
-  for (size_t i = 0; i < w.size(); ++i) {
-    works.emplace_back(at_place("pack_tensors", i), false, calls[i], w[i], dtype);
-  }
-  run_all(works);
-  Tensors out, scales;
-  for (const Work& work : works) {
-    out.push_back(work.out);
-    if (work.scales) scales.push_back(*work.scales);
-  }
-  return {out, scales};
+  return run_calls("pack_tensors", false,
+                   describe_packs(w, rows, cols, z_out, z_in, lora_a, lora_b, lora_scale,
+                                  row_multiple, col_multiple, order, dtype),
+                   w, dtype);
+}
+
+void pack_tensors_out_cpu(const Tensors& w, const OptTensors& rows, const OptTensors& cols,
+                          const OptTensors& z_out, const OptTensors& z_in, const OptTensors& lora_a,
+                          const OptTensors& lora_b, const std::vector<double>& lora_scale,
+                          const Ints& row_multiple, const Ints& col_multiple, const Ints& order,
+                          std::optional<ScalarType> dtype, const Tensors& out,
+                          const Tensors& scales) {
+  run_calls("pack_tensors", false,
+            describe_packs(w, rows, cols, z_out, z_in, lora_a, lora_b, lora_scale, row_multiple,
+                           col_multiple, order, dtype),
+            w, dtype, {&out, &scales});
 }
 
 Tensors unpack_tensors_cpu(const Tensors& g, const OptTensors& rows, const OptTensors& cols,
                            const OptTensors& z_out, const OptTensors& z_in, const Ints& O,
                            const Ints& I, std::optional<ScalarType> dtype) {
-  const std::vector<Call> calls = describe_unpacks(g, rows, cols, z_out, z_in, O, I, dtype);
-  std::deque<Work> works;
-  for (size_t i = 0; i < g.size(); ++i) {
-    works.emplace_back(at_place("unpack_tensors", i), true, calls[i], g[i], dtype);
-  }
-  run_all(works);
-  Tensors out;
-  for (const Work& work : works) out.push_back(work.out);
-  return out;
+  return std::get<0>(run_calls("unpack_tensors", true,
+                               describe_unpacks(g, rows, cols, z_out, z_in, O, I, dtype), g,
+                               dtype));
+}
+
+void unpack_tensors_out_cpu(const Tensors& g, const OptTensors& rows, const OptTensors& cols,
+                            const OptTensors& z_out, const OptTensors& z_in, const Ints& O,
+                            const Ints& I, std::optional<ScalarType> dtype, const Tensors& out) {
+  run_calls("unpack_tensors", true, describe_unpacks(g, rows, cols, z_out, z_in, O, I, dtype), g,
+            dtype, {&out});
 }
 
 const char* simd_level() { return current_isa().load()->name; }

@@ -22,9 +22,20 @@ std::tuple<Tensors, Tensors> pack_tensors_cpu(
     const std::vector<double>& lora_scale, const Ints& row_multiple, const Ints& col_multiple,
     const Ints& order, std::optional<ScalarType> dtype);
 
+void pack_tensors_out_cpu(const Tensors& w, const OptTensors& rows, const OptTensors& cols,
+                          const OptTensors& z_out, const OptTensors& z_in, const OptTensors& lora_a,
+                          const OptTensors& lora_b, const std::vector<double>& lora_scale,
+                          const Ints& row_multiple, const Ints& col_multiple, const Ints& order,
+                          std::optional<ScalarType> dtype, const Tensors& out,
+                          const Tensors& scales);
+
 Tensors unpack_tensors_cpu(const Tensors& g, const OptTensors& rows, const OptTensors& cols,
                            const OptTensors& z_out, const OptTensors& z_in, const Ints& O,
                            const Ints& I, std::optional<ScalarType> dtype);
+
+void unpack_tensors_out_cpu(const Tensors& g, const OptTensors& rows, const OptTensors& cols,
+                            const OptTensors& z_out, const OptTensors& z_in, const Ints& O,
+                            const Ints& I, std::optional<ScalarType> dtype, const Tensors& out);
 
 // The instruction set in use: "avx512", "avx2" or "scalar".
 const char* simd_level();

@@ -346,11 +346,13 @@ Choice choose(bool adjoint, ScalarType in, ScalarType out) {
   }
 }
 
-bool allows_16_bytes(const Call& call, const void* src, size_t in_size, size_t out_size) {
+bool allows_16_bytes(const Call& call, const void* src, size_t in_size, const void* dst,
+                     size_t out_size) {
   const int64_t lanes = 16 / static_cast<int64_t>(std::max(in_size, out_size));
   return !call.lane_index.data && call.kept_lanes == call.out_lanes &&
       call.kept_lanes % lanes == 0 && call.stride % lanes == 0 &&
-      reinterpret_cast<uintptr_t>(src) % (lanes * in_size) == 0;
+      reinterpret_cast<uintptr_t>(src) % (lanes * in_size) == 0 &&
+      reinterpret_cast<uintptr_t>(dst) % (lanes * out_size) == 0;
 }
 
 int64_t out_rows(const Call& call) { return call.row_major ? call.out_lines : call.out_lanes; }
@@ -359,11 +361,13 @@ int64_t tiles_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // Packs or unpacks every matrix: results, and for e4m3 the scales of their rows.
 std::tuple<Tensors, Tensors> run(const char* op, bool adjoint, const std::vector<Call>& calls,
-                                 const Tensors& in, std::optional<ScalarType> dtype) {
+                                 const Tensors& in, std::optional<ScalarType> dtype,
+                                 const Results& results = {}) {
   Tensors out, scales;
+  const bool e4m3 = dtype == ScalarType::Float8_e4m3fn;
+  if (results.out) require_results(op, in, results, e4m3);
   if (in.empty()) return {out, scales};
   const Device device(in[0].get_device_index());
-  const bool e4m3 = dtype == ScalarType::Float8_e4m3fn;
   std::optional<Tensor> largest;  // of every row of every matrix
   uint32_t* next_largest = nullptr;
   if (e4m3) {
@@ -381,19 +385,21 @@ std::tuple<Tensors, Tensors> run(const char* op, bool adjoint, const std::vector
     const ScalarType in_type = in[m].scalar_type(), out_type = dtype.value_or(in_type);
     const int64_t lines = adjoint ? call.lines : call.out_lines;
     const int64_t lanes = adjoint ? call.lanes : call.out_lanes;
-    out.push_back(allocate(call, in[m], lines, lanes, out_type));
+    const Where where = at_place(op, m);
+    out.push_back(result(where, call, in[m], lines, lanes, out_type, results.out_of(m)));
     Task task = {call,    in[m].const_data_ptr(), out.back().mutable_data_ptr(),
                  nullptr, nullptr,                false,
                  0};
     if (e4m3) {
-      scales.push_back(torch::stable::new_empty(in[m], {out_rows(call)}, ScalarType::Float));
+      scales.push_back(result_scales(where, call, in[m], results.scales_of(m)));
       task.scales = static_cast<float*>(scales.back().mutable_data_ptr());
       task.largest = next_largest;
       next_largest += out_rows(call);
       if (lanes == 0 || lines == 0) torch::stable::fill_(scales.back(), 1.0);
     }
     if (lines == 0 || lanes == 0) continue;
-    task.aligned = allows_16_bytes(call, task.src, in[m].element_size(), out.back().element_size());
+    task.aligned = allows_16_bytes(call, task.src, in[m].element_size(), task.dst,
+                                   out.back().element_size());
     const Choice choice = choose(adjoint, in_type, out_type);
     task.lane_tiles =
         static_cast<uint32_t>(tiles_of(lanes, call.crossed ? kSide : choice.lanes));
@@ -440,11 +446,31 @@ std::tuple<Tensors, Tensors> pack_tensors_cuda(
              w, dtype);
 }
 
+void pack_tensors_out_cuda(const Tensors& w, const OptTensors& rows, const OptTensors& cols,
+                           const OptTensors& z_out, const OptTensors& z_in,
+                           const OptTensors& lora_a, const OptTensors& lora_b,
+                           const std::vector<double>& lora_scale, const Ints& row_multiple,
+                           const Ints& col_multiple, const Ints& order,
+                           std::optional<ScalarType> dtype, const Tensors& out,
+                           const Tensors& scales) {
+  run("pack_tensors", false,
+      describe_packs(w, rows, cols, z_out, z_in, lora_a, lora_b, lora_scale, row_multiple,
+                     col_multiple, order, dtype),
+      w, dtype, {&out, &scales});
+}
+
 Tensors unpack_tensors_cuda(const Tensors& g, const OptTensors& rows, const OptTensors& cols,
                             const OptTensors& z_out, const OptTensors& z_in, const Ints& O,
                             const Ints& I, std::optional<ScalarType> dtype) {
   return std::get<0>(run("unpack_tensors", true,
                          describe_unpacks(g, rows, cols, z_out, z_in, O, I, dtype), g, dtype));
+}
+
+void unpack_tensors_out_cuda(const Tensors& g, const OptTensors& rows, const OptTensors& cols,
+                             const OptTensors& z_out, const OptTensors& z_in, const Ints& O,
+                             const Ints& I, std::optional<ScalarType> dtype, const Tensors& out) {
+  run("unpack_tensors", true, describe_unpacks(g, rows, cols, z_out, z_in, O, I, dtype), g, dtype,
+      {&out});
 }
 
 }  // namespace
@@ -453,7 +479,9 @@ STABLE_TORCH_LIBRARY_IMPL(gatepack, CUDA, m) {
   m.impl("fold_pack", TORCH_BOX(&fold_pack_cuda));
   m.impl("fold_pack_adjoint", TORCH_BOX(&fold_pack_adjoint_cuda));
   m.impl("pack_tensors", TORCH_BOX(&pack_tensors_cuda));
+  m.impl("pack_tensors_out", TORCH_BOX(&pack_tensors_out_cuda));
   m.impl("unpack_tensors", TORCH_BOX(&unpack_tensors_cuda));
+  m.impl("unpack_tensors_out", TORCH_BOX(&unpack_tensors_out_cuda));
 }
 
 }  // namespace gatepack

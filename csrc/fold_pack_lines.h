@@ -39,9 +39,7 @@ GATEPACK_TARGET void gather_line(const Job& job, const E* src, E* dst) {
     M::gather(src + b->start, pattern, dst);
   }
   for (; b != end; dst += b->count, ++b, pattern += kPatternBytes) {
-    E front[W];
-    M::gather(src + b->start, pattern, front);
-    std::memcpy(dst, front, b->count * sizeof(E));
+    M::gather_front(src + b->start, pattern, b->count, dst);
   }
 }
 
@@ -73,6 +71,7 @@ inline const In* source_line(const Job& job, int64_t i) {
 // Zeros from lane `from` on of line i of the result.
 template <class Out>
 inline void pad_line(const Job& job, int64_t from, Out* line) {
+  if (from == job.out_lanes) return;
   std::memset(static_cast<void*>(line + from), 0, (job.out_lanes - from) * sizeof(Out));
 }
 

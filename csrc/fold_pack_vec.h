@@ -1,7 +1,8 @@
 // What a line kernel needs from an instruction set, for three of them, chosen at run time (a build
 // never needs -march):
 //   Vec<T>    W lanes of the compute type: load with widening, multiply, store with one rounding
-//   Mover<E>  W elements of a width in bytes: gather open lanes to the front, or spread them out
+//   Mover<E>  W elements of a width in bytes: gather open lanes to the front (gather_front stores
+//             `count` of them and nothing behind), or spread them out
 #pragma once
 
 #include "layout.h"
@@ -113,6 +114,7 @@ template <class E>
 struct Mover {
   static constexpr Geometry kGeometry = {1, 1, 0, 0};
   static void gather(const E* src, const uint8_t*, E* dst) { *dst = *src; }
+  static void gather_front(const E* src, const uint8_t*, int, E* dst) { *dst = *src; }
   static void spread(const E* src, const uint8_t*, int count, E* dst) { *dst = count ? *src : 0; }
 };
 #include "fold_pack_lines.h"
@@ -199,6 +201,12 @@ struct Mover {
     const __m256i p = _mm256_load_si256(reinterpret_cast<const __m256i*>(pattern));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), shuffle(src, p));
   }
+  GATEPACK_TARGET static void gather_front(const E* src, const uint8_t* pattern, int count,
+                                           E* dst) {
+    E lanes[kGeometry.width];
+    gather(src, pattern, lanes);
+    std::memcpy(dst, lanes, count * sizeof(E));
+  }
   GATEPACK_TARGET static void spread(const E* src, const uint8_t* pattern, int, E* dst) {
     const __m256i p = _mm256_load_si256(reinterpret_cast<const __m256i*>(pattern));
     const __m256i closed = _mm256_srai_epi32(p, 31);
@@ -215,6 +223,12 @@ struct Mover<uint16_t> {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src));
     const __m128i p = _mm_load_si128(reinterpret_cast<const __m128i*>(pattern));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm_shuffle_epi8(v, p));
+  }
+  GATEPACK_TARGET static void gather_front(const uint16_t* src, const uint8_t* pattern, int count,
+                                           uint16_t* dst) {
+    uint16_t lanes[kGeometry.width];
+    gather(src, pattern, lanes);
+    std::memcpy(dst, lanes, count * sizeof(uint16_t));
   }
   GATEPACK_TARGET static void spread(const uint16_t* src, const uint8_t* pattern, int,
                                      uint16_t* dst) {
@@ -295,14 +309,23 @@ struct Vec<double> {
 template <class E>
 struct Mover {
   static constexpr Geometry kGeometry = {64 / sizeof(E), 128 / sizeof(E), sizeof(E), 1};
-  GATEPACK_TARGET static void gather(const E* src, const uint8_t* pattern, E* dst) {
+  GATEPACK_TARGET static __m512i gathered(const E* src, const uint8_t* pattern) {
     const __m512i p = _mm512_load_si512(pattern);
     const __m512i a = _mm512_loadu_si512(src), b = _mm512_loadu_si512(src + kGeometry.width);
-    __m512i v;
-    if constexpr (sizeof(E) == 2) v = _mm512_permutex2var_epi16(a, p, b);
-    else if constexpr (sizeof(E) == 4) v = _mm512_permutex2var_epi32(a, p, b);
-    else v = _mm512_permutex2var_epi64(a, p, b);
-    _mm512_storeu_si512(dst, v);
+    if constexpr (sizeof(E) == 2) return _mm512_permutex2var_epi16(a, p, b);
+    else if constexpr (sizeof(E) == 4) return _mm512_permutex2var_epi32(a, p, b);
+    else return _mm512_permutex2var_epi64(a, p, b);
+  }
+  GATEPACK_TARGET static void gather(const E* src, const uint8_t* pattern, E* dst) {
+    _mm512_storeu_si512(dst, gathered(src, pattern));
+  }
+  GATEPACK_TARGET static void gather_front(const E* src, const uint8_t* pattern, int count,
+                                           E* dst) {
+    const __m512i v = gathered(src, pattern);
+    const uint64_t lanes = (uint64_t{1} << count) - 1;
+    if constexpr (sizeof(E) == 2) _mm512_mask_storeu_epi16(dst, static_cast<__mmask32>(lanes), v);
+    else if constexpr (sizeof(E) == 4) _mm512_mask_storeu_epi32(dst, static_cast<__mmask16>(lanes), v);
+    else _mm512_mask_storeu_epi64(dst, static_cast<__mmask8>(lanes), v);
   }
   GATEPACK_TARGET static void spread(const E* src, const uint8_t* pattern, int, E* dst) {
     const __m512i p = _mm512_load_si512(pattern);

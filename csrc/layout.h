@@ -43,6 +43,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -317,12 +318,93 @@ inline std::vector<Call> describe_unpacks(const Tensors& g, const OptTensors& ro
   return calls;
 }
 
-// Memory for `lines` lines of `lanes`, seen as rows and columns again.
-inline Tensor allocate(const Call& call, const Tensor& like, int64_t lines, int64_t lanes,
-                       ScalarType dtype) {
-  Tensor buffer = call.crossed ? torch::stable::new_empty(like, {lanes, lines}, dtype)
-                               : torch::stable::new_empty(like, {lines, lanes}, dtype);
-  return call.row_major != call.crossed ? buffer : torch::stable::transpose(buffer, 0, 1);
+// Results that a caller brings, in the order of the matrices; null: memory of their own.
+struct Results {
+  const Tensors* out = nullptr;
+  const Tensors* scales = nullptr;
+
+  OptTensor out_of(size_t i) const { return out ? OptTensor((*out)[i]) : std::nullopt; }
+  OptTensor scales_of(size_t i) const {
+    return scales && i < scales->size() ? OptTensor((*scales)[i]) : std::nullopt;
+  }
+};
+
+// `lines` lines of `lanes` seen as rows and columns again, dense, in memory of their own or in
+// `given`. Not by way of new_empty: a call of the dispatcher is 1 us, which a small matrix feels.
+inline Tensor result(const Where& where, const Call& call, const Tensor& like, int64_t lines,
+                     int64_t lanes, ScalarType dtype, const OptTensor& given) {
+  const int64_t m = call.row_major ? lines : lanes, n = call.row_major ? lanes : lines;
+  const bool by_rows = call.row_major != call.crossed;
+  const int64_t sizes[] = {m, n};
+  const int64_t strides[] = {by_rows ? std::max<int64_t>(n, 1) : 1,
+                             by_rows ? 1 : std::max<int64_t>(m, 1)};
+  if (!given) {
+    int32_t device = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        2, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+        device, like.get_device_index(), &handle));
+    return Tensor(handle);
+  }
+  require(given->dim() == 2 && given->size(0) == m && given->size(1) == n, where("out"),
+          " must be ", m, " x ", n, ", got ", given->dim() == 2 ? given->size(0) : -1, " x ",
+          given->dim() == 2 ? given->size(1) : -1);
+  require(given->scalar_type() == dtype, where("out"), " must be ", dtype_name(dtype), ", got ",
+          dtype_name(given->scalar_type()));
+  const auto fits = [&](int d) {
+    return given->stride(d) == strides[d] || sizes[d] <= 1 || m == 0 || n == 0;
+  };
+  require(fits(0) && fits(1), where("out"), " must have strides ", strides[0], " and ", strides[1],
+          ", got ", given->stride(0), " and ", given->stride(1));
+  require_device(where, "out", *given, like);
+  return *given;
+}
+
+// The scales of e4m3, one for each row of a result.
+inline Tensor result_scales(const Where& where, const Call& call, const Tensor& like,
+                            const OptTensor& given) {
+  const int64_t rows = call.row_major ? call.out_lines : call.out_lanes;
+  if (!given) return torch::stable::new_empty(like, {rows}, ScalarType::Float);
+  require_vector(where, "scales", *given, like);
+  require(given->scalar_type() == ScalarType::Float && given->numel() == rows, where("scales"),
+          " must be float32 with one value per row (", rows, "), got ", given->numel(), " of ",
+          dtype_name(given->scalar_type()));
+  return *given;
+}
+
+// That the lists of results are complete, and that no result shares memory with another tensor.
+inline void require_results(const char* op, const Tensors& in, const Results& results, bool e4m3) {
+  const auto check = [&](const char* name, size_t got, size_t want) {
+    require(got == want, op, ": ", name, " must have one entry per matrix (", want, "), got ", got);
+  };
+  check("out", results.out->size(), in.size());
+  if (results.scales) check("scales", results.scales->size(), e4m3 ? in.size() : 0);
+  struct Range {
+    uintptr_t begin, end;
+    bool written;
+  };
+  std::vector<Range> ranges;
+  const auto add = [&](const Tensors& tensors, bool written) {
+    for (const Tensor& t : tensors) {
+      if (t.numel() == 0) continue;
+      int64_t last = 0;
+      for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+      const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+      ranges.push_back({begin, begin + (last + 1) * t.element_size(), written});
+    }
+  };
+  add(in, false);
+  add(*results.out, true);
+  if (results.scales) add(*results.scales, true);
+  std::sort(ranges.begin(), ranges.end(), [](auto& a, auto& b) { return a.begin < b.begin; });
+  uintptr_t any = 0, written = 0;  // ends of what lies before
+  for (const Range& range : ranges) {
+    require(range.begin >= (range.written ? any : written), op,
+            ": out must share no memory with the matrices or with itself");
+    any = std::max(any, range.end);
+    if (range.written) written = std::max(written, range.end);
+  }
 }
 
 }  // namespace gatepack

@@ -45,7 +45,9 @@ STABLE_TORCH_LIBRARY_IMPL(gatepack, CPU, m) {
   m.impl("fold_pack", TORCH_BOX(&fold_pack_cpu));
   m.impl("fold_pack_adjoint", TORCH_BOX(&fold_pack_adjoint_cpu));
   m.impl("pack_tensors", TORCH_BOX(&pack_tensors_cpu));
+  m.impl("pack_tensors_out", TORCH_BOX(&pack_tensors_out_cpu));
   m.impl("unpack_tensors", TORCH_BOX(&unpack_tensors_cpu));
+  m.impl("unpack_tensors_out", TORCH_BOX(&unpack_tensors_out_cpu));
   m.impl("open_sets", TORCH_BOX(&open_sets_cpu));
   m.impl("remap_ids", TORCH_BOX(&remap_ids_cpu));
 }

@@ -9,7 +9,13 @@ GATEPACK_SCHEMA("pack_tensors(Tensor[] w, Tensor?[] rows, Tensor?[] cols, Tensor
                 "Tensor?[] z_in, Tensor?[] lora_a, Tensor?[] lora_b, float[] lora_scale, "
                 "int[] row_multiple, int[] col_multiple, int[] order, ScalarType? dtype) "
                 "-> (Tensor[], Tensor[])")
+GATEPACK_SCHEMA("pack_tensors_out(Tensor[] w, Tensor?[] rows, Tensor?[] cols, Tensor?[] z_out, "
+                "Tensor?[] z_in, Tensor?[] lora_a, Tensor?[] lora_b, float[] lora_scale, "
+                "int[] row_multiple, int[] col_multiple, int[] order, ScalarType? dtype, "
+                "Tensor(a!)[] out, Tensor(b!)[] scales) -> ()")
 GATEPACK_SCHEMA("unpack_tensors(Tensor[] g, Tensor?[] rows, Tensor?[] cols, Tensor?[] z_out, "
                 "Tensor?[] z_in, int[] O, int[] I, ScalarType? dtype) -> Tensor[]")
+GATEPACK_SCHEMA("unpack_tensors_out(Tensor[] g, Tensor?[] rows, Tensor?[] cols, Tensor?[] z_out, "
+                "Tensor?[] z_in, int[] O, int[] I, ScalarType? dtype, Tensor(a!)[] out) -> ()")
 GATEPACK_SCHEMA("open_sets(Tensor[] masks) -> Tensor[]")
 GATEPACK_SCHEMA("remap_ids(Tensor ids, Tensor table) -> Tensor")

@@ -32,10 +32,24 @@ def _keep_bools(create_splat):
     return splat
 
 
+def _validate(self):
+    """TensorDescHandle.validate of Triton's interpreter, whose 3.5 counts strides in elements.
+
+    The copy engine, and every later interpreter, wants multiples of 16 bytes.
+    """
+    itemsize = self.base.dtype.element_ty.primitive_bitwidth // 8
+    assert self.base.data.item() % 16 == 0
+    assert all(stride.data.item() * itemsize % 16 == 0 for stride in self.strides[:-1])
+    assert self.strides[-1].data.item() == 1
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton import __version__ as triton_version
+    from triton.runtime.interpreter import InterpreterBuilder, TensorDescHandle
 
     InterpreterBuilder.create_splat = _keep_bools(InterpreterBuilder.create_splat)
+    if triton_version.startswith("3.5."):
+        TensorDescHandle.validate = _validate
 
 
 def pytest_collection_modifyitems(items):

@@ -154,6 +154,23 @@ def test_op_results_have_a_line_per_setting(tmp_path, monkeypatch):
     assert "chip, 1 threads, torch 2.9, 2026-01-01, commit abc." in page
 
 
+def test_packing_of_a_layer_says_into_which_memory(tmp_path, monkeypatch):
+    stamp = {"commit": "abc", "dirty": False, "date": "2026-01-01", "threads": 1, "torch": "2.9"}
+    row = {"bench": "pack_tensors", "op": "pack", "along": "rows", "shape": "tiny", "kept": 0.6}
+    row |= {"dtype": "bfloat16", "backend": "cpp", "GB/s": 40.0, "device": "chip", **stamp}
+    rows = [
+        {**row, "memory": memory, "ms": ms, "of_copy": of_copy}
+        for memory, ms, of_copy in (("fresh", 42.0, 1.5), ("mapped", 9.0, 0.94))
+    ]
+    (tmp_path / "chip").mkdir()
+    text = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "chip" / "pack_tensors.jsonl").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    page = report.performance_page()
+    assert "| pack, rows | tiny, bfloat16, 60% kept | fresh | 42.00 | 40.0 | 150% |" in page
+    assert "| pack, rows | tiny, bfloat16, 60% kept | mapped | 9.00 | 40.0 | 94% |" in page
+
+
 def documented_defaults() -> list[tuple[str, str, str]]:
     """(class, field, default) of the tables in methods.md, whose heading names the class."""
     found, current = [], None

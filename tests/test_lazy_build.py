@@ -13,16 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from clean import Env, checkout
+from clean import Env, checkout, quick_compiler
 
 from gatepack import _build, _ext
 
 pytestmark = pytest.mark.skipif(_ext.fcntl is None, reason="needs Linux or macOS")
 
-# Notes that it is called for a source file and waits for the file `go`, then compiles.
-COMPILER = """#!/bin/sh
-case "$*" in *.cpp*) echo "$*" >> {log}; while [ ! -e {go} ]; do sleep 0.05; done;; esac
-exec {compiler} "$@"
+# Before it compiles, notes that it is called for a source file and waits for the file `go`.
+HELD_UP = """
+case "$*" in *.cpp*) echo "$*" >> "{log}"; while [ ! -e "{go}" ]; do sleep 0.05; done;; esac
 """
 FOLD_PACK = """
 import hashlib, warnings, torch
@@ -48,10 +47,7 @@ class Bench:
         self.env = Env(folder / "env")
         self.log, self.go = folder / "log", folder / "go"
         self.go.touch()
-        self.compiler = folder / "c++"
-        real = os.environ.get("CXX", "c++")
-        self.compiler.write_text(COMPILER.format(log=self.log, go=self.go, compiler=real))
-        self.compiler.chmod(0o755)
+        self.compiler = quick_compiler(folder, HELD_UP.format(log=self.log, go=self.go))
         self.started: list[subprocess.Popen] = []
 
     @property
@@ -68,7 +64,7 @@ class Bench:
             "PYTHONDONTWRITEBYTECODE": "1",
             "GATEPACK_CACHE_DIR": str(self.cache),
             "TORCH_CUDA_ARCH_LIST": "9.0",
-            "CXX": str(self.compiler),
+            "CXX": self.compiler,
             **variables,
         }
         process = subprocess.Popen(

@@ -9,7 +9,14 @@ from matrices import DTYPES, LEVELS, assert_same_bytes, gate, instruction_set, m
 
 from gatepack import _ext
 from gatepack._ext import fold_pack, fold_pack_adjoint
-from gatepack._reference import E4M3, pack_tensors_ref, unpack_tensors_ref
+from gatepack._reference import (
+    E4M3,
+    pack_tensors_out_ref,
+    pack_tensors_ref,
+    unpack_tensors_out_ref,
+    unpack_tensors_ref,
+)
+from gatepack.repack import Piece, pack_tensors, unpack_tensors
 
 PER_TEST = settings(
     max_examples=60,
@@ -155,6 +162,95 @@ def test_unpack_writes_the_bytes_of_the_reference(level, call):
         assert_same_bytes(got, want)
 
 
+def poisoned(tensors):
+    """Memory of the same layout, with NaN in it."""
+    like = [torch.empty_like(t) for t in tensors]
+    assert [t.stride() for t in like] == [t.stride() for t in tensors]
+    return [t.fill_(float("nan")) for t in like]
+
+
+@pytest.mark.parametrize("run", (pack_tensors_out_ref, None))
+@settings(max_examples=40, deadline=None)
+@given(call=calls())
+def test_out_is_written_whole(run, call):
+    packed, scales = pack_tensors_ref(*call)
+    out, out_scales = poisoned(packed), poisoned(scales)
+    assert (run or op("pack_tensors_out"))(*call, out, out_scales) is None
+    for got, want in zip([*out, *out_scales], [*packed, *scales], strict=True):
+        assert_same_bytes(got, want)
+
+
+@pytest.mark.parametrize("run", (unpack_tensors_out_ref, None))
+@settings(max_examples=40, deadline=None)
+@given(call=calls(out_types=(None,)))
+def test_out_of_unpack_is_written_whole(run, call):
+    w, rows, cols, *_ = call
+    none, ones = [None] * len(w), [1] * len(w)
+    packed, _ = pack_tensors_ref(
+        w, rows, cols, none, none, none, none, [1.0] * len(w), ones, ones, call[-2], None
+    )
+    sizes = [t.shape[0] for t in w], [t.shape[1] for t in w]
+    arguments = (packed, rows, cols, none, none, *sizes, None)
+    full = unpack_tensors_ref(*arguments)
+    out = poisoned(full)
+    assert (run or op("unpack_tensors_out"))(*arguments, out) is None
+    for got, want in zip(out, full, strict=True):
+        assert_same_bytes(got, want)
+
+
+def test_out_keeps_its_memory():
+    pieces = [
+        Piece(matrix(5, 40, torch.bfloat16), cols=torch.arange(0, 40, 3)),
+        Piece(matrix(6, 7, torch.float32), rows=torch.tensor([1, 4])),
+    ]
+    for dtype in (None, E4M3):
+        packed, scales = pack_tensors(pieces, dtype)
+        kept = [t.clone() for t in (*packed, *scales)]
+        for t in (*packed, *scales):
+            t.zero_()
+        again, again_scales = pack_tensors(pieces, dtype, out=(packed, scales))
+        assert [*map(id, (*again, *again_scales))] == [*map(id, (*packed, *scales))]
+        for got, want in zip([*again, *again_scales], kept, strict=True):
+            assert_same_bytes(got, want)
+    packed, _ = pack_tensors(pieces)
+    compact = [Piece(t, p.rows, p.cols) for t, p in zip(packed, pieces, strict=True)]
+    full = unpack_tensors(compact, [(5, 40), (6, 7)])
+    kept = [t.clone() for t in full]
+    again = unpack_tensors(compact, [(5, 40), (6, 7)], out=[t.fill_(1) for t in full])
+    assert [*map(id, again)] == [*map(id, full)]
+    for got, want in zip(again, kept, strict=True):
+        assert_same_bytes(got, want)
+
+
+W, BOTH = torch.ones(4, 6), torch.empty(4, 12)
+
+
+@pytest.mark.parametrize("run", (pack_tensors_out_ref, None))
+@pytest.mark.parametrize(
+    "dtype, out, scales, message",
+    (
+        (None, [W.clone()], [], r"out must have one entry per matrix \(2\), got 1"),
+        (None, [W.clone(), torch.ones(4, 5)], [], r"out\[1\] must be 4 x 6, got 4 x 5"),
+        (None, [W.clone(), W.half()], [], r"out\[1\] must be .*float32, got .*float16"),
+        (None, [W.clone(), torch.ones(6, 4).t()], [], r"out\[1\] must have strides"),
+        (None, [W, W.clone()], [], "out must share no memory with the matrices or with itself"),
+        (None, [BOTH[:, :6], BOTH[:, 3:9]], [], "out must share no memory"),
+        (None, [W.clone(), W.clone()], [torch.ones(4)], "scales must have one entry"),
+        (E4M3, [W.to(E4M3), W.to(E4M3)], [torch.ones(4), torch.ones(3)], r"scales\[1\] must be"),
+    ),
+)
+def test_refuses_an_out_before_anything_is_written(run, dtype, out, scales, message):
+    none, ones = [None] * 2, [1] * 2
+    w = [W, W + 1]
+    kept = [t.clone() for t in (*out, *scales)]
+    with pytest.raises(ValueError, match="pack_tensors: " + message), _ext.refusals():
+        (run or op("pack_tensors_out"))(
+            w, *[none] * 6, [1.0] * 2, ones, ones, [0, 0], dtype, out, scales
+        )
+    for got, want in zip((*out, *scales), kept, strict=True):
+        assert torch.equal(got.float(), want.float())
+
+
 def test_one_matrix_is_fold_pack():
     w, rows, cols = matrix(9, 40, torch.bfloat16), torch.tensor([1, 4, 8]), torch.arange(0, 40, 3)
     z_out, z_in = gate(3, 0), gate(14, 1)
@@ -246,11 +342,16 @@ def test_opcheck(dtype):
     none, order = [None, None], [2, 1]
     arguments = (w, rows, cols, none, none, *lora, [0.5, 1.0], [4, 1], [1, 8], order, dtype)
     torch.library.opcheck(op("pack_tensors"), arguments)
+    out, scales = op("pack_tensors")(*arguments)
+    if dtype != E4M3:  # opcheck compares written arguments by an allclose that e4m3 lacks
+        torch.library.opcheck(op("pack_tensors_out"), (*arguments, out, scales))
     packed, _ = op("pack_tensors")(
         w, rows, cols, *[none] * 4, [1.0] * 2, *[[1, 1]] * 2, order, None
     )
     arguments = (packed, rows, cols, none, none, [6, 5], [40, 3], torch.bfloat16)
     torch.library.opcheck(op("unpack_tensors"), arguments)
+    full = op("unpack_tensors")(*arguments)
+    torch.library.opcheck(op("unpack_tensors_out"), (*arguments, full))
 
 
 def test_schemas_are_the_ones_of_the_extension():
@@ -274,4 +375,8 @@ def test_cuda_writes_the_bytes_of_the_reference(call):
     packed, scales = op("pack_tensors")(*put)
     expected, expected_scales = pack_tensors_ref(*call)
     for got, want in zip([*packed, *scales], [*expected, *expected_scales], strict=True):
+        assert_same_bytes(got.cpu(), want)
+    out, out_scales = poisoned(packed), poisoned(scales)
+    op("pack_tensors_out")(*put, out, out_scales)
+    for got, want in zip([*out, *out_scales], [*expected, *expected_scales], strict=True):
         assert_same_bytes(got.cpu(), want)

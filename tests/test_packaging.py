@@ -6,12 +6,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from clean import IMPORT, ROOT, Env, build, checkout
+from clean import IMPORT, ROOT, Env, build, checkout, quick_compiler
 
 import gatepack
 
 pytest.importorskip("triton")
 SOURCES = {"python/gatepack": "gatepack", "triton_kernels": "gatepack/kernels"}
+COMPILED = {"GATEPACK_SKIP_EXT": "0", "TORCH_CUDA_ARCH_LIST": "9.0"}
 CSRC = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.is_file())
 
 
@@ -54,6 +55,11 @@ def wheel(folder, tree, bare) -> Path:
 @pytest.fixture(scope="module")
 def sdist(folder, tree, bare) -> Path:
     return build("sdist", tree, folder / "sdists", bare)
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory) -> str:
+    return quick_compiler(tmp_path_factory.mktemp("compiler"))
 
 
 def contents(wheel: Path) -> dict[str, bytes]:
@@ -142,7 +148,6 @@ def test_kernel_sources_are_refused_under_the_name_of_another_package(tree, bare
     assert "import gatepack.kernels instead" in done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
 def test_editable_install(mode, folder):
     source = checkout(folder / f"editable {mode}", mark=mode)
@@ -160,7 +165,6 @@ def test_editable_install(mode, folder):
     assert env.look()["mark"] == [mode, "edited"]
 
 
-@pytest.mark.slow
 def test_two_checkouts_are_never_mixed(folder, bare):
     sources, envs = [], []
     for name, version in (("first", "1.0.1"), ("second", "2.0.2")):
@@ -197,23 +201,25 @@ def test_without_a_compiler(folder):
     assert text.count("fold_pack on cpu is plain torch") == 1
 
 
-@pytest.mark.slow
 class TestInstall:
-    """pip install as users type it; the first needs a package index."""
+    """pip install as users type it."""
 
     def test_with_build_isolation(self, folder, wheel):
         env = Env(folder / "isolated")
         source = checkout(folder / "isolated source")
-        env.pip("install", "--no-deps", ".", cwd=source)
+        done = env.pip("install", "--no-deps", ".", cwd=source, check=False)
+        if "No matching distribution found for setuptools" in done.stdout:
+            pytest.skip("no package index to fetch setuptools from")
+        assert done.returncode == 0, done.stdout
         found = env.look()
         assert Path(found["package"]) == env.site / "gatepack"
         record = next(env.site.glob("gatepack-*.dist-info/WHEEL")).read_text()
         assert "py3-none-any" in record, "the isolated build has no torch, so nothing is compiled"
 
-    def test_with_a_compiler(self, folder, wheel):
+    def test_with_a_compiler(self, folder, wheel, compiler):
         env = Env(folder / "compiled")
         source = checkout(folder / "compiled source")
-        env.install(str(source), GATEPACK_SKIP_EXT="0", TORCH_CUDA_ARCH_LIST="9.0")
+        env.install(str(source), **COMPILED, CXX=compiler)
         assert list((env.site / "gatepack").glob("_C*.so"))
         record = next(env.site.glob("gatepack-*.dist-info/WHEEL")).read_text()
         assert re.search(r"Tag: cp310-abi3-linux_\w+", record)
@@ -226,12 +232,13 @@ class TestInstall:
         backend = env.python(FOLD_PACK).splitlines()[-1]
         assert backend.startswith(("cpp", "cuda")) and "installed with the package" in backend
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
-    def test_editable_with_a_compiler(self, mode, folder):
+    def test_editable_with_a_compiler(self, mode, folder, compiler):
         env = Env(folder / f"compiled {mode}")
         source = checkout(folder / f"compiled {mode} source")
         settings = ("--config-settings", f"editable_mode={mode}", "-e", str(source))
-        env.install(*settings, GATEPACK_SKIP_EXT="0", TORCH_CUDA_ARCH_LIST="9.0")
+        env.install(*settings, **COMPILED, CXX=compiler)
         backend = env.python(FOLD_PACK).splitlines()[-1]
         assert backend.startswith(("cpp", "cuda")) and "installed with the package" in backend
 

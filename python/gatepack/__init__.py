@@ -30,6 +30,7 @@ _EXPORTS = {
     "pack": "packing",
     "unpack": "packing",
     "PackReport": "packing",
+    "PackPlan": "repack",
     "save_pretrained": "checkpoint",
     "from_pretrained": "checkpoint",
     "explain": "inspection",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from gatepack.packing import PackReport as PackReport
     from gatepack.packing import pack as pack
     from gatepack.packing import unpack as unpack
+    from gatepack.repack import PackPlan as PackPlan
     from gatepack.timing import measure as measure
 
     __all__ = [
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
         "GateTraining",
         "GatedLinear",
         "GatedMLP",
+        "PackPlan",
         "PackReport",
         "PackedLinear",
         "__version__",

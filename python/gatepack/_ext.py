@@ -31,9 +31,11 @@ from gatepack._reference import (
     fold_pack_adjoint_ref,
     fold_pack_ref,
     open_sets_ref,
+    pack_tensors_out_ref,
     pack_tensors_ref,
     remap_ids_ref,
     rounded_up,
+    unpack_tensors_out_ref,
     unpack_tensors_ref,
 )
 
@@ -48,7 +50,9 @@ OPS = (
     "fold_pack",
     "fold_pack_adjoint",
     "pack_tensors",
+    "pack_tensors_out",
     "unpack_tensors",
+    "unpack_tensors_out",
     "open_sets",
     "remap_ids",
 )
@@ -212,6 +216,10 @@ def _unpack_tensors_fake(g, rows, cols, z_out, z_in, O, I, dtype):
     ]
 
 
+def _out_fake(*arguments):
+    return None
+
+
 def _open_sets_fake(masks):
     return [mask.new_empty(mask.shape[0] + 1, dtype=torch.int32) for mask in masks]
 
@@ -254,7 +262,9 @@ _TABLE = (
         _fold_pack_adjoint_backward,
     ),
     ("pack_tensors", pack_tensors_ref, _pack_tensors_fake, None),
+    ("pack_tensors_out", pack_tensors_out_ref, _out_fake, None),
     ("unpack_tensors", unpack_tensors_ref, _unpack_tensors_fake, None),
+    ("unpack_tensors_out", unpack_tensors_out_ref, _out_fake, None),
     ("open_sets", open_sets_ref, _open_sets_fake, None),
     ("remap_ids", remap_ids_ref, _remap_ids_fake, None),
 )
@@ -305,7 +315,7 @@ def build_info() -> dict:
 
 
 def _refuse_gate_gradient(op: str, z_out: Tensor | None, z_in: Tensor | None) -> None:
-    if not torch.is_grad_enabled():
+    if (z_out is None and z_in is None) or not torch.is_grad_enabled():
         return
     for name, z in (("z_out", z_out), ("z_in", z_in)):
         if z is not None and z.requires_grad:

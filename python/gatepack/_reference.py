@@ -199,6 +199,62 @@ def pack_tensors_ref(
     return packed, scales
 
 
+def _write_results(op, out, scales, packed, found) -> None:
+    """Copies what was computed to memory that the caller brings, refusing what C++ refuses."""
+    for name, given, computed in (("out", out, packed), ("scales", scales, found)):
+        _require(
+            len(given) == len(computed),
+            f"{op}: {name} must have one entry per matrix ({len(computed)}), got {len(given)}",
+        )
+    for i, (target, value) in enumerate(zip(out, packed, strict=True)):
+        m, n = value.shape
+        got = " x ".join(map(str, target.shape))
+        _require(target.shape == value.shape, f"{op}: out[{i}] must be {m} x {n}, got {got}")
+        _require(
+            target.dtype == value.dtype,
+            f"{op}: out[{i}] must be {value.dtype}, got {target.dtype}",
+        )
+        fits = zip(value.shape, target.stride(), value.stride(), strict=True)
+        _require(
+            not value.numel() or all(size <= 1 or have == want for size, have, want in fits),
+            f"{op}: out[{i}] must have strides {value.stride()}, got {target.stride()}",
+        )
+    for i, (target, value) in enumerate(zip(scales, found, strict=True)):
+        _require(
+            target.dtype == torch.float32 and target.shape == value.shape,
+            f"{op}: scales[{i}] must be float32 with one value per row ({value.numel()}), got "
+            f"{target.numel()} of {target.dtype}",
+        )
+    for target, value in zip([*out, *scales], [*packed, *found], strict=True):
+        target.copy_(value)
+
+
+def _require_apart(op, matrices, results) -> None:
+    """That no result shares memory with another tensor."""
+    ranges = []
+    for written, tensors in ((False, matrices), (True, results)):
+        for t in tensors:
+            if t.numel():
+                last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+                begin = t.data_ptr()
+                ranges.append((begin, begin + (last + 1) * t.element_size(), written))
+    end_of_any = end_of_written = 0
+    for begin, end, written in sorted(ranges):
+        _require(
+            begin >= (end_of_any if written else end_of_written),
+            f"{op}: out must share no memory with the matrices or with itself",
+        )
+        end_of_any = max(end_of_any, end)
+        end_of_written = max(end_of_written, end) if written else end_of_written
+
+
+def pack_tensors_out_ref(w, *arguments) -> None:
+    """pack_tensors_ref into the last two arguments, out and scales."""
+    *arguments, out, scales = arguments
+    _require_apart("pack_tensors", w, [*out, *scales])
+    _write_results("pack_tensors", out, scales, *pack_tensors_ref(w, *arguments))
+
+
 def _unpacked(g, rows, cols, z_out, z_in, O, I, dtype) -> Tensor:
     dtype = dtype or g.dtype
     values = _scaled(g.float() if g.dtype == E4M3 else g, z_out, z_in).to(dtype)
@@ -237,6 +293,13 @@ def unpack_tensors_ref(g, rows, cols, z_out, z_in, O, I, dtype) -> list[Tensor]:
     for i, arguments in enumerate(zip(*lists, strict=True)):
         _check_compact("unpack_tensors", *arguments, dtype, f"[{i}]")
     return [_unpacked(*arguments, dtype) for arguments in zip(*lists, strict=True)]
+
+
+def unpack_tensors_out_ref(g, *arguments) -> None:
+    """unpack_tensors_ref into the last argument, out."""
+    *arguments, out = arguments
+    _require_apart("unpack_tensors", g, out)
+    _write_results("unpack_tensors", out, [], unpack_tensors_ref(g, *arguments), [])
 
 
 def open_sets_ref(masks) -> list[Tensor]:

@@ -7,7 +7,22 @@ import torch
 from torch import Tensor
 
 from gatepack import _ext
+from gatepack._ext import fold_pack, fold_pack_adjoint
 from gatepack._reference import E4M3, ORDERS
+
+__all__ = [
+    "PackPlan",
+    "Part",
+    "Piece",
+    "fold_pack",
+    "fold_pack_adjoint",
+    "open_sets",
+    "pack_heads",
+    "pack_tensors",
+    "plan_channels",
+    "plan_heads",
+    "unpack_tensors",
+]
 
 PLAN_VERSION = 1
 
@@ -41,7 +56,7 @@ def _require_no_grad(op: str, pieces: Sequence[Piece]) -> None:
         if any(t is not None and t.requires_grad for t in tensors):
             raise ValueError(
                 f"{op}: pieces[{i}] must not require grad, the op has no gradient; detach it, or "
-                "use gatepack's fold_pack, which has one"
+                "use gatepack.repack.fold_pack, which has one"
             )
 
 
@@ -57,13 +72,17 @@ def _gates(pieces: Sequence[Piece]) -> tuple[list, ...]:
 
 
 def pack_tensors(
-    pieces: Iterable[Piece], dtype: torch.dtype | None = None
+    pieces: Iterable[Piece],
+    dtype: torch.dtype | None = None,
+    out: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Each piece's matrix[rows, cols] · z_out · z_in, its LoRA merged, padded: one pass over each.
 
     One threaded pass on a CPU, a launch for each 100 or so matrices of a dtype on CUDA. dtype: of
     the results, default each matrix's own. With torch.float8_e4m3fn a row holds value / scale, and
     the second list has the scales, fp32 [rows]: largest magnitude / 448; else that list is empty.
+    out: what an earlier call for the same shapes returned, to be written again instead of fresh
+    memory, whose pages cost more than the packing; nothing in it may overlap.
     Refuses what fold_pack refuses, before anything is written; "rows[3]" is those of the fourth.
     """
     pieces = list(pieces)
@@ -72,36 +91,46 @@ def pack_tensors(
     _require_no_grad("pack_tensors", pieces)
     _ext.backend()
     lora = [piece.lora or (None, None, 1.0) for piece in pieces]
+    call = (
+        *_gates(pieces),
+        *map(list, zip(*lora, strict=True)),
+        [piece.row_multiple for piece in pieces],
+        [piece.col_multiple for piece in pieces],
+        [_order(i, piece.order) for i, piece in enumerate(pieces)],
+        dtype,
+    )
     with _ext.refusals():
-        return torch.ops.gatepack.pack_tensors.default(
-            *_gates(pieces),
-            *map(list, zip(*lora, strict=True)),
-            [piece.row_multiple for piece in pieces],
-            [piece.col_multiple for piece in pieces],
-            [_order(i, piece.order) for i, piece in enumerate(pieces)],
-            dtype,
-        )
+        if out is None:
+            return torch.ops.gatepack.pack_tensors.default(*call)
+        packed, scales = map(list, out)
+        torch.ops.gatepack.pack_tensors_out.default(*call, packed, scales)
+        return packed, scales
 
 
 def unpack_tensors(
     pieces: Iterable[Piece],
     shapes: Iterable[tuple[int, int]],
     dtype: torch.dtype | None = None,
+    out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """The adjoint of pack_tensors: each matrix · z_out · z_in put back, zero elsewhere.
 
     shapes: (O, I) of each result. With no gates, the inverse on what was kept. An e4m3 matrix needs
-    a dtype, and its scales as z_out. Padding is left out by slicing: packed[:m, :n].
+    a dtype, and its scales as z_out. Padding is left out by slicing: packed[:m, :n]. out: what an
+    earlier call for the same shapes returned, to be written again.
     """
     pieces, shapes = list(pieces), list(shapes)
     if not pieces:
         return []
     _require_no_grad("unpack_tensors", pieces)
     _ext.backend()
+    call = (*_gates(pieces), [m for m, _ in shapes], [n for _, n in shapes], dtype)
     with _ext.refusals():
-        return torch.ops.gatepack.unpack_tensors.default(
-            *_gates(pieces), [m for m, _ in shapes], [n for _, n in shapes], dtype
-        )
+        if out is None:
+            return torch.ops.gatepack.unpack_tensors.default(*call)
+        full = list(out)
+        torch.ops.gatepack.unpack_tensors_out.default(*call, full)
+        return full
 
 
 def open_sets(masks: Iterable[Tensor]) -> list[Tensor]:
@@ -174,7 +203,7 @@ class PackPlan:
     """
 
     parts: Mapping[str, Part]
-    _moved: dict = field(default_factory=dict, repr=False, compare=False)
+    _moved: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def _index(self, name: str, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         key = (name, device)

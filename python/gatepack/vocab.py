@@ -15,6 +15,15 @@ from torch import Tensor, nn
 from gatepack import _ext
 from gatepack.repack import Piece, pack_tensors
 
+__all__ = [
+    "VocabPlan",
+    "pack_vocab",
+    "remap_ids",
+    "shrink_tokenizer",
+    "vocab_closure",
+    "vocab_pack",
+]
+
 
 def _byte_characters() -> list[str]:
     """How byte-level BPE writes each of the 256 bytes: printable ones as they are (GPT-2)."""

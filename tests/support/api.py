@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PINNED = ROOT / "tests" / "api.json"
 INIT = ROOT / "python" / "gatepack" / "__init__.py"
-MODULES = ("gatepack", "gatepack.kernels", "gatepack.methods")
+MODULES = ("gatepack", "gatepack.kernels", "gatepack.methods", "gatepack.repack", "gatepack.vocab")
 _BLOCK = re.compile(r"(?<=^if TYPE_CHECKING:\n).*?(?=^else:\n)", re.DOTALL | re.MULTILINE)
 
 
@@ -79,7 +79,8 @@ def _members(name: str, cls: type) -> dict[str, str]:
                 found[f"{name}.{member}"] = _signature(value)
     if dataclasses.is_dataclass(cls):
         for field in dataclasses.fields(cls):
-            found[f"{name}.{field.name}"] = f": {_text(field.type)}"
+            if not field.name.startswith("_"):
+                found[f"{name}.{field.name}"] = f": {_text(field.type)}"
     return found
 
 

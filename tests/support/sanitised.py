@@ -66,6 +66,9 @@ def compare_packing(ops, call) -> None:
     packed, scales = ops.pack_tensors(*call)
     expected, expected_scales = pack_tensors_ref(*call)
     assert_same([*packed, *scales], [*expected, *expected_scales], "pack_tensors")
+    out, out_scales = ([torch.empty_like(t) for t in ts] for ts in (packed, scales))
+    ops.pack_tensors_out(*call, out, out_scales)
+    assert_same([*out, *out_scales], [*expected, *expected_scales], "pack_tensors_out")
     sizes = [t.shape[0] for t in w], [t.shape[1] for t in w]
     kept = [
         [size if index is None else len(index) for size, index in zip(full, index, strict=True)]
@@ -73,7 +76,11 @@ def compare_packing(ops, call) -> None:
     ]
     compact = [p[:m, :n] for p, m, n in zip(packed, *kept, strict=True)]
     back = (compact, rows, cols, z_out, z_in, *sizes, torch.float32)
-    assert_same(ops.unpack_tensors(*back), unpack_ref(*back), "unpack_tensors")
+    full = ops.unpack_tensors(*back)
+    assert_same(full, unpack_ref(*back), "unpack_tensors")
+    out = [torch.empty_like(t) for t in full]
+    ops.unpack_tensors_out(*back, out)
+    assert_same(out, full, "unpack_tensors_out")
 
 
 def refused(function, *arguments) -> None:
