@@ -24,6 +24,7 @@ _EXPORTS = {
     "detach": "hf",
     "gates_of": "hf",
     "calibrate": "importance",
+    "Distillation": "distillation",
     "GateCallback": "callback",
     "GateSchedule": "gate_training",
     "GateTraining": "gate_training",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from gatepack.checkpoint import from_pretrained as from_pretrained
     from gatepack.checkpoint import save_pretrained as save_pretrained
     from gatepack.config import GateConfig as GateConfig
+    from gatepack.distillation import Distillation as Distillation
     from gatepack.evaluation import evaluate as evaluate
     from gatepack.exporters import export as export
     from gatepack.families import Family as Family
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 
     __all__ = [
         "BudgetController",
+        "Distillation",
         "Family",
         "Gate",
         "GateCallback",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gatepack.gates import GateSpec, lane_indices
+from gatepack.gates import GateSpec
 from gatepack.hf import (
     GATES_NAME,
     Layer,
@@ -28,6 +28,7 @@ from gatepack.modules import (
     why_not_sliced,
 )
 from gatepack.repack import Piece, pack_tensors, unpack_tensors
+from gatepack.samples import lane_indices
 
 FORMAT_VERSION = 1
 
