@@ -19,12 +19,12 @@ LOGITS_AT_ONCE = 4 * 1024**2
 
 @dataclass(frozen=True)
 class Distillation:
-    """loss = task_weight * loss + weight * KL + hidden_weight * mean_l |h_l - g_l|^2 / |g_l|^2.
+    """loss = task_weight * loss + weight * KL + hidden_weight * mean of |h - g|^2 / |g|^2.
 
     KL = temperature^2 * mean over tokens of sum_v p_v log(p_v / q_v), p and q the softmax of the
-    teacher's and the student's logits over temperature. h and g: what both have after each layer
-    (match="layers") or what each MLP adds ("mlps"). Tokens that attention_mask leaves out do not
-    count.
+    teacher's and the student's logits over temperature. h and g: the student's and the teacher's
+    vectors [d] of each token after each layer (match="layers") or what each MLP adds ("mlps").
+    Tokens that attention_mask leaves out do not count.
 
     teacher: a model with the same vocabulary; None: the student's own weights, with every gate at
     1 and adapters off, so that no second copy of the model is in memory. It runs in eval mode and
@@ -255,13 +255,14 @@ def divergence(
 def distance(
     student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """sum |h - g|^2 / sum |g|^2 over tokens, a scalar, at least fp32; h student's, g teacher's."""
+    """mean over tokens of |h - g|^2 / |g|^2, a scalar, at least fp32; h student's, g teacher's
+    [*, d]."""
     wide = torch.promote_types(student.dtype, torch.float32)
     student, teacher = student.to(wide), teacher.to(wide)
     if tokens is not None:
         student, teacher = student[tokens], teacher[tokens]
-    scale = teacher.square().sum().clamp(min=torch.finfo(wide).tiny)
-    return (student - teacher).square().sum() / scale
+    scale = teacher.square().sum(-1).clamp(min=torch.finfo(wide).tiny)
+    return ((student - teacher).square().sum(-1) / scale).mean()
 
 
 def _logits_of(output) -> torch.Tensor:

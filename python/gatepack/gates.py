@@ -104,8 +104,7 @@ class GateSet(nn.Module):
         for name, spec in specs.items():
             self.gates[name] = Gate(self, name, spec, start)
             start += spec.size
-        init = self.estimator.default_logit if config.init_logit is None else config.init_logit
-        self.logits = nn.Parameter(torch.full((start,), float(init)))
+        self.logits = nn.Parameter(torch.full((start,), self.initial_logit))
         self.register_buffer("closed", torch.zeros(start, dtype=torch.bool))
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         self.costs = Costs({name: gate.spec for name, gate in self.gates.items()}, fixed_cost)
@@ -159,6 +158,17 @@ class GateSet(nn.Module):
 
     def __len__(self) -> int:
         return len(self.gates)
+
+    @property
+    def initial_logit(self) -> float:
+        """Where logits start."""
+        init = self.config.init_logit
+        return float(self.estimator.default_logit if init is None else init)
+
+    def way_to_close(self) -> float:
+        """How far a logit moves from its start to where its gate is exactly 0, at least 0.5."""
+        closed = float(self.estimator.logits_of(torch.zeros(())))
+        return max(0.5, abs(self.initial_logit - closed))
 
     @property
     def noisy(self) -> bool:
@@ -306,10 +316,9 @@ class GateSet(nn.Module):
     def reopen(self, name: str, indices) -> None:
         """Undoes close; where the logit itself is shut, it is set back to its initial value."""
         index = self._set_closed(name, indices, False)
-        init = self.config.init_logit
         with torch.no_grad():
             shut = self.estimator.values(self.logits[index]) <= 0
-            self.logits[index[shut]] = float(self.estimator.default_logit if init is None else init)
+            self.logits[index[shut]] = self.initial_logit
 
     def _set_closed(self, name: str, indices, value: bool) -> torch.Tensor:
         gate = self[name]

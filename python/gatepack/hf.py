@@ -24,6 +24,7 @@ from gatepack.modules import (
     ungate_linear,
 )
 from gatepack.paths import choose_path, has_kernels
+from gatepack.sharding import refuse_sharded
 
 GATES_NAME = "gatepack_gates"
 
@@ -207,6 +208,7 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     """
     config = GateConfig() if config is None else config
     root = hf_model(model)
+    refuse_sharded(root, "its linears cannot be replaced", "attach before fully_shard")
     if hasattr(root, GATES_NAME):
         raise ValueError("model already has gates; take them off with gatepack.detach(model) first")
     if "linears" in (getattr(root.config, "gatepack", None) or {}):

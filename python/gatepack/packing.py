@@ -29,6 +29,7 @@ from gatepack.modules import (
 )
 from gatepack.repack import Piece, pack_tensors, unpack_tensors
 from gatepack.samples import lane_indices
+from gatepack.sharding import refuse_sharded
 
 FORMAT_VERSION = 1
 
@@ -126,6 +127,12 @@ def pack(model: nn.Module) -> PackReport:
     """
     root = hf_model(model)
     gates = gates_of(root)
+    refuse_sharded(
+        root,
+        "no rank has all of what is to be packed",
+        "load its full state dict (torch.distributed.checkpoint.state_dict) into a model on one "
+        "rank",
+    )
     layers = layers_of(root)
     if gates.config.of_linears:
         from gatepack.row_column_packing import pack_rows_columns
