@@ -78,6 +78,7 @@ class GateTraining:
         self.model, self.steps = model, steps
         self.schedule = GateSchedule() if schedule is None else schedule
         self.gates: GateSet = gates_of(model)
+        self.gates.check_device()
         self.gates.unfreeze()
         controller = self.gates.controller
         controller.warmup_steps = round(self.schedule.warmup * steps)

@@ -287,7 +287,7 @@ class GateSet(nn.Module):
         return sum(int(mask.sum()) for mask in chosen) / sum(mask.numel() for mask in chosen)
 
     def kept_fraction(self) -> float:
-        """Fraction of the budgeted parameters kept without noise, counted on exact zeros."""
+        """Fraction of the budget's cost kept without noise, counted on exact zeros."""
         return self.costs.kept_fraction(self.open_masks())
 
     def penalty(self) -> torch.Tensor:
@@ -348,13 +348,19 @@ class GateSet(nn.Module):
                 )
             self.closed[gate.start : gate.start + gate.size] = ~mask.to(self.closed.device)
 
+    def check_device(self) -> None:
+        """ValueError where the budget is the latency of another device than config asks for."""
+        if self.config.target_of == "latency":
+            self.costs.check_device(self.logits.device, self.config.latency_device)
+
     def plan(self, scores: Mapping[str, torch.Tensor]) -> Plan:
         """The units to keep for config.target; scores as in snap. Closes nothing."""
+        self.check_device()
         return plan(self.costs, {name: s.float().cpu() for name, s in scores.items()}, self.config)
 
     @torch.no_grad()
     def snap(self, scores: Mapping[str, torch.Tensor] | None = None) -> float:
-        """Closes the least valuable units, to meet config.target within 0.5 % of the parameters.
+        """Closes the least valuable units, to meet config.target within 0.5 % of its cost.
 
         scores: name -> fp [size], how much each unit is worth, additive over units of all gates;
         None takes the noiseless gate values. Shapes follow width_multiple, equal_layers,

@@ -2,17 +2,18 @@
 
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 import gatepack.attention  # noqa: F401  registers attn_implementation="gatepack"
-from gatepack.budget import gate_cost
+from gatepack.budget import Costs, gate_cost
 from gatepack.config import GateConfig
 from gatepack.families import Family, family_of
 from gatepack.functional import sampled_values
 from gatepack.gates import Gate, GateSet, GateSpec
+from gatepack.latency import LatencyCosts, LatencyTable
 from gatepack.mlp import GatedMLP, ungate_mlp
 from gatepack.modules import (
     RowBlock,
@@ -227,15 +228,13 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
         raise ValueError(
             f"targets={config.targets} match no module; the first layer is {layers[0].name!r}"
         )
-    total = sum(
-        layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears
-    )
-    gates = GateSet(config, specs, total - sum(gate_cost(spec) for spec in specs.values()))
-    if config.target <= gates.costs.fixed / total:
+    gates = GateSet(config, specs)
+    gates.costs = _costs(root, layers, specs, config)
+    fixed = gates.costs.fixed / gates.costs.total
+    if config.target <= fixed:
         raise ValueError(
-            f"target={config.target} cannot be reached: the gated units hold "
-            f"{1 - gates.costs.fixed / total:.1%} of the blocks' weights; gate more units or raise "
-            "the target"
+            f"target={config.target} cannot be reached: the gated units hold {1 - fixed:.1%} of "
+            f"the blocks' {config.target_of}; gate more units or raise the target"
         )
     gates.width = linear_shape(layers[0].linear(layers[0].family.out))[0]
     gates.to(next(root.parameters()).device).train(root.training)
@@ -294,6 +293,37 @@ def _specs(layer: Layer, config: GateConfig) -> Iterator[tuple[str, GateSpec]]:
         out, width = linear_shape(layer.linear(family.down))
         unit = out + sum(linear_shape(layer.linear(path))[1] for path in family.up)
         yield f"{layer.channels_name}:channels", GateSpec("channels", width, 1, unit)
+
+
+def _costs(
+    root: nn.Module, layers: list[Layer], specs: dict[str, GateSpec], config: GateConfig
+) -> Costs:
+    """What config.target_of counts, over all blocks."""
+    if config.target_of == "latency":
+        table = LatencyTable.from_dict(config.latency_table)
+        return LatencyCosts(table, config.latency_phase, specs, len(layers))
+    total = sum(
+        layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears
+    )
+    fixed = total - sum(gate_cost(spec) for spec in specs.values())
+    if config.target_of == "params":
+        return Costs(specs, fixed)
+    # Multiplications and additions per token; a head also meets each earlier token's key and value.
+    keys = config.sequence_length
+    if not getattr(root.config, "is_decoder", False) and not root.can_generate():
+        keys *= 2
+    meets = {layer.heads_name: 2 * layer.head_dim * keys for layer in layers}
+    counted = {}
+    for name, spec in specs.items():
+        attention = meets[name.rpartition(":")[0]] if spec.kind == "heads" else 0
+        counted[name] = replace(
+            spec, unit_cost=2 * spec.unit_cost + attention, shared_cost=2 * spec.shared_cost
+        )
+    gated = {name.rpartition(":")[0] for name in specs}
+    rest = sum(
+        layer.queries * meets[layer.heads_name] for layer in layers if layer.heads_name not in gated
+    )
+    return Costs(counted, 2 * fixed + rest)
 
 
 def _add_sites(attachment: Attachment, layer: Layer) -> None:
