@@ -6,6 +6,7 @@ to a kept one. No text is refused or lost, it only takes more tokens.
 """
 
 import copy
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -23,11 +24,18 @@ def _byte_characters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
-def _byte_tokens(vocab: Mapping[str, int]) -> list[str]:
-    """The tokens that can spell any text: byte-level characters, or <0x00> to <0xFF>."""
+def _byte_tokens(tokenizer: Mapping) -> list[str]:
+    """The tokens that spell any text: byte-level characters, or <0x00> to <0xFF>.
+
+    A byte-level tokenizer may lack bytes that it never met; then it never spelled them.
+    """
+    vocab = tokenizer["model"]["vocab"]
     for tokens in (_byte_characters(), [f"<0x{byte:02X}>" for byte in range(256)]):
         if all(token in vocab for token in tokens):
             return tokens
+    parts = [tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")]
+    if '"ByteLevel"' in json.dumps(parts):
+        return [token for token in _byte_characters() if token in vocab]
     raise ValueError(
         "tokenizer: expected one with a token for each byte (byte-level BPE or byte fallback); "
         "without them a dropped token could not be spelled"
@@ -69,7 +77,7 @@ def vocab_closure(tokenizer: Mapping, keep: Iterable[int]) -> list[int]:
     if unknown:
         raise ValueError(f"keep: expected ids of the tokenizer, got {unknown[:5]}")
     ranks = {pair: rank for rank, pair in enumerate(_merge_pairs(model))}
-    needed = set(added) | {vocab[token] for token in _byte_tokens(vocab)}
+    needed = set(added) | {vocab[token] for token in _byte_tokens(tokenizer)}
     if model.get("unk_token") in vocab:
         needed.add(vocab[model["unk_token"]])
     for i in set(keep) - added.keys():
@@ -235,3 +243,66 @@ def pack_vocab(model: nn.Module, keep: Iterable[int]) -> VocabPlan:
     for config, name, new in renamed:
         setattr(config, name, new)
     return plan
+
+
+def tokenizer_record(tokenizer) -> dict:
+    """The content of tokenizer.json of a transformers tokenizer whose vocabulary can be packed.
+
+    Raises ValueError for one without that file, or that is not BPE with byte tokens.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer: expected a fast one, which has a tokenizer.json, got "
+            f"{type(tokenizer).__name__}"
+        )
+    record = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab_closure(record, ())
+    return record
+
+
+def most_frequent(record: Mapping, counts: Tensor, size: int) -> list[int]:
+    """The ids to keep so that the most frequent tokens and what they need are at most size.
+
+    record: of tokenizer_record. counts: int64 [V], how often each token occurs. Raises ValueError
+    if bytes and added tokens alone are more.
+    """
+    known = _known_ids(record)
+    order = [i for i in torch.argsort(counts, descending=True, stable=True).tolist() if i in known]
+    low, high = 0, len(order) + 1
+    if len(vocab_closure(record, ())) > size:
+        raise ValueError(
+            f"size: expected at least {len(vocab_closure(record, ()))}, for bytes and added "
+            f"tokens, got {size}"
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = len(vocab_closure(record, order[:middle])) <= size
+        low, high = (middle, high) if fits else (low, middle)
+    return vocab_closure(record, order[:low])
+
+
+def _known_ids(record: Mapping) -> set[int]:
+    return {*record["model"]["vocab"].values(), *(t["id"] for t in record["added_tokens"] or ())}
+
+
+def shrink_vocabulary(model: nn.Module, tokenizer, keep: Iterable[int]) -> tuple[VocabPlan, object]:
+    """Leaves kept ids, and what spells the others, in a model and its tokenizer.
+
+    The model changes in place (pack_vocab); returns the plan and the new tokenizer. Rows that no
+    token has go. Text is encoded anew with that tokenizer, which spells dropped tokens through
+    others, so none is lost; ids of before map through plan.remap, which refuses dropped ones.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    record = tokenizer_record(tokenizer)
+    ids = vocab_closure(record, set(keep) & _known_ids(record))
+    packed = Tokenizer.from_str(json.dumps(shrink_tokenizer(record, ids)))
+    small = PreTrainedTokenizerFast(
+        tokenizer_object=packed,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        chat_template=getattr(tokenizer, "chat_template", None),
+        **tokenizer.special_tokens_map,
+    )
+    return pack_vocab(model, ids), small
