@@ -31,6 +31,7 @@ _EXPORTS = {
     "pack": "packing",
     "unpack": "packing",
     "PackReport": "packing",
+    "remove_closed": "closure",
     "save_pretrained": "checkpoint",
     "from_pretrained": "checkpoint",
     "explain": "inspection",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from gatepack.callback import GateCallback as GateCallback
     from gatepack.checkpoint import from_pretrained as from_pretrained
     from gatepack.checkpoint import save_pretrained as save_pretrained
+    from gatepack.closure import remove_closed as remove_closed
     from gatepack.config import GateConfig as GateConfig
     from gatepack.distillation import Distillation as Distillation
     from gatepack.evaluation import evaluate as evaluate
@@ -96,6 +98,7 @@ if TYPE_CHECKING:
         "methods",
         "pack",
         "register_family",
+        "remove_closed",
         "save_pretrained",
         "unpack",
     ]

@@ -44,6 +44,10 @@ class Costs:
         spec = self.specs[name]
         return spec.unit_cost + spec.shared_cost / spec.shared_size
 
+    def refresh(self) -> None:
+        """To be called where specs have changed."""
+        self._tensors = {}
+
     def without(self, names: Collection[str]) -> "Costs":
         """The same cost, where the gates named lose nothing."""
         fixed = sum(gate_cost(self.specs[name]) for name in names)

@@ -145,6 +145,21 @@ class GateTraining:
             self._freeze()
         return self.gates.kept_fraction()
 
+    def follow(self, kept: torch.Tensor) -> None:
+        """Goes on with the gates' new logits, those of before at kept, int64 (remove_closed)."""
+        moments = self.optimizer.state.pop(self._logits, {})
+        frozen = self.gates.frozen
+        self._hook.remove()
+        self._logits = self.gates.logits
+        self.optimizer.param_groups[0]["params"] = [self._logits]
+        self.optimizer.state[self._logits] = {
+            name: value[kept] if value.dim() else value for name, value in moments.items()
+        }
+        if self.gradient is not None:
+            self.gradient = self.gradient[kept]
+        if not frozen:
+            self._hook = self._logits.register_post_accumulate_grad_hook(self._take)
+
     def _round(self) -> None:
         # Not the values: many are exactly 1, and say nothing about which of them to keep.
         worth = self.gates.estimator.open_probability(self.gates.logits.detach())

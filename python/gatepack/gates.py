@@ -7,7 +7,7 @@ of its Gate.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -116,6 +116,8 @@ class GateSet(nn.Module):
         self._draws = 0
         self._all_open = False
         self._offsets: torch.Tensor | None = None
+        self._places: torch.Tensor | None = None  # of the units among those of before removals
+        self._whole_size = start
         self._sample: Sample | None = None
 
     def _apply(self, fn, recurse=True):
@@ -208,7 +210,9 @@ class GateSet(nn.Module):
         elif self.noisy:
             generator = torch.Generator(self.logits.device)
             generator.manual_seed(mix(self.config.seed, self._draws))
-            noise = self.estimator.noise_like(self.logits.detach(), generator)
+            # As much noise as before units were removed, so that those that stay get the same.
+            noise = self.estimator.noise_like(self.logits.new_empty(self._whole_size), generator)
+            noise = noise if self._places is None else noise[self._places.to(noise.device)]
             self._draws += 1
             self.draws.fill_(self._draws)
             flat = self.estimator.values(self.logits, noise).masked_fill(self.closed, 0.0)
@@ -352,6 +356,38 @@ class GateSet(nn.Module):
         """ValueError where the budget is the latency of another device than config asks for."""
         if self.config.target_of == "latency":
             self.costs.check_device(self.logits.device, self.config.latency_device)
+
+    @torch.no_grad()
+    def forget(self, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Leaves the units of masks (name -> bool [size]) only; the others count as removed.
+
+        Returns their indices among the units of before, int64. gatepack.remove_closed does this
+        together with the model's weights.
+        """
+        device = self.logits.device
+        kept = torch.cat([masks[name] for name in self]).nonzero().squeeze(1).to(device)
+        places = kept if self._places is None else self._places.to(device)[kept]
+        self.logits = nn.Parameter(self.logits[kept].clone(), self.logits.requires_grad)
+        self.closed = self.closed[kept].clone()
+        start = 0
+        for name, gate in self.gates.items():
+            blocks = masks[name].reshape(-1, gate.spec.shared_size).sum(1)
+            shape = {"size": int(blocks.sum()), "shared_size": int(blocks.max())}
+            gate.spec, gate.start = replace(gate.spec, **shape), start
+            self.costs.specs[name] = replace(self.costs.specs[name], **shape)
+            start += gate.size
+        self._remember(places, self._whole_size)
+        return kept
+
+    def recall(self, masks: Iterable[torch.Tensor]) -> None:
+        """That these gates are what forget left: masks bool [size before] of each, in order."""
+        whole = torch.cat(list(masks))
+        self._remember(whole.nonzero().squeeze(1), len(whole))
+
+    def _remember(self, places: torch.Tensor, whole_size: int) -> None:
+        self._places, self._whole_size = places, whole_size
+        self._offsets = self._sample = None
+        self.costs.refresh()
 
     def plan(self, scores: Mapping[str, torch.Tensor]) -> Plan:
         """The units to keep for config.target; scores as in snap. Closes nothing."""

@@ -156,6 +156,14 @@ class Attachment:
             blocks = current.count if ragged else current.shared_count
             set_head_counts(attention, family, current.count, blocks, gate.lanes)
 
+    def renew(self, layers: list[Layer]) -> None:
+        """Gates the linears of a model anew, after release and with gates of other sizes."""
+        self.attentions = []
+        for layer in layers:
+            _add_sites(self, layer)
+        self.bind()
+        self.watch(layers)
+
     def release(self) -> None:
         """Puts the plain modules back."""
         self.bind()
@@ -230,6 +238,13 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
         )
     gates = GateSet(config, specs)
     gates.costs = _costs(root, layers, specs, config)
+    record = getattr(root.config, "gatepack", None) or {}
+    if "total" in record:
+        # Units were removed while these gates trained: budget and noise are those of before.
+        from gatepack.packing import decode_mask
+
+        gates.costs.total = record["total"]
+        gates.recall([decode_mask(record["kept"][name]) for name in specs])
     fixed = gates.costs.fixed / gates.costs.total
     if config.target <= fixed:
         raise ValueError(
@@ -263,6 +278,7 @@ def detach(model: nn.Module) -> None:
     delattr(root, GATES_NAME)
     record = dict(root.config.gatepack)
     del record["gates"]
+    record.pop("total", None)
     if record:
         root.config.gatepack = record
     else:
@@ -301,7 +317,8 @@ def _costs(
     """What config.target_of counts, over all blocks."""
     if config.target_of == "latency":
         table = LatencyTable.from_dict(config.latency_table)
-        return LatencyCosts(table, config.latency_phase, specs, len(layers))
+        removed = "total" in (getattr(root.config, "gatepack", None) or {})
+        return LatencyCosts(table, config.latency_phase, specs, len(layers), removed)
     total = sum(
         layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears
     )

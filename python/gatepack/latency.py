@@ -1,5 +1,6 @@
 """Stage 1, gates: how long layers of each shape take on a device, as a table and as a budget."""
 
+import copy
 import json
 import os
 import platform
@@ -129,22 +130,26 @@ class LatencyCosts(Costs):
 
     specs: name -> GateSpec. layers: how many the model has; of those, gates may act on some. What
     no gate removes is fixed. Heads count as they are packed: equally many per key/value head.
+    removed: whether gates may have lost units, which then count as closed.
     Raises ValueError for a table of other layers or without the phase.
     """
 
-    def __init__(self, table: LatencyTable, phase: str, specs: Mapping, layers: int):
+    def __init__(
+        self, table: LatencyTable, phase: str, specs: Mapping, layers: int, removed: bool = False
+    ):
         if table.seconds.get(phase) is None:
             raise ValueError(f"latency_phase: expected one that the table has, got {phase!r}")
-        self.table, self.phase, self.layers = table, phase, layers
+        self.table, self.phase = table, phase
         for name, spec in specs.items():
-            _check_spec(table, name, spec)
+            _check_spec(table, name, spec, removed)
         self._least = {
             "heads": float(np.min(table.seconds[phase]["heads"])),
             "channels": float(np.min(table.seconds[phase]["channels"])),
         }
         total = layers * table.dense_seconds(phase)
         self.specs, self.total = dict(specs), total
-        self.fixed = total - sum(self.price(spec, _all(spec)) for spec in specs.values())
+        dense = {part: np.asarray(v).flat[-1] for part, v in table.seconds[phase].items()}
+        self.fixed = total - sum(float(dense[s.kind]) - self._least[s.kind] for s in specs.values())
         self._tensors = {}
 
     def price(self, spec, mask: torch.Tensor) -> float:
@@ -164,8 +169,11 @@ class LatencyCosts(Costs):
         return self.price(spec, _all(spec)) / spec.size
 
     def without(self, names: Collection[str]) -> "LatencyCosts":
-        specs = {name: spec for name, spec in self.specs.items() if name not in names}
-        return LatencyCosts(self.table, self.phase, specs, self.layers)
+        other = copy.copy(self)
+        other.fixed += sum(self.price(self.specs[n], _all(self.specs[n])) for n in names)
+        other.specs = {name: spec for name, spec in self.specs.items() if name not in names}
+        other.refresh()
+        return other
 
     def expected(self, probability: torch.Tensor) -> torch.Tensor:
         """Expected kept fraction, a differentiable scalar, without a host sync; fp32 [N].
@@ -195,7 +203,8 @@ class LatencyCosts(Costs):
             for spec in self.specs.values():
                 index = torch.arange(start, start + spec.size, device=device)
                 index = index.reshape(1, -1, spec.shared_size)
-                units.setdefault(spec.kind, []).append(index)
+                shape = (spec.kind, *index.shape[1:])
+                units.setdefault(shape, []).append(index)
                 start += spec.size
             table, found = self.table, self.table.seconds[self.phase]
 
@@ -207,7 +216,7 @@ class LatencyCosts(Costs):
                 "heads": (tensor(table.kv_counts), tensor(table.per_kv), tensor(found["heads"])),
             }
             self._tensors[device] = [
-                (kind, torch.cat(index), points[kind]) for kind, index in units.items()
+                (kind, torch.cat(index), points[kind]) for (kind, *_), index in units.items()
             ]
         return self._tensors[device]
 
@@ -238,13 +247,14 @@ def _on_line(x: torch.Tensor, points: torch.Tensor, values: torch.Tensor) -> tor
     return low + (values.gather(1, place[:, None])[:, 0] - low) * share
 
 
-def _check_spec(table: LatencyTable, name: str, spec) -> None:
+def _check_spec(table: LatencyTable, name: str, spec, removed: bool) -> None:
     if spec.kind == "channels":
         found, expected = (spec.size,), (table.channels,)
     else:
         found = (spec.size, spec.size // spec.shared_size, spec.lanes)
         expected = (table.query_heads, table.kv_heads, table.head_dim)
-    if found != expected:
+    fits = removed and all(f <= e for f, e in zip(found, expected, strict=True))
+    if found != expected and not fits:
         raise ValueError(
             f"latency_table: does not cover {name!r}: it has {_words(spec.kind, found)}, the table "
             f"is of layers with {_words(spec.kind, expected)}. Measure one of this model with "

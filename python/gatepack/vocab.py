@@ -7,7 +7,7 @@ to a kept one. No text is refused or lost, it only takes more tokens.
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,18 @@ def _made_of(token: str, ranks: Mapping[tuple[str, str], int]) -> set[str]:
     return seen
 
 
+def _parts_of(model: Mapping) -> Callable[[int], set[int]]:
+    """id -> the ids that BPE passes through on the way to its token, itself included."""
+    vocab = model["vocab"]
+    token_of = {i: token for token, i in vocab.items()}
+    ranks = {pair: rank for rank, pair in enumerate(_merge_pairs(model))}
+
+    def parts_of(i: int) -> set[int]:
+        return {i, *(vocab[part] for part in _made_of(token_of[i], ranks) if part in vocab)}
+
+    return parts_of
+
+
 def vocab_closure(tokenizer: Mapping, keep: Iterable[int]) -> list[int]:
     """Sorted ids of keep and of what they need: bytes, added tokens, and parts along their merges.
 
@@ -72,17 +84,15 @@ def vocab_closure(tokenizer: Mapping, keep: Iterable[int]) -> list[int]:
         raise ValueError(f"tokenizer: expected a BPE model, got {model.get('type')!r}")
     vocab = model["vocab"]
     added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or ()}
-    token_of = {**{i: token for token, i in vocab.items()}, **added}
-    unknown = sorted(set(keep) - token_of.keys())
+    unknown = sorted(set(keep) - {*vocab.values(), *added})
     if unknown:
         raise ValueError(f"keep: expected ids of the tokenizer, got {unknown[:5]}")
-    ranks = {pair: rank for rank, pair in enumerate(_merge_pairs(model))}
+    parts_of = _parts_of(model)
     needed = set(added) | {vocab[token] for token in _byte_tokens(tokenizer)}
     if model.get("unk_token") in vocab:
         needed.add(vocab[model["unk_token"]])
     for i in set(keep) - added.keys():
-        needed.add(i)
-        needed |= {vocab[part] for part in _made_of(token_of[i], ranks) if part in vocab}
+        needed |= parts_of(i)
     return sorted(needed)
 
 
@@ -266,19 +276,18 @@ def most_frequent(record: Mapping, counts: Tensor, size: int) -> list[int]:
     record: of tokenizer_record. counts: int64 [V], how often each token occurs. Raises ValueError
     if bytes and added tokens alone are more.
     """
-    known = _known_ids(record)
-    order = [i for i in torch.argsort(counts, descending=True, stable=True).tolist() if i in known]
-    low, high = 0, len(order) + 1
-    if len(vocab_closure(record, ())) > size:
+    kept = set(vocab_closure(record, ()))
+    if len(kept) > size:
         raise ValueError(
-            f"size: expected at least {len(vocab_closure(record, ()))}, for bytes and added "
-            f"tokens, got {size}"
+            f"size: expected at least {len(kept)}, for bytes and added tokens, got {size}"
         )
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = len(vocab_closure(record, order[:middle])) <= size
-        low, high = (middle, high) if fits else (low, middle)
-    return vocab_closure(record, order[:low])
+    known, parts_of = _known_ids(record), _parts_of(record["model"])
+    for i in torch.argsort(counts, descending=True, stable=True).tolist():
+        missing = parts_of(i) - kept if i in known and i not in kept else set()
+        if len(kept) + len(missing) > size:
+            break
+        kept |= missing
+    return sorted(kept)
 
 
 def _known_ids(record: Mapping) -> set[int]:
