@@ -8,8 +8,8 @@ from tiny import set_gates, tiny_model, token_ids
 
 import gatepack as gp
 from gatepack.compensation import add_removed_means, close_and_compensate
-from gatepack.gates import lane_indices
 from gatepack.importance import gated_inputs
+from gatepack.samples import lane_indices
 
 CONFIG = gp.GateConfig(noise=0.0, target=0.7, width_multiple=4)
 

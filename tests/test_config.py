@@ -15,7 +15,13 @@ REFUSALS = [
     ({"units": ("heads", "rows")}, ["units", "'heads'", "'rows'", "among"]),
     ({"units": ("heads", "lanes")}, ["units", "'lanes'", "heads", "channels"]),
     ({"estimator": "gumbel"}, ["estimator", "'gumbel'", "stg", "hard_concrete"]),
-    ({"target_of": "flops"}, ["target_of", "'flops'", "params"]),
+    ({"target_of": "bytes"}, ["target_of", "'bytes'", "params", "flops", "latency"]),
+    ({"target_of": "flops", "units": ("rows",)}, ["target_of", "'flops'", "'params'", "'rows'"]),
+    ({"target_of": "latency"}, ["latency_table", "NoneType", "'latency'"]),
+    ({"latency_phase": "training"}, ["latency_phase", "'training'", "prefill", "decode"]),
+    ({"latency_table": "t.json"}, ["latency_table", "str", "target_of='params'"]),
+    ({"latency_device": 7}, ["latency_device", "7", "name or None"]),
+    ({"sequence_length": 0}, ["sequence_length", "0", "integer >= 1"]),
     ({"target": 0.0}, ["target", "0.0", "(0, 1)"]),
     ({"target": 1.0}, ["target", "1.0", "(0, 1)"]),
     ({"target": float("nan")}, ["target", "nan", "(0, 1)"]),
@@ -60,6 +66,9 @@ def test_json_round_trip():
         q_per_kv_uniform=False,
         tp_divisor=2,
         targets=["model.layers.1*", "model.layers.?.mlp"],
+        sequence_length=512,
+        latency_phase="prefill",
+        latency_device="cpu",
         init_logit=-0.5,
         seed=11,
     )
@@ -69,7 +78,7 @@ def test_json_round_trip():
     assert all(
         getattr(config, field.name) != getattr(default, field.name)
         for field in dataclasses.fields(config)
-        if field.name not in ("version", "target_of")
+        if field.name not in ("version", "target_of", "latency_table")
     )
     assert gp.GateConfig.from_json(default.to_json()) == default
 

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 import gatepack as gp
 from gatepack import families, kernels, methods
+from gatepack.distillation import Distillation
 from gatepack.gate_training import GateSchedule
 from gatepack.training import TrainConfig
 
@@ -186,6 +187,7 @@ def test_tables_of_methods_agree_with_the_code():
     shared = {"gates"}  # of every one-shot method; the page says it once
     documented = documented_defaults()
     known = {name: getattr(methods, name) for name in methods.__all__} | {
+        "Distillation": Distillation,
         "GateSchedule": GateSchedule,
         "TrainConfig": TrainConfig,
     }

@@ -61,6 +61,34 @@ def test_gates_move_before_they_freeze_and_not_after():
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, weight)
 
 
+@pytest.mark.parametrize("estimator", ["stg", "hard_concrete"])
+def test_the_default_rate_lets_gates_close_in_any_number_of_steps(estimator):
+    for steps in (10, 20, 35, 217, 2000):
+        gates = gp.GateSet(
+            gp.GateConfig(estimator=estimator), {"a": gp.gates.GateSpec("channels", 4)}
+        )
+        gated_steps = int(0.75 * steps)
+        rate = GateSchedule().rate(gates, steps)
+        way = gates.way_to_close()
+        assert 1.3 * way < gated_steps * rate < 6 * way
+        with torch.no_grad():
+            gates.logits -= way
+        assert gates.open_fraction() == 0
+    assert GateSchedule(learning_rate=0.3).rate(gates, 1000) == 0.3
+
+
+@pytest.mark.parametrize("steps", [12, 30])
+def test_gates_close_before_they_are_rounded(steps):
+    model = gated(noise=0.0)
+    training = GateTraining(model, steps)
+    kept = []
+    training._round = lambda: kept.append(training.gates.kept_fraction())
+    for step in range(steps):
+        loss_of(model, step).backward()
+        training.step()
+    assert min(kept) < 1.0
+
+
 def test_schedule_reaches_the_controller():
     training = GateTraining(gated(), 100, GateSchedule(warmup=0.1, ramp=0.6, freeze=0.9))
     controller = training.gates.controller
@@ -140,7 +168,7 @@ def test_state_holds_tensors_only():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"learning_rate": 0.0}, "learning_rate: expected a positive number, got 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate: expected a positive number or None, got 0.0"),
         ({"ramp": 1.5}, "ramp: expected a fraction of all steps, got 1.5"),
         ({"warmup": 0.6}, "warmup, ramp, freeze: expected ascending fractions, got 0.6, 0.5, 0.75"),
     ],

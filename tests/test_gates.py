@@ -7,7 +7,8 @@ import torch
 from tiny import mask_dense, set_gates, tiny_model, token_ids
 
 import gatepack as gp
-from gatepack.gates import GateSet, GateSpec, lane_indices
+from gatepack.gates import GateSet, GateSpec
+from gatepack.samples import lane_indices
 
 HEADS = GateSpec("heads", 6, lanes=4, unit_cost=100, shared_size=3, shared_cost=70)
 CHANNELS = GateSpec("channels", 16, unit_cost=11)

@@ -1,11 +1,14 @@
 """Contextual pruning: its statistics, its rules, and the whole run on a split text."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from letters import letter_tokenizer
-from tiny import VOCAB, tiny_model, token_ids
+from tiny import tiny_model, token_ids
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import gatepack as gp
 from gatepack.hf import layers_of
@@ -206,29 +209,61 @@ def method_for_run(**fields) -> ContextPruning:
     return ContextPruning(**{**settings, **fields})
 
 
+def byte_tokenizer(size=400):
+    """Byte-level BPE with a special token, trained on the documents."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([*DOCUMENTS, "nothing like them: zebra, quartz, fjord"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
 def test_run_calibrates_prunes_tunes_and_scores():
     tokenizer = letter_tokenizer()
     model = tiny_model("llama", torch.float32)
-    asked = []
-
-    def vocabulary(model, tokenizer, keep):
-        asked.append(keep)
-        return model, tokenizer
-
-    result = method_for_run(tau_embedding=0).run(
-        model, tokenizer, DOCUMENTS, TRAIN, vocabulary=vocabulary, length=32
-    )
+    result = method_for_run().run(model, tokenizer, DOCUMENTS, TRAIN, length=32)
     assert list(result.scores) == ["base", "pruned", "tuned"]
     assert all(score["bits_per_byte"] > 0 for score in result.scores.values())
     assert result.scores["tuned"]["perplexity"] < result.scores["pruned"]["perplexity"]
     assert len(result.losses) == 4
     assert abs(result.report.kept_fraction - 0.7) <= 0.005
-    # All training documents count, beyond what was calibrated on; the held-out one does not.
-    seen = {i for text in DOCUMENTS[1:] for i in tokenizer(text)["input_ids"]}
-    seen |= set(tokenizer.all_special_ids)
-    assert set(asked[0].nonzero().squeeze(1).tolist()) == seen
-    assert result.dropped_tokens == VOCAB - len(seen)
+    assert result.dropped_tokens == 0 and result.tokenizer is tokenizer
     assert not any(hasattr(module, "base_layer") for module in result.model.modules())
+
+
+@pytest.mark.parametrize("fields", [{"tau_embedding": 0}, {"vocabulary_target": 0.85}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_run_shrinks_the_vocabulary_and_its_tokenizer(fields, tied):
+    tokenizer = byte_tokenizer()
+    size = len(tokenizer) + 8  # rows that no token has, as padded embeddings do
+    model = tiny_model(
+        "llama", torch.float32, vocab_size=size, tie_word_embeddings=tied, eos_token_id=0
+    )
+    before = copy.deepcopy(model)
+    method = method_for_run(window=8, **fields)
+    train = dataclasses.replace(TRAIN, window=8)
+    result = method.run(model, tokenizer, DOCUMENTS, train, length=16)
+    small = result.tokenizer
+    kept = len(small)
+    assert result.model.get_input_embeddings().weight.shape[0] == kept
+    assert result.model.config.vocab_size == kept == size - result.dropped_tokens
+    assert kept < len(tokenizer)
+    if "vocabulary_target" in fields:
+        assert size * 0.85 - 8 < kept <= size * 0.85
+    # What the training text has is encoded as before, into rows that are the same.
+    ids, again = (t(DOCUMENTS[1], return_tensors="pt")["input_ids"][0] for t in (tokenizer, small))
+    if "tau_embedding" in fields:
+        rows, old = result.model.get_input_embeddings().weight, before.get_input_embeddings().weight
+        assert torch.equal(rows[again], old[ids])
+    # Dropped tokens are spelled, through bytes if need be, never lost.
+    strange = "zebra quartz \u00e9 \N{SNOWMAN}"
+    assert small.decode(small(strange)["input_ids"]) == strange
+    assert max(small(strange)["input_ids"]) < kept
+    assert small.eos_token == "</s>" and result.model.config.eos_token_id == small.eos_token_id
 
 
 def test_run_refuses_what_would_not_be_evidence():
@@ -238,7 +273,7 @@ def test_run_refuses_what_would_not_be_evidence():
         ContextPruning(gates=GATES).run(model, tokenizer, DOCUMENTS, TRAIN)
     with pytest.raises(ValueError, match="is also a training document"):
         method_for_run().run(model, tokenizer, DOCUMENTS, TRAIN, held_out=DOCUMENTS[2:3])
-    with pytest.raises(ValueError, match="tau_embedding=0 needs vocabulary="):
+    with pytest.raises(ValueError, match="tokenizer: expected a BPE model, got 'WordLevel'"):
         method_for_run(tau_embedding=0).run(model, tokenizer, DOCUMENTS, TRAIN)
     assert not hasattr(model, "gatepack_gates")
 
@@ -250,6 +285,11 @@ def test_run_refuses_what_would_not_be_evidence():
         ({"tau_linear": -1.0}, "tau_linear must be a number >= 0, got -1.0"),
         ({"tau_activation": float("nan")}, "tau_activation must be a number >= 0, got nan"),
         ({"tau_embedding": -0.5}, r"tau_embedding must be -1 or in \[0, 1\), got -0.5"),
+        ({"vocabulary_target": 1.0}, r"vocabulary_target must be None or in \(0, 1\), got 1.0"),
+        (
+            {"vocabulary_target": 0.5, "tau_embedding": 0},
+            "vocabulary_target must be None with tau_embedding=0, got 0.5",
+        ),
         ({"window": 1}, "window must be >= 2, got 1"),
         ({"every": 1}, "every must be >= 2, got 1"),
     ],

@@ -1,4 +1,4 @@
-"""Two processes: the same gates and decisions on every rank, from gradients of all of them."""
+"""Two processes, DDP and FSDP2: the same gates on every rank, from gradients of all of them."""
 
 import socket
 
@@ -7,11 +7,16 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny import tiny_model
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
-)
+pytestmark = [
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"),
+    pytest.mark.slow,
+]
+
+CASES = [
+    *(("ddp", name) for name in ("gates", "fine_gates", "atp", "distilled")),
+    *(("fsdp", name) for name in ("gates", "fine_gates", "distilled")),
+]
 
 
 def free_port() -> int:
@@ -20,22 +25,70 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ranks.STARTS)
-def test_ranks_agree_with_one_process_on_the_whole_batch(name, tmp_path):
-    mp.spawn(ranks.worker, (name, free_port(), str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+def on_two(name, folder, **options):
+    """The whole state after a run on two ranks, which both agree on."""
+    folder.mkdir()
+    mp.spawn(ranks.worker, (name, free_port(), str(folder), options), nprocs=2)
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for part in ("model", "training"):
         assert first[part].keys() == second[part].keys()
         for key, tensor in first[part].items():
             assert torch.equal(tensor, second[part][key]), key
+    return first
+
+
+def close(found, expected):
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize(("wrap", "name"), CASES)
+def test_ranks_agree_with_one_process_on_the_whole_batch(wrap, name, tmp_path):
+    two = on_two(name, tmp_path / "two", wrap=wrap)
     model, training = ranks.run(name)
-    whole = model.state_dict()
-    for key, tensor in first["model"].items():
-        torch.testing.assert_close(tensor, whole[key], rtol=1e-3, atol=1e-4, msg=key)
-    # Saved by two ranks, loaded by one.
-    fresh = tiny_model("llama", torch.float32).train()
-    resumed = ranks.STARTS[name](fresh)
-    resumed.load_state_dict(first["training"])
-    assert resumed.done == ranks.STEPS
-    assert bool(resumed.state_dict()["frozen"])
+    close(two["model"], model.state_dict())
+    close(two["training"], training.state_dict())
+    if wrap == "fsdp":
+        assert two["local"].tolist() == [20, 48]  # half of the rows, while the gates are whole
+
+
+@pytest.mark.parametrize(("wrap", "name"), [("ddp", "atp"), ("fsdp", "gates")])
+def test_a_checkpoint_of_two_goes_on_with_one_and_back(wrap, name, tmp_path):
+    whole = on_two(name, tmp_path / "whole", wrap=wrap)
+    stored = str(tmp_path / "of_two")
+    on_two(name, tmp_path / "cut", wrap=wrap, save=stored, stop=2)
+    same = on_two(name, tmp_path / "same", wrap=wrap, load=stored)
+    for part in ("model", "training"):
+        assert all(torch.equal(same[part][key], t) for key, t in whole[part].items())
+    one, training = ranks.run(name, load=stored)
+    close(one.state_dict(), whole["model"])
+    close(training.state_dict(), whole["training"])
+    stored = str(tmp_path / "of_one")
+    ranks.run(name, save=stored, stop=2)
+    two = on_two(name, tmp_path / "again", wrap=wrap, load=stored)
+    close(two["model"], whole["model"])
+
+
+def test_sharded_logits_are_refused():
+    mp.spawn(ranks.forgets_to_ignore, (free_port(),), nprocs=2)
+
+
+def test_a_trainers_checkpoint_of_two_ranks_goes_on_with_one_and_back(tmp_path):
+    def run(name, count, resume=None, stop=ranks.STEPS):
+        folder = tmp_path / name
+        folder.mkdir()
+        arguments = (free_port(), str(folder), count, resume and str(resume), stop)
+        mp.spawn(ranks.trainer, arguments, nprocs=count)
+        states = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
+        for state in states[1:]:
+            for part in ("model", "training"):
+                assert all(torch.equal(t, state[part][k]) for k, t in states[0][part].items())
+        return states[0], folder / f"checkpoint-{stop}"
+
+    whole, _ = run("whole", 1)
+    _, of_two = run("cut", 2, stop=2)
+    _, of_one = run("alone", 1, stop=2)
+    for name, count, resume in (("one", 1, of_two), ("two", 2, of_one), ("both", 2, of_two)):
+        state, _ = run(name, count, resume)
+        close(state["model"], whole["model"])

@@ -253,6 +253,51 @@ def test_lora_is_inside_the_gates():
     torch.testing.assert_close(plain(ids).logits, ours, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_train_on_packed_linears(dora, tmp_path):
+    """As on the dense linears, with the factors and gradients of closed rows and columns cut."""
+    peft = pytest.importorskip("peft")
+    model, _ = gated("llama")
+    gp.pack(model)
+    dense = copy.deepcopy(model)
+    gp.unpack(dense)
+    if dora:  # loaded again, which must let adapters in as well
+        gp.save_pretrained(model, tmp_path)
+        model = gp.from_pretrained(tmp_path, dtype=torch.float64)
+    indexed = model.model.layers[0].self_attn.q_proj
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj", "down_proj"], use_dora=dora)
+    wrapped = peft.get_peft_model(model, lora).train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    ids = token_ids()
+    output = wrapped(ids).logits
+    tuner = wrapped.get_base_model().model.layers[0].self_attn.q_proj
+    assert tuner.lora_A["default"].weight.shape[1] == indexed.weight.shape[1] < 48
+    assert tuner.lora_B["default"].weight.shape[0] == indexed.weight.shape[0] < 48
+    if not dora:  # the dense model with adapters that are 0 where rows and columns are closed
+        reference = peft.get_peft_model(dense, lora)
+        factors = {n: p for n, p in wrapped.named_parameters() if "lora_" in n}
+        for name, parameter in reference.named_parameters():
+            if name in factors:
+                path = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+                rows, columns = model.get_submodule(path).get_base_layer().masks
+                full = torch.zeros_like(parameter)
+                kept = (slice(None), columns) if "lora_A" in name else (rows, slice(None))
+                full[kept] = factors[name].detach()
+                parameter.data = full
+        torch.testing.assert_close(output, reference(ids).logits, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn_like(output)
+    output.backward(upstream)
+    grads = [p.grad for n, p in wrapped.named_parameters() if "lora_" in n]
+    assert all(grad.abs().max() > 0 for grad in grads)
+    merged = wrapped.eval().merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, output, rtol=1e-5, atol=1e-6)
+    assert type(merged.model.layers[0].self_attn.q_proj) is type(indexed)
+
+
 def test_budget_of_exact_zeros_is_met():
     model = tiny_model("llama", torch.float32).eval()
     gates = gp.attach(model, gp.GateConfig(units=("rows", "columns"), noise=0.0, target=0.6))

@@ -20,7 +20,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.seconds = 0.0
         self.order = []
-        monkeypatch.setattr(timing, "_now", lambda device: self.seconds)
+        monkeypatch.setattr(timing, "now", lambda device: self.seconds)
 
     def drive(self, model, name, costs):
         """costs: one per forward over a prompt, the last one repeating."""

@@ -9,7 +9,7 @@ from tiny import dense_gradients, mask_dense, set_gates, tiny_model, token_ids
 
 import gatepack as gp
 from gatepack import mlp, modules
-from gatepack.gates import Sample
+from gatepack.samples import Sample
 
 pytest.importorskip("triton")
 

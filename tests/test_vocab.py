@@ -1,5 +1,6 @@
 """The packed vocabulary: every text round-trips, kept tokens are made as before, ties hold."""
 
+import copy
 import json
 
 import pytest
@@ -93,6 +94,18 @@ def test_byte_fallback_spells_what_is_dropped():
     assert [tokens[i] for i in kept if i > 257] == ["a", "b", "ab"] and 0 in kept and 1 not in kept
     packed = Tokenizer.from_str(json.dumps(shrink_tokenizer(record, kept)))
     assert packed.encode("abé").tokens == ["ab", "<0xC3>", "<0xA9>"]
+
+
+def test_bytes_that_the_tokenizer_never_had_are_not_asked_for():
+    record = copy.deepcopy(RECORD)
+    for token in ("\u00c0", "\u00f1"):  # 0xC0 and 0xF1 in byte-level writing
+        del record["model"]["vocab"][token]
+    keep = vocab_closure(record, [300])
+    assert set(keep) == set(vocab_closure(RECORD, [300])) - {
+        RECORD["model"]["vocab"][token] for token in ("\u00c0", "\u00f1")
+    }
+    packed = Tokenizer.from_str(json.dumps(shrink_tokenizer(record, keep)))
+    assert packed.decode(packed.encode("na\u00efve fox").ids) == "na\u00efve fox"
 
 
 def test_what_cannot_be_packed_is_refused():

@@ -24,6 +24,7 @@ _EXPORTS = {
     "detach": "hf",
     "gates_of": "hf",
     "calibrate": "importance",
+    "Distillation": "distillation",
     "GateCallback": "callback",
     "GateSchedule": "gate_training",
     "GateTraining": "gate_training",
@@ -31,6 +32,7 @@ _EXPORTS = {
     "unpack": "packing",
     "PackReport": "packing",
     "PackPlan": "repack",
+    "remove_closed": "closure",
     "save_pretrained": "checkpoint",
     "from_pretrained": "checkpoint",
     "explain": "inspection",
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
     from gatepack.callback import GateCallback as GateCallback
     from gatepack.checkpoint import from_pretrained as from_pretrained
     from gatepack.checkpoint import save_pretrained as save_pretrained
+    from gatepack.closure import remove_closed as remove_closed
     from gatepack.config import GateConfig as GateConfig
+    from gatepack.distillation import Distillation as Distillation
     from gatepack.evaluation import evaluate as evaluate
     from gatepack.exporters import export as export
     from gatepack.families import Family as Family
@@ -71,6 +75,7 @@ if TYPE_CHECKING:
 
     __all__ = [
         "BudgetController",
+        "Distillation",
         "Family",
         "Gate",
         "GateCallback",
@@ -96,6 +101,7 @@ if TYPE_CHECKING:
         "methods",
         "pack",
         "register_family",
+        "remove_closed",
         "save_pretrained",
         "unpack",
     ]

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,9 +17,10 @@ TOLERANCE = 0.005
 
 
 class Costs:
-    """Parameters behind the gates of a model.
+    """Parameters behind the gates of a model, or another cost that adds up over their units.
 
-    specs: name -> GateSpec. fixed: parameters counted in the budget that no gate removes.
+    specs: name -> GateSpec, whose unit_cost and shared_cost are counted. fixed: what the budget
+    counts and no gate removes.
     """
 
     def __init__(self, specs: Mapping, fixed: int):
@@ -29,12 +30,29 @@ class Costs:
         self._tensors = {}
 
     def kept_fraction(self, masks: Mapping[str, torch.Tensor]) -> float:
-        """Kept fraction of all counted parameters for open masks (name -> bool [size])."""
-        kept = self.fixed
-        for name, spec in self.specs.items():
-            blocks = masks[name].reshape(-1, spec.shared_size)
-            kept += spec.unit_cost * int(blocks.sum()) + spec.shared_cost * int(blocks.any(1).sum())
-        return kept / self.total
+        """Kept fraction of the whole cost for open masks (name -> bool [size])."""
+        kept = sum(self.price(spec, masks[name]) for name, spec in self.specs.items())
+        return (self.fixed + kept) / self.total
+
+    def price(self, spec, mask: torch.Tensor) -> float:
+        """Cost of the open units of a gate, mask bool [size]."""
+        blocks = mask.reshape(-1, spec.shared_size)
+        return spec.unit_cost * int(blocks.sum()) + spec.shared_cost * int(blocks.any(1).sum())
+
+    def unit_price(self, name: str) -> float:
+        """Cost of one unit of a gate and its share of what several units share."""
+        spec = self.specs[name]
+        return spec.unit_cost + spec.shared_cost / spec.shared_size
+
+    def refresh(self) -> None:
+        """To be called where specs have changed."""
+        self._tensors = {}
+
+    def without(self, names: Collection[str]) -> "Costs":
+        """The same cost, where the gates named lose nothing."""
+        fixed = sum(gate_cost(self.specs[name]) for name in names)
+        specs = {name: spec for name, spec in self.specs.items() if name not in names}
+        return Costs(specs, self.fixed + fixed)
 
     def expected(self, probability: torch.Tensor) -> torch.Tensor:
         """Expected kept fraction, a differentiable scalar, without a host sync.
@@ -71,7 +89,7 @@ class Costs:
 
 
 def gate_cost(spec) -> int:
-    """Parameters of one gate vector with everything open."""
+    """Cost of one gate vector with everything open."""
     return spec.unit_cost * spec.size + spec.shared_cost * (spec.size // spec.shared_size)
 
 
@@ -201,9 +219,9 @@ def plan(
             floor = kept
         multiple = multiple // 2 if multiple > 1 else 0
     raise ValueError(
-        f"target={target} cannot be met within {TOLERANCE:.1%} of the parameters: the nearest "
-        "reachable kept fraction "
-        f"is {floor:.4f}. Choose that, gate more units, or set equal_layers=False or tp_divisor=1"
+        f"target={target} cannot be met within {TOLERANCE:.1%} of the {config.target_of}: the "
+        f"nearest reachable kept fraction is {floor:.4f}. Choose that, gate more units, or set "
+        "equal_layers=False or tp_divisor=1"
     )
 
 
@@ -215,7 +233,7 @@ def _choices(costs: Costs, scores, config: GateConfig, multiple: int) -> list[_C
     choices = []
     for (spec, *_), names in groups.items():
         shapes = _head_shapes if spec.kind == "heads" else _channel_shapes
-        per_gate = [shapes(spec, scores[name], config, multiple) for name in names]
+        per_gate = [shapes(costs, spec, scores[name], config, multiple) for name in names]
         options = zip(*per_gate, strict=True)
         rows = [
             (
@@ -239,12 +257,14 @@ def _choices(costs: Costs, scores, config: GateConfig, multiple: int) -> list[_C
 
 @dataclass(frozen=True)
 class _Shape:
-    cost: int
+    cost: float
     value: float
     mask: torch.Tensor
 
 
-def _channel_shapes(spec, scores: torch.Tensor, config: GateConfig, multiple: int) -> list[_Shape]:
+def _channel_shapes(
+    costs: Costs, spec, scores: torch.Tensor, config: GateConfig, multiple: int
+) -> list[_Shape]:
     step = math.lcm(multiple, config.tp_divisor)
     order = torch.argsort(scores, descending=True, stable=True)
     prefix = torch.cumsum(scores[order].double(), 0)
@@ -255,11 +275,13 @@ def _channel_shapes(spec, scores: torch.Tensor, config: GateConfig, multiple: in
     for width in widths:
         mask = torch.zeros(spec.size, dtype=torch.bool)
         mask[order[:width]] = True
-        shapes.append(_Shape(spec.unit_cost * width, float(prefix[width - 1]), mask))
+        shapes.append(_Shape(costs.price(spec, mask), float(prefix[width - 1]), mask))
     return shapes
 
 
-def _head_shapes(spec, scores: torch.Tensor, config: GateConfig, multiple: int) -> list[_Shape]:
+def _head_shapes(
+    costs: Costs, spec, scores: torch.Tensor, config: GateConfig, multiple: int
+) -> list[_Shape]:
     blocks = spec.size // spec.shared_size
     grid = scores.double().reshape(blocks, spec.shared_size)
     order = torch.argsort(grid, dim=1, descending=True, stable=True)
@@ -274,14 +296,14 @@ def _head_shapes(spec, scores: torch.Tensor, config: GateConfig, multiple: int) 
             mask = torch.zeros_like(grid, dtype=torch.bool)
             for block in best[:kept].tolist():
                 mask[block, order[block, :per_block]] = True
-            cost = kept * (spec.shared_cost + per_block * spec.unit_cost)
-            shapes.append(_Shape(cost, float(worth[best[:kept]].sum()), mask.reshape(-1)))
+            mask = mask.reshape(-1)
+            shapes.append(_Shape(costs.price(spec, mask), float(worth[best[:kept]].sum()), mask))
     if not config.q_per_kv_uniform and spec.shared_size > 1:
-        shapes += _ragged_head_shapes(spec, grid, config.tp_divisor)
+        shapes += _ragged_head_shapes(costs, spec, grid, config.tp_divisor)
     return shapes
 
 
-def _ragged_head_shapes(spec, grid: torch.Tensor, divisor: int) -> list[_Shape]:
+def _ragged_head_shapes(costs: Costs, spec, grid: torch.Tensor, divisor: int) -> list[_Shape]:
     """Every count of key/value and query heads: the best of each kept block, then of the rest."""
     blocks = spec.size // spec.shared_size
     ranked = torch.argsort(grid.max(1).values, descending=True, stable=True)
@@ -300,8 +322,7 @@ def _ragged_head_shapes(spec, grid: torch.Tensor, divisor: int) -> list[_Shape]:
                 continue
             mask = torch.zeros(spec.size, dtype=torch.bool)
             mask[order[:count]] = True
-            cost = count * spec.unit_cost + kept * spec.shared_cost
-            shapes.append(_Shape(cost, float(value[count - 1]), mask))
+            shapes.append(_Shape(costs.price(spec, mask), float(value[count - 1]), mask))
     return shapes
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gatepack.config import GateConfig
+from gatepack.distillation import Distillation
 from gatepack.gate_training import GateRecipe, GateSchedule
 from gatepack.hf import GATES_NAME, hf_model
 from gatepack.training import read_safetensors, write_safetensors
@@ -28,6 +29,7 @@ class GateCallback(TrainerCallback):
     schedule: of a GateConfig's gates; methods bring their own. batches: token ids [B, S] or dicts
     of what the model takes, for methods that look at text of their own. resume_from: the checkpoint
     folder to read on resume, where it is not the Trainer's own output_dir/checkpoint-<step>.
+    distillation: from the dense model, in the loss that the Trainer minimises and in its log.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class GateCallback(TrainerCallback):
         schedule: GateSchedule | None = None,
         batches: Iterable = (),
         resume_from: str | Path | None = None,
+        distillation: Distillation | None = None,
     ):
         if method is None or isinstance(method, GateConfig):
             method = GateRecipe(method, schedule)
@@ -47,10 +50,13 @@ class GateCallback(TrainerCallback):
                 f"{type(method).__name__}"
             )
         self.method, self.batches, self.resume_from = method, list(batches), resume_from
+        self.distillation, self.distilling = distillation, None
         self.training = None
 
     def on_init_end(self, args, state, control, model: nn.Module, **_):
         self.method.prepare(model, self.batches)
+        if self.distillation is not None:
+            self.distilling = self.distillation.start(model)
 
     def on_train_begin(self, args, state, control, model: nn.Module, optimizer=None, **_):
         logits = getattr(getattr(hf_model(model), GATES_NAME, None), "logits", None)
@@ -79,8 +85,10 @@ class GateCallback(TrainerCallback):
             self.training.step(1.0 if scaler is None else scaler.get_scale())
 
     def on_log(self, args, state, control, logs=None, **_):
-        if self.training is not None and logs is not None:
-            ours = self.training.metrics()
+        if logs is not None:
+            ours = {}
+            for source in (self.training, self.distilling):
+                ours |= {} if source is None else source.metrics()
             logs.update(ours)
             state.log_history[-1].update(ours)  # the Trainer has stored its copy by now
 
@@ -91,6 +99,8 @@ class GateCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         if self.training is not None:
             self.training.finish()
+        if self.distilling is not None:
+            self.distilling.stop()
 
 
 def _folder(args, state) -> Path:

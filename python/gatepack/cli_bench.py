@@ -35,6 +35,13 @@ def bench(
     out: Annotated[
         Path, typer.Option(help="Folder for bench.json, bench.png and bench.html.")
     ] = Path("out/bench"),
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(
+            help="Time layers of a dense model by their shape instead, for target_of='latency', "
+            "and write the table here."
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     dry_run: DryRun = False,
@@ -45,7 +52,7 @@ def bench(
     """Time dense against packed, in turn: prefill, decode, tokens/s and memory."""
     with command(log, quiet) as shown:
         from gatepack.bench import BenchConfig, plan, run
-        from gatepack.report import print_bench, print_bench_plan
+        from gatepack.report import print_bench, print_bench_plan, print_latency_table
 
         settings = BenchConfig(
             model=model,
@@ -58,7 +65,16 @@ def bench(
             batch_size=batch_size,
             repeats=repeats,
         )
-        if dry_run:
+        if latency_table is not None:
+            from gatepack import latency_bench
+
+            if dry_run:
+                raise ValueError("--dry-run: cannot be had with --latency-table")
+            shown.result(
+                latency_bench.run(settings, latency_table, shown),
+                lambda table: print_latency_table(table, latency_table),
+            )
+        elif dry_run:
             shown.result(plan(settings, shown), print_bench_plan)
         else:
             shown.result(run(settings, shown), lambda report: print_bench(report, out))

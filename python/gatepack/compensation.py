@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from gatepack.families import family_of
-from gatepack.gates import Gate, GateSet, lane_indices
+from gatepack.gates import Gate, GateSet
 from gatepack.hf import Layer, gates_of, hf_model, layers_of
 from gatepack.importance import DAMPING, damped, gated_inputs
 from gatepack.modules import base_linear, weight_matrix
+from gatepack.samples import lane_indices
 
 # Config fields that give linears of a layer a bias, by model_type, with those linears.
 _BIAS_FIELDS = {

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gatepack.estimators import ESTIMATORS
 
 UNITS = ("heads", "channels")
 LINEAR_UNITS = ("rows", "columns")
-COSTS = ("params",)
+COSTS = ("params", "flops", "latency")
+PHASES = ("prefill", "decode")
 CONFIG_VERSION = 1
 
 
@@ -24,8 +25,12 @@ class GateConfig:
     estimator: "stg" (FineGates' clamped Gaussian) or "hard_concrete" (Louizos et al. 2018).
     noise: standard deviation of the STG noise, or whether hard-concrete samples (> 0) at all; 0 is
         deterministic.
-    target: kept fraction of the weights of the blocks' linears, gated or not, in (0, 1).
-    target_of: the cost that target counts; "params".
+    target: kept fraction, in (0, 1), of what target_of says: "params", the weights of the blocks'
+        linears, gated or not; "flops", those of the blocks, attention included, for sequences of
+        sequence_length; or "latency", the blocks' time in latency_phase, "prefill" or "decode".
+    latency_table: of the device that the model is for: a gatepack.latency.LatencyTable as a dict,
+        or the path of one, which `gatepack bench --latency-table` writes. latency_device: the
+        device that it must be of; None: the one that the model is on.
     width_multiple: kept channels per layer (rows per linear) are a multiple of this, or of its
         largest half, quarter, ... with which the target can be met within 0.5 %; the multiple in
         use is logged and reported.
@@ -47,6 +52,10 @@ class GateConfig:
     noise: float = 0.1
     target: float = 0.8
     target_of: str = "params"
+    sequence_length: int = 2048
+    latency_table: Mapping | str | None = field(default=None, hash=False)
+    latency_phase: str = "decode"
+    latency_device: str | None = None
     width_multiple: int = 64
     equal_layers: bool = True
     q_per_kv_uniform: bool = True
@@ -57,15 +66,15 @@ class GateConfig:
     version: int = CONFIG_VERSION
 
     def __post_init__(self):
-        for field in ("units", "targets"):
-            value = getattr(self, field)
-            if value is None and field == "targets":
+        for name in ("units", "targets"):
+            value = getattr(self, name)
+            if value is None and name == "targets":
                 continue
             if not isinstance(value, list | tuple) or not all(
                 isinstance(part, str) for part in value
             ):
-                raise ValueError(f"{field} must be a list or tuple of strings, got {value!r}")
-            object.__setattr__(self, field, tuple(value))
+                raise ValueError(f"{name} must be a list or tuple of strings, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
         if not self.units:
             raise ValueError(f"units must name at least one of {UNITS}, got none")
         for unit in self.units:
@@ -82,13 +91,14 @@ class GateConfig:
             raise ValueError(f"noise must be a finite number >= 0, got {self.noise!r}")
         if self.init_logit is not None and not _is_number(self.init_logit):
             raise ValueError(f"init_logit must be a finite number or None, got {self.init_logit!r}")
-        for field in ("equal_layers", "q_per_kv_uniform"):
-            if not isinstance(getattr(self, field), bool):
-                raise ValueError(f"{field} must be True or False, got {getattr(self, field)!r}")
-        for field in ("width_multiple", "tp_divisor"):
-            value = getattr(self, field)
+        for name in ("equal_layers", "q_per_kv_uniform"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("width_multiple", "tp_divisor", "sequence_length"):
+            value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field} must be an integer >= 1, got {value!r}")
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        self._check_latency()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise ValueError(f"seed must be an integer >= 0, got {self.seed!r}")
         if self.version != CONFIG_VERSION or isinstance(self.version, bool):
@@ -96,6 +106,26 @@ class GateConfig:
                 f"version must be {CONFIG_VERSION}, got {self.version!r}: "
                 "the configuration comes from another release of gatepack"
             )
+
+    def _check_latency(self) -> None:
+        _check_choice("latency_phase", self.latency_phase, PHASES)
+        if self.latency_device is not None and not isinstance(self.latency_device, str):
+            raise ValueError(f"latency_device must be a name or None, got {self.latency_device!r}")
+        if self.target_of != "params" and self.of_linears:
+            raise ValueError(
+                f"target_of must be 'params' with units {self.units!r}, got {self.target_of!r}"
+            )
+        if (self.target_of == "latency") != (self.latency_table is not None):
+            raise ValueError(
+                "latency_table must be a table or its path with target_of='latency', else None; "
+                f"got {type(self.latency_table).__name__} with target_of={self.target_of!r}"
+            )
+        if self.latency_table is not None:
+            from gatepack.latency import LatencyTable
+
+            table = self.latency_table
+            read = LatencyTable.from_dict if isinstance(table, Mapping) else LatencyTable.read
+            object.__setattr__(self, "latency_table", read(table).to_dict())
 
     @property
     def of_linears(self) -> bool:

@@ -5,33 +5,36 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gatepack.config import GateConfig
 from gatepack.gates import GateSet
 from gatepack.hf import GATES_NAME, attach, gates_of, hf_model
+from gatepack.sharding import is_sharded, over_ranks
 
 
 @dataclass(frozen=True)
 class GateSchedule:
     """When gates train, in fractions of all optimizer steps, and how fast.
 
-    learning_rate: of Adam on the logits. warmup: the budget asks for nothing before it. ramp: the
+    learning_rate: of Adam on the logits; None: 7 / steps of the way from where logits start to
+    where a gate closes, and at most a fifth of it, so that gates can close in any number of steps
+    (with "stg", 0.05 for 217 steps). warmup: the budget asks for nothing before it. ramp: the
     budget has reached its target by then. freeze: the gates are rounded to the target
     (GateSet.snap) and stay as they are, so that the weights heal in the steps that are left; 1
     rounds after the last step.
     """
 
-    learning_rate: float = 0.05
+    learning_rate: float | None = None
     warmup: float = 0.05
     ramp: float = 0.5
     freeze: float = 0.75
 
     def __post_init__(self):
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        rate = self.learning_rate
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"learning_rate: expected a positive number or None, got {rate}")
         for field in ("warmup", "ramp", "freeze"):
             value = getattr(self, field)
             if not 0 <= value <= 1:
@@ -41,6 +44,12 @@ class GateSchedule:
                 f"warmup, ramp, freeze: expected ascending fractions, got {self.warmup}, "
                 f"{self.ramp}, {self.freeze}"
             )
+
+    def rate(self, gates: GateSet, steps: int) -> float:
+        """The learning rate of a training of so many steps."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return gates.way_to_close() * min(7 / steps, 0.2)
 
 
 class GateTraining:
@@ -69,15 +78,30 @@ class GateTraining:
         self.model, self.steps = model, steps
         self.schedule = GateSchedule() if schedule is None else schedule
         self.gates: GateSet = gates_of(model)
+        self.gates.check_device()
         self.gates.unfreeze()
         controller = self.gates.controller
         controller.warmup_steps = round(self.schedule.warmup * steps)
         controller.ramp_steps = round(self.schedule.ramp * steps) - controller.warmup_steps
         _leave_out_of_ddp(model)
-        self.optimizer = torch.optim.Adam([self.gates.logits], lr=self.schedule.learning_rate)
+        self._check_replicated()
+        rate = self.schedule.rate(self.gates, steps)
+        self.optimizer = torch.optim.Adam([self.gates.logits], lr=rate)
         self.done = 0
         self.gradient: torch.Tensor | None = None
-        self._hook = self.gates.logits.register_post_accumulate_grad_hook(self._take)
+        self._logits = self.gates.logits
+        self._hook = self._logits.register_post_accumulate_grad_hook(self._take)
+
+    def _check_replicated(self) -> None:
+        """Each rank needs all logits: FSDP would shard them, or put others in their place."""
+        logits = self.gates.logits
+        whole = logits.numel() == len(self.gates.closed) and not is_sharded(logits)
+        if not whole or logits is not getattr(self, "_logits", logits):
+            raise ValueError(
+                "the gates' logits are sharded over ranks, but each of them needs all: pass "
+                "ignored_params={gatepack.gates_of(model).logits} to fully_shard, or to accelerate "
+                f"fsdp_config={{'fsdp_version': 2, 'ignored_modules': '.*{GATES_NAME}.*'}}"
+            )
 
     def weights(self) -> list[nn.Parameter]:
         """The trainable parameters other than the gates' logits."""
@@ -94,6 +118,7 @@ class GateTraining:
         loss_scale: what the loss was multiplied by (fp16's GradScaler.get_scale()). A gradient that
         is not finite counts as 0, as the scaler leaves out such steps of the weights.
         """
+        self._check_replicated()
         self.done += 1
         if self.gates.frozen:
             return
@@ -119,6 +144,21 @@ class GateTraining:
             self._round()
             self._freeze()
         return self.gates.kept_fraction()
+
+    def follow(self, kept: torch.Tensor) -> None:
+        """Goes on with the gates' new logits, those of before at kept, int64 (remove_closed)."""
+        moments = self.optimizer.state.pop(self._logits, {})
+        frozen = self.gates.frozen
+        self._hook.remove()
+        self._logits = self.gates.logits
+        self.optimizer.param_groups[0]["params"] = [self._logits]
+        self.optimizer.state[self._logits] = {
+            name: value[kept] if value.dim() else value for name, value in moments.items()
+        }
+        if self.gradient is not None:
+            self.gradient = self.gradient[kept]
+        if not frozen:
+            self._hook = self._logits.register_post_accumulate_grad_hook(self._take)
 
     def _round(self) -> None:
         # Not the values: many are exactly 1, and say nothing about which of them to keep.
@@ -166,14 +206,6 @@ def _leave_out_of_ddp(model: nn.Module) -> None:
     tensors = (*model.named_parameters(), *model.named_buffers())
     names = [name for name, _ in tensors if GATES_NAME in name.split(".")]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-
-
-def over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor over all ranks; the tensor itself without torch.distributed."""
-    if not dist.is_available() or not dist.is_initialized():
-        return tensor
-    dist.all_reduce(tensor)
-    return tensor / dist.get_world_size()
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ No module knows about estimators or budgets: it reads the current sample (gate v
 of its Gate.
 """
 
-import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from gatepack.budget import BudgetController, Costs, Plan, plan
 from gatepack.config import GateConfig
 from gatepack.estimators import ESTIMATORS
+from gatepack.samples import Open, Sample
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Gate:
         """Gate values of the current sample, fp32 [size], differentiable in training."""
         return self._set.sample().values[self.name]
 
-    def open(self) -> "Open":
+    def open(self) -> Open:
         """The open set of the current sample; the first one of a sample waits for the host."""
         return self._set.sample().open(self)
 
@@ -82,117 +83,6 @@ class Gate:
         return f"Gate({self.name!r}, {self.kind}, size={self.size}, lanes={self.lanes})"
 
 
-class Open:
-    """The open set of one gate in one sample: which units run, and their values.
-
-    units: sorted unique int64 [n], or None when all run. values: fp32 [n], differentiable. ones:
-    every running gate is exactly 1, so that multiplying by it can be left out where no gradient is
-    wanted. A head gate whose units are all closed keeps one unit with value 0: attention has no
-    zero-head form, and 0 contributes nothing.
-    """
-
-    def __init__(self, gate: Gate, values: torch.Tensor, units: torch.Tensor | None, ones: bool):
-        if units is not None and units.numel() == 0 and gate.kind == "heads":
-            units = torch.zeros(1, dtype=torch.int64, device=values.device)
-            ones = False
-        self.gate = gate
-        self.units = units
-        self.values = values if units is None else values.index_select(0, units)
-        self.ones = ones
-
-    @property
-    def count(self) -> int:
-        return self.gate.size if self.units is None else self.units.numel()
-
-    @functools.cached_property
-    def lanes(self) -> torch.Tensor | None:
-        """Lane indices of the running units, int64 [n * lanes], or None for all."""
-        return None if self.units is None else lane_indices(self.units, self.gate.lanes)
-
-    @functools.cached_property
-    def shared(self) -> torch.Tensor | None:
-        """Sorted indices of the key/value heads with a running unit, int64, or None for all."""
-        if self.units is None:
-            return None
-        blocks = torch.unique(self.units // self.gate.spec.shared_size)
-        return None if blocks.numel() * self.gate.spec.shared_size == self.gate.size else blocks
-
-    @functools.cached_property
-    def shared_lanes(self) -> torch.Tensor | None:
-        """Lane indices of the shared blocks on their own axis, int64, or None for all."""
-        return None if self.shared is None else lane_indices(self.shared, self.gate.lanes)
-
-    @property
-    def shared_count(self) -> int:
-        spec = self.gate.spec
-        return spec.size // spec.shared_size if self.shared is None else self.shared.numel()
-
-    @functools.cached_property
-    def shared_of_unit(self) -> torch.Tensor | None:
-        """Per running unit the position of its block among the running blocks, int64 [n].
-
-        None when the blocks keep equally many units, so that the usual repetition by groups is
-        right.
-        """
-        if self.units is None:
-            return None
-        blocks = self.units // self.gate.spec.shared_size
-        _, position, counts = torch.unique(blocks, return_inverse=True, return_counts=True)
-        return None if bool((counts == counts[0]).all()) else position
-
-
-class Sample:
-    """Values and open sets of all gates, drawn at one time.
-
-    Open sets have their size on the host, which has to wait for a GPU to count: that is done for
-    all gates at once, when the first of them is asked for.
-    """
-
-    def __init__(self, gates: "GateSet", key: tuple, flat: torch.Tensor):
-        self.key = key
-        self.flat = flat
-        self.gates = list(gates.gates.values())
-        parts = torch.split(flat, [gate.size for gate in self.gates])
-        self.values = dict(zip(gates.gates, parts, strict=True))
-        self._shared_running: dict[str, torch.Tensor] = {}
-
-    def open(self, gate: Gate) -> Open:
-        return self._open[gate.name]
-
-    @functools.cached_property
-    def _open(self) -> dict[str, Open]:
-        flat = self.flat.detach()
-        is_open = flat > 0
-        # Two counts per gate cross to the host in one copy.
-        sizes = torch.tensor([gate.size for gate in self.gates], device=flat.device)
-        segments = torch.repeat_interleave(torch.arange(len(sizes), device=flat.device), sizes)
-        counts = torch.zeros(2, len(sizes), dtype=torch.int64, device=flat.device)
-        counts[0].index_add_(0, segments, is_open.long())
-        counts[1].index_add_(0, segments, (is_open & (flat == 1)).long())
-        open_counts, one_counts = counts.tolist()
-        indices = torch.split(is_open.nonzero().squeeze(1), open_counts)
-        found = {}
-        for gate, index, n_open, n_one in zip(
-            self.gates, indices, open_counts, one_counts, strict=True
-        ):
-            units = None if n_open == gate.size else index - gate.start
-            found[gate.name] = Open(gate, self.values[gate.name], units, n_one == n_open)
-        return found
-
-    @functools.cached_property
-    def _running(self) -> torch.Tensor:
-        return (self.flat.detach() > 0).to(self.flat.dtype)
-
-    def running(self, gate: Gate) -> torch.Tensor:
-        return self._running[gate.start : gate.start + gate.size]
-
-    def shared_running(self, gate: Gate) -> torch.Tensor:
-        if gate.name not in self._shared_running:
-            blocks = self.running(gate).reshape(-1, gate.spec.shared_size)
-            self._shared_running[gate.name] = blocks.amax(1)
-        return self._shared_running[gate.name]
-
-
 class GateSet(nn.Module):
     """All gates of a model.
 
@@ -214,8 +104,7 @@ class GateSet(nn.Module):
         for name, spec in specs.items():
             self.gates[name] = Gate(self, name, spec, start)
             start += spec.size
-        init = self.estimator.default_logit if config.init_logit is None else config.init_logit
-        self.logits = nn.Parameter(torch.full((start,), float(init)))
+        self.logits = nn.Parameter(torch.full((start,), self.initial_logit))
         self.register_buffer("closed", torch.zeros(start, dtype=torch.bool))
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         self.costs = Costs({name: gate.spec for name, gate in self.gates.items()}, fixed_cost)
@@ -225,7 +114,10 @@ class GateSet(nn.Module):
         self.path: str | None = None
         self.sampler: Callable[[GateSet], torch.Tensor] | None = None
         self._draws = 0
+        self._all_open = False
         self._offsets: torch.Tensor | None = None
+        self._places: torch.Tensor | None = None  # of the units among those of before removals
+        self._whole_size = start
         self._sample: Sample | None = None
 
     def _apply(self, fn, recurse=True):
@@ -270,6 +162,17 @@ class GateSet(nn.Module):
         return len(self.gates)
 
     @property
+    def initial_logit(self) -> float:
+        """Where logits start."""
+        init = self.config.init_logit
+        return float(self.estimator.default_logit if init is None else init)
+
+    def way_to_close(self) -> float:
+        """How far a logit moves from its start to where its gate is exactly 0, at least 0.5."""
+        closed = float(self.estimator.logits_of(torch.zeros(())))
+        return max(0.5, abs(self.initial_logit - closed))
+
+    @property
     def noisy(self) -> bool:
         return self.training and not self.frozen and self.config.noise > 0
 
@@ -300,12 +203,16 @@ class GateSet(nn.Module):
             and not self.noisy
         ):
             return self._sample
-        if self.sampler is not None:
+        if self._all_open:
+            flat = torch.ones_like(self.logits)
+        elif self.sampler is not None:
             flat = self.sampler(self)
         elif self.noisy:
             generator = torch.Generator(self.logits.device)
             generator.manual_seed(mix(self.config.seed, self._draws))
-            noise = self.estimator.noise_like(self.logits.detach(), generator)
+            # As much noise as before units were removed, so that those that stay get the same.
+            noise = self.estimator.noise_like(self.logits.new_empty(self._whole_size), generator)
+            noise = noise if self._places is None else noise[self._places.to(noise.device)]
             self._draws += 1
             self.draws.fill_(self._draws)
             flat = self.estimator.values(self.logits, noise).masked_fill(self.closed, 0.0)
@@ -316,6 +223,15 @@ class GateSet(nn.Module):
         self._sample = Sample(self, key, flat)
         return self._sample
 
+    @contextmanager
+    def all_open(self) -> Iterator[None]:
+        """Inside, every gate is 1, closed ones too: the dense model. Draws no noise."""
+        self._all_open = True
+        try:
+            yield
+        finally:
+            self._all_open = False
+
     def _key(self) -> tuple:
         """What a sample depends on, besides noise."""
         return (
@@ -323,6 +239,7 @@ class GateSet(nn.Module):
             self.closed._version,
             self.training,
             self.frozen,
+            self._all_open,
             torch.is_inference_mode_enabled(),
         )
 
@@ -374,7 +291,7 @@ class GateSet(nn.Module):
         return sum(int(mask.sum()) for mask in chosen) / sum(mask.numel() for mask in chosen)
 
     def kept_fraction(self) -> float:
-        """Fraction of the budgeted parameters kept without noise, counted on exact zeros."""
+        """Fraction of the budget's cost kept without noise, counted on exact zeros."""
         return self.costs.kept_fraction(self.open_masks())
 
     def penalty(self) -> torch.Tensor:
@@ -403,10 +320,9 @@ class GateSet(nn.Module):
     def reopen(self, name: str, indices) -> None:
         """Undoes close; where the logit itself is shut, it is set back to its initial value."""
         index = self._set_closed(name, indices, False)
-        init = self.config.init_logit
         with torch.no_grad():
             shut = self.estimator.values(self.logits[index]) <= 0
-            self.logits[index[shut]] = float(self.estimator.default_logit if init is None else init)
+            self.logits[index[shut]] = self.initial_logit
 
     def _set_closed(self, name: str, indices, value: bool) -> torch.Tensor:
         gate = self[name]
@@ -436,13 +352,51 @@ class GateSet(nn.Module):
                 )
             self.closed[gate.start : gate.start + gate.size] = ~mask.to(self.closed.device)
 
+    def check_device(self) -> None:
+        """ValueError where the budget is the latency of another device than config asks for."""
+        if self.config.target_of == "latency":
+            self.costs.check_device(self.logits.device, self.config.latency_device)
+
+    @torch.no_grad()
+    def forget(self, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Leaves the units of masks (name -> bool [size]) only; the others count as removed.
+
+        Returns their indices among the units of before, int64. gatepack.remove_closed does this
+        together with the model's weights.
+        """
+        device = self.logits.device
+        kept = torch.cat([masks[name] for name in self]).nonzero().squeeze(1).to(device)
+        places = kept if self._places is None else self._places.to(device)[kept]
+        self.logits = nn.Parameter(self.logits[kept].clone(), self.logits.requires_grad)
+        self.closed = self.closed[kept].clone()
+        start = 0
+        for name, gate in self.gates.items():
+            blocks = masks[name].reshape(-1, gate.spec.shared_size).sum(1)
+            shape = {"size": int(blocks.sum()), "shared_size": int(blocks.max())}
+            gate.spec, gate.start = replace(gate.spec, **shape), start
+            self.costs.specs[name] = replace(self.costs.specs[name], **shape)
+            start += gate.size
+        self._remember(places, self._whole_size)
+        return kept
+
+    def recall(self, masks: Iterable[torch.Tensor]) -> None:
+        """That these gates are what forget left: masks bool [size before] of each, in order."""
+        whole = torch.cat(list(masks))
+        self._remember(whole.nonzero().squeeze(1), len(whole))
+
+    def _remember(self, places: torch.Tensor, whole_size: int) -> None:
+        self._places, self._whole_size = places, whole_size
+        self._offsets = self._sample = None
+        self.costs.refresh()
+
     def plan(self, scores: Mapping[str, torch.Tensor]) -> Plan:
         """The units to keep for config.target; scores as in snap. Closes nothing."""
+        self.check_device()
         return plan(self.costs, {name: s.float().cpu() for name, s in scores.items()}, self.config)
 
     @torch.no_grad()
     def snap(self, scores: Mapping[str, torch.Tensor] | None = None) -> float:
-        """Closes the least valuable units, to meet config.target within 0.5 % of the parameters.
+        """Closes the least valuable units, to meet config.target within 0.5 % of its cost.
 
         scores: name -> fp [size], how much each unit is worth, additive over units of all gates;
         None takes the noiseless gate values. Shapes follow width_multiple, equal_layers,
@@ -510,10 +464,3 @@ def mix(seed: int, draw: int) -> int:
     return int.from_bytes(
         hashlib.blake2b(f"{seed}/{draw}".encode(), digest_size=8).digest(), "little"
     )
-
-
-def lane_indices(units: torch.Tensor, lanes: int) -> torch.Tensor:
-    """Units [n] -> the lanes they cover, int64 [n * lanes]."""
-    if lanes == 1:
-        return units
-    return (units[:, None] * lanes + torch.arange(lanes, device=units.device)).reshape(-1)

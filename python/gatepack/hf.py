@@ -2,17 +2,18 @@
 
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 import gatepack.attention  # noqa: F401  registers attn_implementation="gatepack"
-from gatepack.budget import gate_cost
+from gatepack.budget import Costs, gate_cost
 from gatepack.config import GateConfig
 from gatepack.families import Family, family_of
 from gatepack.functional import sampled_values
 from gatepack.gates import Gate, GateSet, GateSpec
+from gatepack.latency import LatencyCosts, LatencyTable
 from gatepack.mlp import GatedMLP, ungate_mlp
 from gatepack.modules import (
     RowBlock,
@@ -24,6 +25,7 @@ from gatepack.modules import (
     ungate_linear,
 )
 from gatepack.paths import choose_path, has_kernels
+from gatepack.sharding import refuse_sharded
 
 GATES_NAME = "gatepack_gates"
 
@@ -154,6 +156,14 @@ class Attachment:
             blocks = current.count if ragged else current.shared_count
             set_head_counts(attention, family, current.count, blocks, gate.lanes)
 
+    def renew(self, layers: list[Layer]) -> None:
+        """Gates the linears of a model anew, after release and with gates of other sizes."""
+        self.attentions = []
+        for layer in layers:
+            _add_sites(self, layer)
+        self.bind()
+        self.watch(layers)
+
     def release(self) -> None:
         """Puts the plain modules back."""
         self.bind()
@@ -207,6 +217,7 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     """
     config = GateConfig() if config is None else config
     root = hf_model(model)
+    refuse_sharded(root, "its linears cannot be replaced", "attach before fully_shard")
     if hasattr(root, GATES_NAME):
         raise ValueError("model already has gates; take them off with gatepack.detach(model) first")
     if "linears" in (getattr(root.config, "gatepack", None) or {}):
@@ -225,15 +236,20 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
         raise ValueError(
             f"targets={config.targets} match no module; the first layer is {layers[0].name!r}"
         )
-    total = sum(
-        layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears
-    )
-    gates = GateSet(config, specs, total - sum(gate_cost(spec) for spec in specs.values()))
-    if config.target <= gates.costs.fixed / total:
+    gates = GateSet(config, specs)
+    gates.costs = _costs(root, layers, specs, config)
+    record = getattr(root.config, "gatepack", None) or {}
+    if "total" in record:
+        # Units were removed while these gates trained: budget and noise are those of before.
+        from gatepack.packing import decode_mask
+
+        gates.costs.total = record["total"]
+        gates.recall([decode_mask(record["kept"][name]) for name in specs])
+    fixed = gates.costs.fixed / gates.costs.total
+    if config.target <= fixed:
         raise ValueError(
-            f"target={config.target} cannot be reached: the gated units hold "
-            f"{1 - gates.costs.fixed / total:.1%} of the blocks' weights; gate more units or raise "
-            "the target"
+            f"target={config.target} cannot be reached: the gated units hold {1 - fixed:.1%} of "
+            f"the blocks' {config.target_of}; gate more units or raise the target"
         )
     gates.width = linear_shape(layers[0].linear(layers[0].family.out))[0]
     gates.to(next(root.parameters()).device).train(root.training)
@@ -262,6 +278,7 @@ def detach(model: nn.Module) -> None:
     delattr(root, GATES_NAME)
     record = dict(root.config.gatepack)
     del record["gates"]
+    record.pop("total", None)
     if record:
         root.config.gatepack = record
     else:
@@ -292,6 +309,38 @@ def _specs(layer: Layer, config: GateConfig) -> Iterator[tuple[str, GateSpec]]:
         out, width = linear_shape(layer.linear(family.down))
         unit = out + sum(linear_shape(layer.linear(path))[1] for path in family.up)
         yield f"{layer.channels_name}:channels", GateSpec("channels", width, 1, unit)
+
+
+def _costs(
+    root: nn.Module, layers: list[Layer], specs: dict[str, GateSpec], config: GateConfig
+) -> Costs:
+    """What config.target_of counts, over all blocks."""
+    if config.target_of == "latency":
+        table = LatencyTable.from_dict(config.latency_table)
+        removed = "total" in (getattr(root.config, "gatepack", None) or {})
+        return LatencyCosts(table, config.latency_phase, specs, len(layers), removed)
+    total = sum(
+        layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears
+    )
+    fixed = total - sum(gate_cost(spec) for spec in specs.values())
+    if config.target_of == "params":
+        return Costs(specs, fixed)
+    # Multiplications and additions per token; a head also meets each earlier token's key and value.
+    keys = config.sequence_length
+    if not getattr(root.config, "is_decoder", False) and not root.can_generate():
+        keys *= 2
+    meets = {layer.heads_name: 2 * layer.head_dim * keys for layer in layers}
+    counted = {}
+    for name, spec in specs.items():
+        attention = meets[name.rpartition(":")[0]] if spec.kind == "heads" else 0
+        counted[name] = replace(
+            spec, unit_cost=2 * spec.unit_cost + attention, shared_cost=2 * spec.shared_cost
+        )
+    gated = {name.rpartition(":")[0] for name in specs}
+    rest = sum(
+        layer.queries * meets[layer.heads_name] for layer in layers if layer.heads_name not in gated
+    )
+    return Costs(counted, 2 * fixed + rest)
 
 
 def _add_sites(attachment: Attachment, layer: Layer) -> None:

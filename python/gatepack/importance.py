@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gatepack.gates import Gate, GateSet, lane_indices
+from gatepack.gates import Gate, GateSet
 from gatepack.hf import gates_of, hf_model
 from gatepack.modules import base_linear, linear_shape, weight_matrix
+from gatepack.samples import lane_indices
 
 DAMPING = 0.1
 

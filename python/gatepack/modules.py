@@ -14,8 +14,9 @@ from gatepack.functional import (
     spread_lanes,
     take_lanes,
 )
-from gatepack.gates import Gate, Open
+from gatepack.gates import Gate
 from gatepack.paths import choose_path
+from gatepack.samples import Open
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gatepack.gates import GateSpec, lane_indices
+from gatepack.gates import GateSpec
 from gatepack.hf import (
     GATES_NAME,
     Layer,
@@ -28,6 +28,8 @@ from gatepack.modules import (
     why_not_sliced,
 )
 from gatepack.repack import Piece, pack_tensors, unpack_tensors
+from gatepack.samples import lane_indices
+from gatepack.sharding import refuse_sharded
 
 FORMAT_VERSION = 1
 
@@ -125,14 +127,20 @@ def pack(model: nn.Module) -> PackReport:
     """
     root = hf_model(model)
     gates = gates_of(root)
+    refuse_sharded(
+        root,
+        "no rank has all of what is to be packed",
+        "load its full state dict (torch.distributed.checkpoint.state_dict) into a model on one "
+        "rank",
+    )
     layers = layers_of(root)
     if gates.config.of_linears:
         from gatepack.row_column_packing import pack_rows_columns
 
-        before = _sizes(root, layers, gates)
+        before = sizes_of(root, layers, gates)
         rows = pack_rows_columns(root, gates)
-        return _report(rows, before, _sizes(root, layers, None), 0)
-    _refuse_opaque(layers)
+        return report_of(rows, before, sizes_of(root, layers, None), 0)
+    refuse_opaque(layers)
     values = gates.split(gates.deterministic_values().clone())
     open_masks = gates.open_masks()
     masks, rows, padded = {}, [], 0
@@ -140,21 +148,21 @@ def pack(model: nn.Module) -> PackReport:
         masks[name] = physical_mask(gate.kind, gate.spec.shared_size, open_masks[name])
         padded += int(masks[name].sum()) - int(open_masks[name].sum())
         rows.append((name, gate.kind, gate.size, int(masks[name].sum())))
-    before = _sizes(root, layers, gates)
+    before = sizes_of(root, layers, gates)
     specs = {name: gate.spec for name, gate in gates.items()}
     detach(root)
-    record = _kept_record(root.config, masks)
-    _apply_masks(layers, specs, masks, values)
+    record = kept_record(root.config, masks)
+    apply_masks(layers, specs, masks, values)
     root.config.gatepack = {**(getattr(root.config, "gatepack", None) or {}), **record}
-    return _report(rows, before, _sizes(root, layers, None), padded)
+    return report_of(rows, before, sizes_of(root, layers, None), padded)
 
 
-def _report(rows: list, before: tuple, after: tuple, padded: int) -> PackReport:
+def report_of(rows: list, before: tuple, after: tuple, padded: int) -> PackReport:
     params, block_params, sizes = zip(before, after, strict=True)
     return PackReport(tuple(rows), params, block_params, sizes, padded)
 
 
-def _kept_record(config, masks: Mapping[str, torch.Tensor]) -> dict:
+def kept_record(config, masks: Mapping[str, torch.Tensor]) -> dict:
     """What config.gatepack says of a packed model; a second pack is told in units of the first."""
     kept = dict((getattr(config, "gatepack", None) or {}).get("kept", {}))
     for name, mask in masks.items():
@@ -166,7 +174,7 @@ def _kept_record(config, masks: Mapping[str, torch.Tensor]) -> dict:
     return {"format": FORMAT_VERSION, "kept": kept}
 
 
-def _refuse_opaque(layers: list[Layer]) -> None:
+def refuse_opaque(layers: list[Layer]) -> None:
     for layer in layers:
         for path in layer.family.linears:
             reason = why_not_sliced(layer.module.get_submodule(path))
@@ -177,7 +185,7 @@ def _refuse_opaque(layers: list[Layer]) -> None:
                 )
 
 
-def _sizes(root: nn.Module, layers: list[Layer], gates: nn.Module | None) -> tuple[int, int, int]:
+def sizes_of(root: nn.Module, layers: list[Layer], gates: nn.Module | None) -> tuple[int, int, int]:
     own = set() if gates is None else {id(p) for p in gates.parameters()}
     parameters = [p for p in root.parameters() if id(p) not in own]
     block = sum(
@@ -190,8 +198,12 @@ def _sizes(root: nn.Module, layers: list[Layer], gates: nn.Module | None) -> tup
     )
 
 
-def _apply_masks(layers, specs, masks, values) -> None:
-    """Packs every gated linear to masks, folding values (name -> [size]) unless they are None."""
+def apply_masks(layers, specs, masks, values) -> list["Cut"]:
+    """Packs every gated linear to masks, folding values (name -> [size]) unless they are None.
+
+    Returns what was cut out of which parameter.
+    """
+    cuts = []
     for layer in layers:
         family = layer.family
         heads = _fixed(specs, masks, f"{layer.heads_name}:heads")
@@ -201,12 +213,14 @@ def _apply_masks(layers, specs, masks, values) -> None:
             folds = values is not None and site.in_gate is not None
             z = values[site.in_gate.name] if folds else None
             selections.append(_selection(layer, path, site, z))
+        cuts += [cut for selection in selections for cut in selection.cuts()]
         _pack_layer(selections)
         if heads is not None:
             kept = heads.kept_lanes().numel() // heads.lanes
             blocks = heads.kept_lanes(shared=True).numel() // heads.lanes
             attention = layer.module.get_submodule(family.attention)
             set_head_counts(attention, family, kept, blocks, heads.lanes)
+    return cuts
 
 
 def _fixed(specs, masks, name: str) -> _Fixed | None:
@@ -223,6 +237,21 @@ def _lane_indices(site, device) -> tuple[torch.Tensor | None, torch.Tensor | Non
     if site.in_gate is not None:
         cols = site.in_gate.kept_lanes().to(device)
     return rows, cols
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What stays of a parameter: the indices along each of its dimensions, None for all."""
+
+    parameter: nn.Parameter
+    kept: tuple[torch.Tensor | None, ...]
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same part of a tensor of the parameter's shape: its gradient, its moments."""
+        for dim, index in enumerate(self.kept):
+            if index is not None:
+                tensor = tensor.index_select(dim, index.to(tensor.device))
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -250,6 +279,17 @@ class _Selection:
             for name, factor in factors.items():
                 cut = (None, cols, None, self.z_in) if kind == "lora_A" else (rows,)
                 found.append((f"{kind}.{name}", Piece(factor.weight.detach(), *cut)))
+        return found
+
+    def cuts(self) -> list[Cut]:
+        """The same of the parameters, in their own layout."""
+        base, rows, cols = base_linear(self.module), self.rows, self.cols
+        found = [Cut(base.weight, (cols, rows) if is_conv1d(base) else (rows, cols))]
+        if base.bias is not None:
+            found.append(Cut(base.bias, (rows,)))
+        for kind, factors in _lora_factors(self.module).items():
+            kept = (None, cols) if kind == "lora_A" else (rows, None)
+            found += [Cut(factor.weight, kept) for factor in factors.values()]
         return found
 
     def install(self, made: Mapping[str, torch.Tensor], dense: bool) -> None:
@@ -365,7 +405,7 @@ def shrink(model: nn.Module, kept: Mapping[str, Mapping]) -> None:
                 "or none at all"
             )
         masks[name] = mask
-    _apply_masks(layers, specs, masks, None)
+    apply_masks(layers, specs, masks, None)
 
 
 def _dense_specs(layers: list[Layer]) -> dict[str, GateSpec]:
@@ -400,7 +440,7 @@ def unpack(model: nn.Module) -> dict[str, torch.Tensor]:
     masks = {name: decode_mask(mask) for name, mask in record.pop("kept").items()}
     record.pop("format")
     layers = layers_of(root)
-    _refuse_opaque(layers)
+    refuse_opaque(layers)
     for layer in layers:
         family = layer.family
         specs = _specs_from_masks(layer, masks, root.config)

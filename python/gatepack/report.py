@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from gatepack.bench import beside
+from gatepack.latency import LatencyTable
 from gatepack.timing import Measurement
 
 
@@ -89,6 +91,31 @@ def print_bench(report: dict, out: Path) -> None:
     console.print(table)
     console.print(f"{speed.conditions()}. {beside(report)}", highlight=False, markup=False)
     console.print(f"written: {out}/ (bench.json, bench.png, bench.html)", highlight=False)
+
+
+def print_latency_table(record: dict, path: Path) -> None:
+    """Prints what gatepack.latency_bench.run returned; path is where it is."""
+    table = LatencyTable.from_dict(record)
+    shown = Table(title=f"one layer on {table.device}, {table.dtype}")
+    shown.add_column("kept", no_wrap=True)
+    phases = [phase for phase, seconds in table.seconds.items() if seconds is not None]
+    for phase in phases:
+        shown.add_column(f"{phase}, ms", justify="right", no_wrap=True)
+    rows = [
+        (f"{k * q} of {table.query_heads} heads, {k} of {table.kv_heads} k/v", "heads", (i, j))
+        for i, k in enumerate(table.kv_counts)
+        for j, q in enumerate(table.per_kv)
+    ]
+    rows += [
+        (f"{width} of {table.channels} channels", "channels", (i,))
+        for i, width in enumerate(table.widths)
+    ]
+    for label, part, place in rows:
+        found = [np.asarray(table.seconds[phase][part])[place] for phase in phases]
+        shown.add_row(label, *(f"{1e3 * seconds:.4f}" for seconds in found))
+    console = Console()
+    console.print(shown)
+    console.print(f"written: {path}", highlight=False)
 
 
 def print_bench_plan(plan: dict) -> None:

@@ -12,9 +12,10 @@ from torch import nn
 
 from gatepack.budget import TOLERANCE, Plan
 from gatepack.config import GateConfig
-from gatepack.gates import Gate, GateSet, GateSpec, Sample
+from gatepack.gates import Gate, GateSet, GateSpec
 from gatepack.hf import Attachment, Layer, layers_of
 from gatepack.modules import Site, base_linear, is_conv1d, linear_shape
+from gatepack.samples import Sample
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """Stage 5, pack: remove closed rows and columns of single linears, and put zeros back."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,14 @@ from torch import Tensor, nn
 from gatepack._ext import fold_pack, fold_pack_adjoint
 from gatepack.functional import spread_lanes, take_lanes
 from gatepack.hf import Layer, detach, layers_of
-from gatepack.modules import PackedLinear, adopt, is_conv1d, linear_shape, weight_matrix
+from gatepack.modules import (
+    PackedLinear,
+    adopt,
+    base_linear,
+    is_conv1d,
+    linear_shape,
+    weight_matrix,
+)
 from gatepack.packing import FORMAT_VERSION, decode_mask, encode_mask
 from gatepack.row_column import RowColumnGateSet
 
@@ -21,8 +29,8 @@ class IndexedLinear(PackedLinear):
 
     x [*, K] and y [*, N] have their dense widths, so that residual streams and heads stay as they
     were, except between the linears of an MLP, which hand each other open channels only. weight
-    [|R|, |C|] and bias [|R|] are the parameters. LoRA on it does not fit: train and merge adapters
-    before packing, or unpack.
+    [|R|, |C|] and bias [|R|] are the parameters. Adapters that PEFT puts on it are of these sizes:
+    they read x[columns] and add to y[rows] (follow_adapters).
     """
 
     @classmethod
@@ -72,11 +80,19 @@ class IndexedLinear(PackedLinear):
         return self._indices[side]
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.around(x, lambda x: F.linear(x, self.weight, self.bias))
+
+    def around(self, x: Tensor, inner: Callable[[Tensor], Tensor]) -> Tensor:
+        """inner, from x[columns] to y[rows], between what gathers and what scatters."""
         compact_out, compact_in = self.compact
         columns = None if compact_in else self._index(1, x.device)
         if columns is not None:
             x = take_lanes(x, columns)
-        y = F.linear(x, self.weight, self.bias)
+        self.compact = (True, True)
+        try:
+            y = inner(x)
+        finally:
+            self.compact = (compact_out, compact_in)
         rows = None if compact_out else self._index(0, x.device)
         return y if rows is None else spread_lanes(y, rows, self.dense_shape[0])
 
@@ -100,6 +116,32 @@ class IndexedLinear(PackedLinear):
         if bias is not None:
             dense._parameters["bias"] = nn.Parameter(bias, self.bias.requires_grad)
         return dense
+
+
+@functools.cache
+def _indexed_class(dense: type) -> type:
+    """A subclass of a PEFT layer's class that runs inside the gather and scatter of its base."""
+
+    def forward(self, x, *args, **kwargs):
+        base = base_linear(self)
+        return base.around(x, lambda x: dense.forward(self, x, *args, **kwargs))
+
+    return type(f"Indexed{dense.__name__}", (dense,), {"forward": forward, "indexed_from": dense})
+
+
+def follow_adapters(root: nn.Module) -> None:
+    """Lets PEFT wrap the IndexedLinears of a model: looks for adapters before every forward."""
+    if _bind_adapters not in root._forward_pre_hooks.values():
+        root.register_forward_pre_hook(_bind_adapters)
+
+
+def _bind_adapters(root: nn.Module, args) -> None:
+    for name, child in list(root.named_modules()):
+        if not hasattr(child, "base_layer") or name.endswith("base_layer"):
+            continue
+        inner = isinstance(base_linear(child), IndexedLinear)
+        if inner and not hasattr(type(child), "indexed_from"):
+            root.set_submodule(name, adopt(child, _indexed_class(type(child))))
 
 
 def _chosen(values: Tensor | None, index: Tensor | None) -> Tensor | None:
@@ -200,6 +242,7 @@ def _replace(root: nn.Module, masks: Mapping[str, tuple[Mask, Mask]], values: Ma
             root.get_submodule(name), rows, columns, tuple(compact[name]), values.get(name)
         )
         root.set_submodule(name, packed)
+    follow_adapters(root)
 
 
 def _interior(layer: Layer, masks: Mapping[str, tuple[Mask, Mask]]) -> list[tuple[str, int]]:

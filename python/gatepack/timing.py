@@ -205,16 +205,16 @@ class _Runner:
 
     def run(self, prompts: torch.Tensor, new_tokens: int) -> tuple[float, float | None]:
         """(prefill, decode) seconds of one repeat; decode None if the model returns no cache."""
-        start = _now(self.device)
+        start = now(self.device)
         output = self.model(input_ids=prompts, **self.arguments)
-        middle = _now(self.device)
+        middle = now(self.device)
         if not self.may_cache or getattr(output, "past_key_values", None) is None:
             return middle - start, None
         for _ in range(new_tokens):
             token = output.logits[:, -1:].argmax(-1)
             cache = output.past_key_values
             output = self.model(input_ids=token, past_key_values=cache, **self.arguments)
-        return middle - start, _now(self.device) - middle
+        return middle - start, now(self.device) - middle
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> Speed:
         parameters = list(self.model.parameters())
@@ -229,14 +229,14 @@ class _Runner:
 
 
 def _warm_up(runner: _Runner, prompts: torch.Tensor, new_tokens: int) -> None:
-    start = _now(runner.device)
+    start = now(runner.device)
     while True:
         runner.run(prompts, new_tokens)
-        if _now(runner.device) - start >= WARMUP_SECONDS:
+        if now(runner.device) - start >= WARMUP_SECONDS:
             return
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds on a clock that has waited for the device's queue."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

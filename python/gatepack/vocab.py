@@ -6,7 +6,8 @@ to a kept one. No text is refused or lost, it only takes more tokens.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,11 +33,18 @@ def _byte_characters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
-def _byte_tokens(vocab: Mapping[str, int]) -> list[str]:
-    """The tokens that can spell any text: byte-level characters, or <0x00> to <0xFF>."""
+def _byte_tokens(tokenizer: Mapping) -> list[str]:
+    """The tokens that spell any text: byte-level characters, or <0x00> to <0xFF>.
+
+    A byte-level tokenizer may lack bytes that it never met; then it never spelled them.
+    """
+    vocab = tokenizer["model"]["vocab"]
     for tokens in (_byte_characters(), [f"<0x{byte:02X}>" for byte in range(256)]):
         if all(token in vocab for token in tokens):
             return tokens
+    parts = [tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")]
+    if '"ByteLevel"' in json.dumps(parts):
+        return [token for token in _byte_characters() if token in vocab]
     raise ValueError(
         "tokenizer: expected one with a token for each byte (byte-level BPE or byte fallback); "
         "without them a dropped token could not be spelled"
@@ -61,6 +69,18 @@ def _made_of(token: str, ranks: Mapping[tuple[str, str], int]) -> set[str]:
     return seen
 
 
+def _parts_of(model: Mapping) -> Callable[[int], set[int]]:
+    """id -> the ids that BPE passes through on the way to its token, itself included."""
+    vocab = model["vocab"]
+    token_of = {i: token for token, i in vocab.items()}
+    ranks = {pair: rank for rank, pair in enumerate(_merge_pairs(model))}
+
+    def parts_of(i: int) -> set[int]:
+        return {i, *(vocab[part] for part in _made_of(token_of[i], ranks) if part in vocab)}
+
+    return parts_of
+
+
 def vocab_closure(tokenizer: Mapping, keep: Iterable[int]) -> list[int]:
     """Sorted ids of keep and of what they need: bytes, added tokens, and parts along their merges.
 
@@ -73,17 +93,15 @@ def vocab_closure(tokenizer: Mapping, keep: Iterable[int]) -> list[int]:
         raise ValueError(f"tokenizer: expected a BPE model, got {model.get('type')!r}")
     vocab = model["vocab"]
     added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or ()}
-    token_of = {**{i: token for token, i in vocab.items()}, **added}
-    unknown = sorted(set(keep) - token_of.keys())
+    unknown = sorted(set(keep) - {*vocab.values(), *added})
     if unknown:
         raise ValueError(f"keep: expected ids of the tokenizer, got {unknown[:5]}")
-    ranks = {pair: rank for rank, pair in enumerate(_merge_pairs(model))}
-    needed = set(added) | {vocab[token] for token in _byte_tokens(vocab)}
+    parts_of = _parts_of(model)
+    needed = set(added) | {vocab[token] for token in _byte_tokens(tokenizer)}
     if model.get("unk_token") in vocab:
         needed.add(vocab[model["unk_token"]])
     for i in set(keep) - added.keys():
-        needed.add(i)
-        needed |= {vocab[part] for part in _made_of(token_of[i], ranks) if part in vocab}
+        needed |= parts_of(i)
     return sorted(needed)
 
 
@@ -244,3 +262,65 @@ def pack_vocab(model: nn.Module, keep: Iterable[int]) -> VocabPlan:
     for config, name, new in renamed:
         setattr(config, name, new)
     return plan
+
+
+def tokenizer_record(tokenizer) -> dict:
+    """The content of tokenizer.json of a transformers tokenizer whose vocabulary can be packed.
+
+    Raises ValueError for one without that file, or that is not BPE with byte tokens.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer: expected a fast one, which has a tokenizer.json, got "
+            f"{type(tokenizer).__name__}"
+        )
+    record = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab_closure(record, ())
+    return record
+
+
+def most_frequent(record: Mapping, counts: Tensor, size: int) -> list[int]:
+    """The ids to keep so that the most frequent tokens and what they need are at most size.
+
+    record: of tokenizer_record. counts: int64 [V], how often each token occurs. Raises ValueError
+    if bytes and added tokens alone are more.
+    """
+    kept = set(vocab_closure(record, ()))
+    if len(kept) > size:
+        raise ValueError(
+            f"size: expected at least {len(kept)}, for bytes and added tokens, got {size}"
+        )
+    known, parts_of = _known_ids(record), _parts_of(record["model"])
+    for i in torch.argsort(counts, descending=True, stable=True).tolist():
+        missing = parts_of(i) - kept if i in known and i not in kept else set()
+        if len(kept) + len(missing) > size:
+            break
+        kept |= missing
+    return sorted(kept)
+
+
+def _known_ids(record: Mapping) -> set[int]:
+    return {*record["model"]["vocab"].values(), *(t["id"] for t in record["added_tokens"] or ())}
+
+
+def shrink_vocabulary(model: nn.Module, tokenizer, keep: Iterable[int]) -> tuple[VocabPlan, object]:
+    """Leaves kept ids, and what spells the others, in a model and its tokenizer.
+
+    The model changes in place (pack_vocab); returns the plan and the new tokenizer. Rows that no
+    token has go. Text is encoded anew with that tokenizer, which spells dropped tokens through
+    others, so none is lost; ids of before map through plan.remap, which refuses dropped ones.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    record = tokenizer_record(tokenizer)
+    ids = vocab_closure(record, set(keep) & _known_ids(record))
+    packed = Tokenizer.from_str(json.dumps(shrink_tokenizer(record, ids)))
+    small = PreTrainedTokenizerFast(
+        tokenizer_object=packed,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        chat_template=getattr(tokenizer, "chat_template", None),
+        **tokenizer.special_tokens_map,
+    )
+    return pack_vocab(model, ids), small

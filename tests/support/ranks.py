@@ -2,17 +2,35 @@
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from tiny import tiny_model, token_ids
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gatepack as gp
 
 STEPS = 6
+WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def gates_training(model):
     gp.attach(model, gp.GateConfig(target=0.6, width_multiple=4))
     return gp.GateTraining(model, STEPS)
+
+
+def distilled(model):
+    gp.Distillation(hidden_weight=0.5).start(model.requires_grad_(False))
+    training = gates_training(model)
+    for layer in model.model.layers:
+        layer.mlp.requires_grad_(True)
+    return training
 
 
 def fine_gates(model):
@@ -27,30 +45,144 @@ def atp(model):
     return method.start(model, STEPS, [token_ids(2, 6, seed=50)])
 
 
-STARTS = {"gates": gates_training, "fine_gates": fine_gates, "atp": atp}
+STARTS = {"gates": gates_training, "fine_gates": fine_gates, "atp": atp, "distilled": distilled}
 
 
-def run(name: str, rank: int = 0, ranks: int = 1):
-    """Trains on rank's share of each batch of 4; the model and its training."""
+def shard(model) -> None:
+    """FSDP2 on every layer and the rest, but the logits, which each rank needs."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params={gp.gates_of(model).logits})
+
+
+def run(
+    name: str, rank: int = 0, ranks: int = 1, wrap: str = "ddp", load=None, save=None, stop=STEPS
+):
+    """Trains on rank's share of each batch of 4; the model and its training.
+
+    load, save: folders of a checkpoint to go on from, and to leave after `stop` steps.
+    """
     torch.set_num_threads(1)
     model = tiny_model("llama", torch.float32).train()
     training = STARTS[name](model)
-    wrapped = DistributedDataParallel(model) if ranks > 1 else model
-    optimizer = torch.optim.SGD(training.weights(), lr=0.05)
-    for step in range(STEPS):
+    wrapped = model
+    if ranks > 1 and wrap == "fsdp":
+        shard(model)
+    elif ranks > 1:
+        wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(training.weights(), lr=0.05, momentum=0.5)
+    if load is not None:
+        _load(load, model, training, optimizer)
+    for step in range(training.done, stop):
         ids = token_ids(4, 6, seed=step)[rank * 4 // ranks : (rank + 1) * 4 // ranks]
         wrapped(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         training.step()
         optimizer.step()
         optimizer.zero_grad()
-    training.finish()
+    if save is not None:
+        weights, moments = get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": moments, "training": training.state_dict()}
+        dcp.save(state, checkpoint_id=save)
+    if stop == STEPS:
+        training.finish()
     return model, training
 
 
-def worker(rank: int, name: str, port: int, folder: str) -> None:
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model, training = run(name, rank, 2)
-    torch.save(
-        {"model": model.state_dict(), "training": training.state_dict()}, f"{folder}/{rank}.pt"
+def _load(folder: str, model, training, optimizer) -> None:
+    weights, moments = get_state_dict(model, optimizer)
+    # What the gates' state holds depends on how far they were; its names are in the checkpoint.
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    gates = {
+        name.removeprefix("training."): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if name.startswith("training.")
+    }
+    state = {"model": weights, "optimizer": moments, "training": gates}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
+    training.load_state_dict(state["training"])
+
+
+def worker(rank: int, name: str, port: int, folder: str, options: dict) -> None:
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model, training = run(name, rank, 2, **options)
+    state = {"model": get_model_state_dict(model, options=WHOLE), "training": training.state_dict()}
+    if options.get("wrap") == "fsdp":
+        local = model.model.layers[0].mlp.up_proj.weight.to_local()
+        state["local"] = torch.tensor(local.shape)
+        for refused in (lambda: gp.pack(model), lambda: gp.attach(model, gp.GateConfig())):
+            try:
+                refused()
+            except ValueError as error:
+                assert "is sharded over ranks, so" in str(error)
+            else:
+                raise AssertionError("a sharded model was taken for a whole one")
+    torch.save(state, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def forgets_to_ignore(rank: int, port: int) -> None:
+    """fully_shard with the logits, before or after training starts, is refused."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for early in (True, False):
+        model = tiny_model("llama", torch.float32).train()
+        gp.attach(model, gp.GateConfig(target=0.6, width_multiple=4))
+        try:
+            if early:
+                fully_shard(model, mesh=mesh)
+                gp.GateTraining(model, STEPS)
+            else:
+                training = gp.GateTraining(model, STEPS)
+                fully_shard(model, mesh=mesh)
+                training.step()
+        except ValueError as error:
+            assert "pass ignored_params={gatepack.gates_of(model).logits}" in str(error)
+        else:
+            raise AssertionError("sharded logits were trained")
+    dist.destroy_process_group()
+
+
+def trainer(rank: int, port: int, folder: str, ranks: int, resume: str | None, stop: int) -> None:
+    """A Trainer with gates that close, on `ranks` ranks; rank 0 leaves its last state."""
+    import os
+
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    torch.set_num_threads(1)
+    if ranks > 1:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        values = (rank, rank, ranks, "127.0.0.1", port)
+        os.environ.update({name: str(value) for name, value in zip(names, values, strict=True)})
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == stop:
+                control.should_save = control.should_training_stop = True
+
+    class NoFinish(gp.GateCallback):
+        """A run that is cut off never sees on_train_end."""
+
+        def on_train_end(self, args, state, control, **_):
+            if state.global_step == STEPS:
+                super().on_train_end(args, state, control)
+
+    config = gp.GateConfig(target=0.6, width_multiple=4, noise=0.0)
+    callback = NoFinish(config, distillation=gp.Distillation(), resume_from=resume)
+    arguments = TrainingArguments(
+        folder, max_steps=STEPS, per_device_train_batch_size=4 // ranks, save_strategy="no",
+        report_to=[], use_cpu=True, disable_tqdm=True, seed=5, optim="sgd", learning_rate=0.05,
+        ddp_backend="gloo" if ranks > 1 else None,
+    )  # fmt: skip
+    rows = token_ids(4 * STEPS, 6)
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    model = tiny_model("llama", torch.float32)
+    run = Trainer(model, arguments, train_dataset=data, callbacks=[callback, Stop()])
+    run.train(resume_from_checkpoint=resume)
+    state = {"model": model.state_dict(), "training": callback.training.state_dict()}
+    torch.save(state, f"{folder}/{rank}.pt")
+    if ranks > 1:
+        dist.destroy_process_group()

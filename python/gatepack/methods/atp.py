@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gatepack.config import GateConfig
-from gatepack.gate_training import over_ranks, under
+from gatepack.gate_training import under
 from gatepack.gates import mix
 from gatepack.hf import GATES_NAME, attach, hf_model, layers_of
 from gatepack.methods.decisions import (
@@ -24,6 +24,7 @@ from gatepack.methods.statistics import Batch, inputs_of, with_labels
 from gatepack.modules import linear_shape
 from gatepack.quality import evaluating, input_device
 from gatepack.row_column import QUERY_KEY
+from gatepack.sharding import over_ranks, refuse_sharded
 
 REGULARISERS = ("lasso", "proximal", "none")
 
@@ -179,6 +180,11 @@ class ATPTraining:
         Adds the lasso's gradient to LoRA's, times loss_scale as theirs is; then the generator
         steps, and the next decisions are drawn.
         """
+        refuse_sharded(
+            self.root,
+            "LoRA has no whole rows and columns to push to 0",
+            "train ATP with DistributedDataParallel",
+        )
         if self.method.regulariser == "lasso":
             self._add_lasso(loss_scale)
         self.owes_projection = self.method.regulariser == "proximal"

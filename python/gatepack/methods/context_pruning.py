@@ -10,6 +10,7 @@ from torch import nn
 from gatepack.compensation import add_removed_means, check_biases
 from gatepack.data import split_documents, to_windows
 from gatepack.gates import GateSet
+from gatepack.hf import hf_model
 from gatepack.methods.context_statistics import (
     ContextStatistics,
     Quiet,
@@ -22,16 +23,16 @@ from gatepack.packing import PackReport
 from gatepack.quality import input_device, vocabulary_size
 from gatepack.texts import score_text
 from gatepack.training import FineTuning, TrainConfig
+from gatepack.vocab import most_frequent, shrink_vocabulary, tokenizer_record
 
 RULES = ("thresholds", "budget")
-Vocabulary = Callable[[nn.Module, object, torch.Tensor], tuple[nn.Module, object]]
 
 
 @dataclass(frozen=True)
 class ContextRun:
     """model, tokenizer: after everything. report: what was removed. scores: "base", "pruned" and
     "tuned" -> metrics on the held-out text (perplexity, bits_per_byte, ...). losses: by step.
-    dropped_tokens: vocabulary entries that were handed over as unused."""
+    dropped_tokens: rows that the embedding lost."""
 
     model: nn.Module
     tokenizer: object
@@ -55,16 +56,19 @@ class ContextPruning(OneShot):
 
     compensate: what goes leaves its mean in the bias of the linear that read it, b += W[:, c]
     E[x_c]. tau_embedding: tokens whose share of the whole training text is <= it leave the
-    vocabulary; 0 drops unseen ones, -1 (default) none. window, calibration_windows: so many windows
-    of the training text, from its beginning, are calibrated on. every: documents 0, every, 2 *
-    every, ... are held out. Source: Mini-GPTs, arXiv 2312.12682, whose code zeroes and removes
-    nothing, and calibrates, tunes and evaluates on the same text.
+    vocabulary; 0 drops unseen ones, -1 (default) none. vocabulary_target (ours): instead, the kept
+    fraction of the vocabulary, the most frequent tokens. Bytes, special tokens and the parts of
+    kept ones stay, so that the shrunk tokenizer spells any text. window, calibration_windows: so
+    many windows of the training text, from its beginning, are calibrated on. every: documents 0,
+    every, 2 * every, ... are held out. Source: Mini-GPTs, arXiv 2312.12682, whose code zeroes and
+    removes nothing, and calibrates, tunes and evaluates on the same text.
     """
 
     rule: str = "thresholds"
     tau_linear: float = 1e-3
     tau_activation: float = 1e-3
     tau_embedding: float = -1
+    vocabulary_target: float | None = None
     compensate: bool = True
     window: int = 2048
     calibration_windows: int = 40
@@ -78,6 +82,15 @@ class ContextPruning(OneShot):
                 raise ValueError(f"{field} must be a number >= 0, got {getattr(self, field)!r}")
         if self.tau_embedding != -1 and not 0 <= self.tau_embedding < 1:
             raise ValueError(f"tau_embedding must be -1 or in [0, 1), got {self.tau_embedding!r}")
+        if self.vocabulary_target is not None and not 0 < self.vocabulary_target < 1:
+            raise ValueError(
+                f"vocabulary_target must be None or in (0, 1), got {self.vocabulary_target!r}"
+            )
+        if self.vocabulary_target is not None and self.tau_embedding >= 0:
+            raise ValueError(
+                f"vocabulary_target must be None with tau_embedding={self.tau_embedding}, got "
+                f"{self.vocabulary_target}"
+            )
         for field, least in (("window", 2), ("calibration_windows", 1), ("every", 2)):
             if getattr(self, field) < least:
                 raise ValueError(f"{field} must be >= {least}, got {getattr(self, field)}")
@@ -90,7 +103,6 @@ class ContextPruning(OneShot):
         train: TrainConfig | None = None,
         *,
         held_out: Sequence[str] | None = None,
-        vocabulary: Vocabulary | None = None,
         length: int = 512,
         eval_windows: int = 0,
         folder: str | os.PathLike | None = None,
@@ -99,14 +111,15 @@ class ContextPruning(OneShot):
         """Calibrates, prunes, packs and tunes on training documents, scores on held-out ones.
 
         documents: the domain's text; held_out: what to score on, by default every `every`-th of
-        the distinct documents. vocabulary(model, tokenizer, keep) -> (model, tokenizer) drops the
-        tokens that keep, bool [V], leaves out; needed with tau_embedding >= 0. length,
-        eval_windows: of gatepack.texts.score_text. Raises ValueError if a document is on both
-        sides, or if the training text has fewer than calibration_windows windows.
+        the distinct documents. With tau_embedding or vocabulary_target, tokens leave the model and
+        the tokenizer, and all text is encoded anew; perplexities of tokens then differ in what a
+        token is, bits per byte do not. length, eval_windows: of gatepack.texts.score_text. Raises
+        ValueError if a document is on both sides, if the training text has fewer than
+        calibration_windows windows, or for a tokenizer that cannot be shrunk.
         """
         train = TrainConfig() if train is None else train
-        if self.tau_embedding >= 0 and vocabulary is None:
-            raise ValueError(f"tau_embedding={self.tau_embedding} needs vocabulary=, got none")
+        shrinks = self.tau_embedding >= 0 or self.vocabulary_target is not None
+        record = tokenizer_record(tokenizer) if shrinks else None
         training, held_out = split_text(documents, held_out, self.every)
         ids = to_windows(training, tokenizer, 1).reshape(-1)
         calibration = self._calibration(ids)
@@ -120,11 +133,15 @@ class ContextPruning(OneShot):
         score("base")
         report = self.prune(model, calibration)
         dropped = 0
-        if self.tau_embedding >= 0:
+        if shrinks:
             counts = token_counts([ids], vocabulary_size(model))
-            keep = self.kept_tokens(counts, tokenizer.all_special_ids)
-            dropped = int((~keep).sum())
-            model, tokenizer = vocabulary(model, tokenizer, keep)
+            if self.vocabulary_target is None:
+                keep = self.kept_tokens(counts, tokenizer.all_special_ids).nonzero().squeeze(1)
+            else:
+                size = round(self.vocabulary_target * len(counts))
+                keep = torch.tensor(most_frequent(record, counts, size))
+            vocabulary, tokenizer = shrink_vocabulary(hf_model(model), tokenizer, keep.tolist())
+            dropped = vocabulary.size - len(vocabulary.keep)
             windows = to_windows(training, tokenizer, train.window)
         score("pruned")
         windows = windows.to(input_device(model))

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from gatepack.config import GateConfig
-from gatepack.gate_training import GateSchedule, GateTraining, over_ranks
+from gatepack.gate_training import GateSchedule, GateTraining
 from gatepack.hf import GATES_NAME, attach, gates_of, hf_model, layers_of
 from gatepack.methods.statistics import Batch
 from gatepack.modules import base_linear, weight_matrix
+from gatepack.sharding import over_ranks, whole
 
 LINEARS = ("blocks", "blocks_and_output", "all_but_down")
 TRAINED = ("head_and_biases", "biases", "gates", "all")
@@ -254,7 +255,7 @@ class FineGatesTraining(GateTraining):
         parts = {}
         for parent, child, linear in self._linears():
             mean = over_ranks(torch.stack(self._inputs[linear]).mean(0))
-            reached = weight_matrix(base_linear(parent._modules[child])).float() * mean
+            reached = whole(weight_matrix(base_linear(parent._modules[child]))).float() * mean
             for side, axis in (("rows", 1), ("columns", 0)):
                 heavy = kurtosis(reached, axis).sqrt() / self.method.kurtosis_temperature
                 parts[f"{linear}:{side}"] = torch.softmax(-heavy, 0)

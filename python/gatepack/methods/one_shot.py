@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gatepack.budget import Costs, gate_cost, plan
+from gatepack.budget import plan
 from gatepack.config import GateConfig
 from gatepack.data import batches as batch_order
 from gatepack.gates import GateSet
@@ -124,9 +124,9 @@ def plan_masks(
     gates that lose nothing.
     """
     specs = {name: gate.spec for name, gate in gates.items() if name not in whole}
-    fixed = gates.costs.fixed + sum(gate_cost(gates[name].spec) for name in whole)
+    gates.check_device()
     config = replace(gates.config, equal_layers=True) if per_layer else gates.config
-    chosen = plan(Costs(specs, fixed), {name: scores[name].cpu() for name in specs}, config)
+    chosen = plan(gates.costs.without(whole), {name: scores[name].cpu() for name in specs}, config)
     masks = {name: torch.ones(gates[name].size, dtype=torch.bool) for name in whole}
     return {**masks, **chosen.masks}
 
@@ -214,8 +214,7 @@ def worth(gates: GateSet, values: Mapping[str, torch.Tensor]) -> dict[str, torch
     least = min(float(value.min()) for value in _finite(values).values())
     result = {}
     for name, value in values.items():
-        spec = gates[name].spec
-        cost = spec.unit_cost + spec.shared_cost / spec.shared_size
+        cost = gates.costs.unit_price(name)
         result[name] = (cost * (value.double() - least)).float()
     return result
 

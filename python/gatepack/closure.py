@@ -1,0 +1,92 @@
+"""Stage 5, pack: removes closed units while training goes on, from weights and moments alike."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from gatepack.gate_training import GateTraining
+from gatepack.hf import gates_of, hf_model, layers_of
+from gatepack.packing import (
+    Cut,
+    PackReport,
+    apply_masks,
+    kept_record,
+    physical_mask,
+    refuse_opaque,
+    report_of,
+    sizes_of,
+)
+
+
+@torch.no_grad()
+def remove_closed(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
+    training: GateTraining | None = None,
+) -> PackReport:
+    """Removes for good the units that are closed by hand or by rounding, and trains on without.
+
+    Weights, LoRA factors, gradients, the optimizers' moments and the gates themselves lose them, so
+    that memory and time shrink; the rest goes on as if they were only closed: the same losses to
+    rounding, the same budget, of the dense model, and the same noise (drawn anew by kernels). What
+    closes by its logit alone may reopen, so it stays: see GateSet.close. optimizer: of the weights,
+    one or several. training: what steps the gates. Call it between steps. A saved model
+    (save_pretrained) comes back with the units that are left. Raises ValueError, before anything
+    has changed, for gates on rows and columns, adapters that cannot be sliced, or several ranks.
+    """
+    root = hf_model(model)
+    gates = gates_of(root)
+    layers = layers_of(root)
+    if gates.config.of_linears:
+        raise ValueError("model: expected gates on heads and channels to remove units of")
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            "model: expected one rank, because DistributedDataParallel and FSDP hold on to the "
+            "weights as they were; save the model, remove and start anew"
+        )
+    refuse_opaque(layers)
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    stays = gates.split(~gates.closed.cpu())
+    masks = {
+        name: physical_mask(gate.kind, gate.spec.shared_size, stays[name])
+        for name, gate in gates.items()
+    }
+    rows = [(n, gate.kind, gate.size, int(masks[n].sum())) for n, gate in gates.items()]
+    padded = sum(int((masks[name] & ~stays[name]).sum()) for name in masks)
+    before, total = sizes_of(root, layers, gates), gates.costs.total
+    names = {id(p): name for name, p in root.named_parameters()}
+    gates.attachment.release()
+    specs = {name: gate.spec for name, gate in gates.items()}
+    cuts = apply_masks(layers, specs, masks, None)
+    root.config.gatepack = {
+        **root.config.gatepack, **kept_record(root.config, masks), "total": total
+    }  # fmt: skip
+    kept = gates.forget(masks)
+    gates.attachment.renew(layers)
+    _follow(cuts, names, dict(root.named_parameters()), optimizers)
+    if training is not None:
+        training.follow(kept)
+    return report_of(rows, before, sizes_of(root, layers, gates), padded)
+
+
+def _follow(cuts: list[Cut], names, parameters, optimizers) -> None:
+    """Puts the new parameters, with their part of gradients and moments, in place of the old."""
+    for cut in cuts:
+        old = cut.parameter
+        new = parameters[names[id(old)]]
+        if old.grad is not None:
+            new.grad = cut.of(old.grad)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [new if p is old else p for p in group["params"]]
+            if old in optimizer.state:
+                optimizer.state[new] = {
+                    key: cut.of(value) if _is_like(value, old) else value
+                    for key, value in optimizer.state.pop(old).items()
+                }
+
+
+def _is_like(value, parameter: nn.Parameter) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == parameter.shape
