@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from _suite import Case, Contender, modules
-from bench_ops import prepare
+from _measure import prepare
 from tune import choices_of, neighbours, using
 
 from gatepack.kernels import choose_config

@@ -1,0 +1,9 @@
+"""decoder_layer: norms, attention and MLP of a Llama with gated heads and channels."""
+
+from _blocks import block_work
+
+UNITS = ("heads", "channels")
+
+
+def work(case):
+    return block_work(case, "layer", UNITS)
