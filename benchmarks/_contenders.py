@@ -75,7 +75,7 @@ def with_fine_gates(model: nn.Module, names: set[str], kept: float) -> list[Fine
 
 
 def with_liger(model: nn.Module) -> nn.Module:
-    """Liger-Kernel's SwiGLU and RMSNorm in a Llama; its own patch would change the class for all."""
+    """Liger-Kernel's SwiGLU and RMSNorm in one Llama; its own patch changes the class for all."""
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
