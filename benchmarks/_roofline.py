@@ -154,6 +154,18 @@ def finegates_step(contender: str, shape, layers: int, rows: int) -> list[Phase]
     return phases * layers
 
 
+def saved(contender: str, shape, rows: int, kept: float) -> float:
+    """Elements that a decoder layer's forward keeps for its backward, and the packed weights."""
+    k, small = shape.hidden, contender in ("ours", "oracle")
+    f = shape.mlp * (kept if small else 1.0)
+    groups = round(kept * shape.kv_heads) if small else shape.kv_heads
+    kv = groups * shape.head_dim
+    q = kv * shape.heads // shape.kv_heads
+    # Two residuals and two normed inputs; q, k, v before and after RoPE, o; a, u, h (silu(a) too).
+    tokens = rows * (4 * k + 3 * q + 4 * kv + (3 if contender == "ours" else 4) * f)
+    return tokens + (k * (3 * f + 2 * (q + kv)) if contender == "ours" else 0.0)
+
+
 def seconds(phases: list[Phase], chip: Chip, tail: float = 1.0, graph: bool = False) -> float:
     """The sum of the phases; tail: the part of their waves that the grids of our kernels fill."""
     launch = GRAPH_NODE if graph else EAGER_LAUNCH
@@ -171,7 +183,7 @@ def predicted(goal, chip: Chip, facts: list[dict]) -> float | None:
     shape = MODEL_SHAPES.get(case.get("model"))
     if goal.bench == "fold_pack":
         return 1.0  # as many bytes as the copy
-    if goal.bench != "level" or goal.measure == "peak":
+    if goal.bench != "level":
         return None
     batch, tokens, kept = case.get("batch", 1), case["tokens"], case["kept"]
     if goal.name == "mlp":
@@ -182,6 +194,9 @@ def predicted(goal, chip: Chip, facts: list[dict]) -> float | None:
         make = lambda who: decode(who, shape, 32, 128256, kept)  # noqa: E731
     else:
         make = lambda who: finegates_step(who, shape, 12, batch * tokens)  # noqa: E731
+    if goal.measure == "peak":
+        rows = batch * tokens
+        return saved("ours", shape, rows, kept) / saved(goal.against, shape, rows, kept)
     graph = goal.name == "decode"
     tail = wave_share(facts, chip, "gated_mlp") if goal.name != "decode" else 1.0
     ours = seconds(make("ours"), chip, tail, graph)

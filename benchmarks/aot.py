@@ -8,8 +8,9 @@ each distinct record is then compiled for each target with the tiles that `choos
 target. Needs triton and its bundled ptxas and cuobjdump; no GPU.
 
 Columns: registers per thread, spill bytes per thread (NVIDIA: stack), shared memory in bytes per
-block, how many blocks of it fit on a multiprocessor at once (NVIDIA), whether the matrix instruction of the chip is in the code, the widest global load in bytes,
-descriptor (TMA) loads, and 32-bit products of run-time values that end in an address.
+block, how many blocks of it fit on a multiprocessor at once (NVIDIA), whether the matrix
+instruction of the chip is in the code, the widest global load in bytes, descriptor (TMA) loads, and
+32-bit products of run-time values that end in an address.
 """
 
 import argparse
@@ -267,7 +268,8 @@ def report(archs, ops=None, jobs: int = 1) -> list[dict]:
 
 def _print_table(rows) -> None:
     print(
-        f"{'arch':7}{'op':22}{'case':14}{'kernel':38}{'tile':16}regs spill  shared fit matrix load tma"
+        f"{'arch':7}{'op':22}{'case':14}{'kernel':38}{'tile':16}"
+        "regs spill  shared fit matrix load tma"
     )
     for row in rows:
         tile = "x".join(str(v) for v in row["tile"].values())

@@ -1,4 +1,4 @@
-"""Start-up: import beyond torch, the extension's load, and first calls with a cold and a warm cache.
+"""Start-up: import beyond torch, the extension's load, first calls, Triton cache cold and warm.
 
     python benchmarks/bench_startup.py [--device cuda] [--repeats 5] [--json results.jsonl]
 
