@@ -34,6 +34,8 @@ GATEPACK_INLINE float dot_end(const Floats* sums) {
 template <class T>
 GATEPACK_INLINE void linear_rows(const Linear<T>& job, int64_t begin, int64_t end) {
   constexpr int64_t step = kSums * kLanes;
+  // The hardware's prefetch ends with each page; this one asks for the rows that come next.
+  const int64_t ahead = kRows * job.w_stride;
   for (int64_t n = begin; n < end; n += kRows) {
     const T* row[kRows];
     for (int r = 0; r < kRows; ++r) row[r] = job.w + std::min(n + r, end - 1) * job.w_stride;
@@ -47,6 +49,7 @@ GATEPACK_INLINE void linear_rows(const Linear<T>& job, int64_t begin, int64_t en
           load(in, x + k + s * kLanes);
           for (int r = 0; r < kRows; ++r) {
             load(weight, row[r] + k + s * kLanes);
+            if (t == 0) __builtin_prefetch(row[r] + ahead + k + s * kLanes);
             sums[r][s] += in * weight;
           }
         }
@@ -71,8 +74,8 @@ GATEPACK_INLINE void linear_rows(const Linear<T>& job, int64_t begin, int64_t en
 
 // 1 / (1 + exp(-a)): exp by 2^i * p(r), r in [-ln 2 / 2, ln 2 / 2], p as in Cephes' expf (1 ulp).
 GATEPACK_INLINE void sigmoid(Floats& out, const Floats& a) {
-  Floats x = -a;
-  x = x > 88.0f ? Floats{} + 88.0f : x;
+  const Floats minus = -a;
+  Floats x = minus > 88.0f ? Floats{} + 88.0f : minus;
   x = x < -87.0f ? Floats{} - 87.0f : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
   const Floats shifted = x * 1.44269504088896341f + magic;
@@ -89,7 +92,9 @@ GATEPACK_INLINE void sigmoid(Floats& out, const Floats& a) {
   bits = (bits + 127) << 23;  // the integer stands in the low bits of `shifted`
   Floats scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  out = 1.0f / (1.0f + p * scale);
+  const Floats exponential =
+      minus > 88.0f ? Floats{} + std::numeric_limits<float>::infinity() : p * scale;
+  out = 1.0f / (1.0f + exponential);
 }
 
 struct Gated {
