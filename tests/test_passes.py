@@ -88,9 +88,8 @@ def test_swiglu_and_its_gradients_are_as_close_as_torch(size):
     theirs = F.silu(a) * u
     got = swiglu(a, u)
     assert got.grad_fn.name() == "_SwiGLUBackward"
-    assert_close_to_fp64(
-        "h", got, theirs, exact, terms=exact.abs().max().item() if a.numel() else 0
-    )
+    largest = exact.abs().max().item() if a.numel() else 0.0
+    assert_close_to_fp64("h", got, theirs, exact, terms=largest)
     upstream = dh.detach()
     truth = torch.autograd.grad(exact, (exact_a, exact_u), upstream.double())
     torchs = torch.autograd.grad(theirs, (a, u), upstream)
@@ -102,10 +101,9 @@ def test_swiglu_and_its_gradients_are_as_close_as_torch(size):
 def test_swiglu_far_from_zero():
     a = torch.tensor([-1e30, -200.0, -88.0, -30.0, 30.0, 88.0, 200.0, 1e30, float("nan")])
     h = ops.swiglu(a, torch.ones_like(a))
-    torch.testing.assert_close(h[3:7], F.silu(a[3:7]))
-    assert (h[1:3].abs() < 1e-30).all() and h[7] == a[7] and h[8].isnan()
+    torch.testing.assert_close(h, F.silu(a), equal_nan=True)
     da, du = ops.swiglu_backward(torch.ones(8), a[:8], torch.ones(8))
-    assert da[1:].isfinite().all() and du[1:].isfinite().all()
+    assert da.isfinite().all() and du.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
