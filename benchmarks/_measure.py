@@ -4,6 +4,8 @@ import torch
 from _harness import interleaved, peak_bytes
 from _suite import Case, Contender, Work
 
+BROKEN_DOWN = ("train_step", "decoder_layer")  # levels whose rows say what their time goes to
+
 
 def relative_errors(got, truth) -> list[float]:
     """Per result the relative error in the Frobenius norm; integers must be equal."""
@@ -137,8 +139,40 @@ def measure(
         }
         for contender, value in times.items()
     ]
-    skipped = ({**setting, "contender": n, "skipped": why} for n, why in work.skipped.items())
+    skipped = [{**setting, "contender": n, "skipped": why} for n, why in work.skipped.items()]
+    if name in BROKEN_DOWN:
+        for row in rows:
+            row["breakdown"] = breakdown(steps[row["contender"]], case.device)
     return [*rows, *skipped]
+
+
+# What a step's time goes to: the first pattern that is in a kernel's or an op's name decides.
+_KINDS = (
+    ("packing", ("fold_pack", "index_select")),
+    ("attention", ("attention", "flash")),
+    ("matmul", ("mm", "matmul", "linear", "_glu_", "gated_outer", "cutlass")),
+    ("SwiGLU, gates", ("silu", "swiglu", "sigmoid", "tanh", "column_", "_gate")),
+    ("norms, products, sums", ("mul", "add", "sum", "mean", "pow", "rsqrt", "norm", "elementwise")),
+    ("loss", ("softmax", "nll", "cross_entropy")),
+    ("optimizer", ("adam", "_foreach", "addcmul", "addcdiv")),
+)  # fmt: skip
+
+
+def breakdown(step, device: str) -> dict[str, float]:
+    """{kind: ms} of one step, by torch's profiler: own time of each op, of each kernel on a GPU."""
+    on_gpu = device.startswith("cuda")
+    activity = torch.profiler.ProfilerActivity
+    activities = [activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]
+    step()
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+    found: dict[str, float] = {}
+    for event in profile.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        name = event.key.lower()
+        kind = next((k for k, names in _KINDS if any(n in name for n in names)), "other")
+        found[kind] = found.get(kind, 0.0) + spent / 1e3
+    return {kind: round(ms, 4) for kind, ms in sorted(found.items(), key=lambda i: -i[1])}
 
 
 def _ones(contender: Contender) -> tuple[torch.Tensor, ...] | None:
