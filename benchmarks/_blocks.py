@@ -66,7 +66,7 @@ def gated_contender(model: nn.Module, part: str, x: torch.Tensor, backend: str |
             attachment.before_forward(root.model, (x,), {})
             return run(x)
 
-    return Contender(forward, (x, root.gatepack_gates.logits, *adapters_of(model)))
+    return Contender(forward, (x, root.gatepack_gates.logits, *adapters_of(model, _LINEARS[part])))
 
 
 def masked_contender(masked: MaskedModel, part: str, x: torch.Tensor) -> Contender:
@@ -76,12 +76,12 @@ def masked_contender(masked: MaskedModel, part: str, x: torch.Tensor) -> Contend
         masked.put(logits)
         return run(x)
 
-    return Contender(forward, (x, masked.logits, *adapters_of(masked.model)))
+    return Contender(forward, (x, masked.logits, *adapters_of(masked.model, _LINEARS[part])))
 
 
 def plain_contender(model: nn.Module, part: str, x: torch.Tensor, more=()) -> Contender:
     run = part_of(model, part, x)
-    return Contender(lambda x, *_: run(x), (x, *adapters_of(model), *more))
+    return Contender(lambda x, *_: run(x), (x, *adapters_of(model, _LINEARS[part]), *more))
 
 
 def block_work(case: Case, part: str, units: tuple[str, ...]) -> Work | None:
@@ -121,7 +121,7 @@ def block_work(case: Case, part: str, units: tuple[str, ...]) -> Work | None:
         contenders=contenders,
         truth=Contender(
             masked_contender(wide, part, wide_x).forward,
-            (wide_x, wide.logits, *adapters_of(wide.model)),
+            (wide_x, wide.logits, *adapters_of(wide.model, _LINEARS[part])),
         ),
         **least(case, part, units, x.element_size()),
         differ=tuple(differ),

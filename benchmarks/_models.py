@@ -88,8 +88,13 @@ def with_lora(model: nn.Module, rank: int) -> nn.Module:
     return adapted
 
 
-def adapters_of(model: nn.Module) -> list[nn.Parameter]:
-    return [p for name, p in model.named_parameters() if "lora_" in name]
+def adapters_of(model: nn.Module, linears: set[str] | None = None) -> list[nn.Parameter]:
+    """The factors of LoRA on the linears of these names, or on all."""
+    return [
+        p
+        for name, p in model.named_parameters()
+        if "lora_" in name and (linears is None or linears & set(name.split(".")))
+    ]
 
 
 def kept_groups(shape: ModelShape, kept: float) -> int:
