@@ -128,7 +128,8 @@ def performance_page() -> str:
         "# Performance",
         "Every figure is read from `benchmarks/results`; none is typed. A bench checks results "
         "before it times them, and refuses to time what is wrong. Contenders are interleaved in "
-        "one run; figures are medians. `make bench` adds lines for this machine.",
+        "one run; figures are medians. `make bench` adds lines for this machine; peak memory is the "
+        "CUDA allocator's, or on a CPU what torch's profiler saw allocated at once.",
     ]
     for title, sections in (
         ("Goals", [goal_section()]),
