@@ -1,5 +1,7 @@
 """Checks the contenders of one case, then times them side by side: the core of every bench."""
 
+import functools
+
 import torch
 from _harness import interleaved, peak_bytes
 from _suite import Case, Contender, Work
@@ -19,22 +21,36 @@ def relative_errors(got, truth) -> list[float]:
     return errors
 
 
+def _twin(name: str) -> str:
+    """The name of a contender behind torch.compile."""
+    return "compiled" if name == "masked" else f"{name}, compiled"
+
+
+def contenders_of(work: Work, compiled: bool) -> dict[str, Contender]:
+    """The contenders, and those of work.compiles behind torch.compile."""
+    contenders = dict(work.contenders)
+    for name in work.compiles if compiled else ():
+        if name in contenders:
+            plain = contenders[name]
+            forward = torch.compile(plain.forward)
+            contenders[_twin(name)] = Contender(forward, plain.inputs, plain.after)
+    return contenders
+
+
+def _upstream(contender: Contender) -> tuple[torch.Tensor, ...]:
+    """Random gradients of a contender's differentiable outputs."""
+    return tuple(torch.randn_like(y) for y in contender.step() if y.requires_grad)
+
+
 def prepare(work: Work, dtype: torch.dtype, compiled: bool):
     """({name: timed step}, {name: worst error}); SystemExit if a contender's result is wrong.
 
     Bound: 3 times the error of the eager masked contender in the same dtype, result by result, and
     an eps of the dtype. compiled: adds torch.compile of the contenders in work.compiles.
     """
-    contenders, differ = dict(work.contenders), set(work.differ)
-    for name in work.compiles if compiled else ():
-        if name not in contenders:
-            continue
-        plain = contenders[name]
-        twin = "compiled" if name == "masked" else f"{name}, compiled"
-        contenders[twin] = Contender(torch.compile(plain.forward), plain.inputs, plain.after)
-        differ |= {twin} if name in differ else set()
-    outputs = contenders["masked"].step()
-    upstream = tuple(torch.randn_like(y) for y in outputs if y.requires_grad)
+    contenders = contenders_of(work, compiled)
+    differ = {*work.differ, *(_twin(name) for name in work.differ)}
+    upstream = _upstream(contenders["masked"])
     wide = work.truth.step()
     kinds = [y.dtype for y in wide if y.requires_grad]
     truth = work.truth.step(tuple(g.to(kind) for g, kind in zip(upstream, kinds, strict=True)))
@@ -43,8 +59,7 @@ def prepare(work: Work, dtype: torch.dtype, compiled: bool):
     for name, contender in contenders.items():
         own = upstream
         if name in differ:
-            outputs = contender.step()
-            own = tuple(torch.randn_like(y) for y in outputs if y.requires_grad)
+            own = _upstream(contender)
         steps[name] = lambda contender=contender, own=own: contender.run(own)
         if name in differ:
             continue
@@ -111,7 +126,8 @@ def measure(
         steps, errors = prepare(work, case.dtype, compiled)
     else:
         errors = checked
-        steps = {n: lambda c=c: c.run(_ones(c)) for n, c in work.contenders.items()}
+        contenders = contenders_of(work, compiled)
+        steps = {n: functools.partial(c.run, _upstream(c)) for n, c in contenders.items()}
     times = interleaved(
         steps, seconds, case.device, graphs=steps if work.graphs is None else work.graphs
     )
@@ -175,20 +191,16 @@ def breakdown(step, device: str) -> dict[str, float]:
     return {kind: round(ms, 4) for kind, ms in sorted(found.items(), key=lambda i: -i[1])}
 
 
-def _ones(contender: Contender) -> tuple[torch.Tensor, ...] | None:
-    """Upstream gradients of a contender whose only differentiable output is its loss."""
-    if not any(t.requires_grad for t in contender.inputs):
-        return None
-    return (torch.ones((), device=contender.inputs[0].device),)
-
-
 def line(rows: list[dict]) -> str:
     """The rows of one case as a line of text."""
     first = rows[0]
     name = first[first["bench"]]
     setting = f"{name:16}{first['model']:13}{first['batch']:>3} x{first['tokens']:6}"
     timed = {row["contender"]: row for row in rows if "ms" in row}
-    cells = "".join(f"  {name} {row['ms']:.3f}" for name, row in timed.items())
+    cells = "".join(
+        f"  {name} {row['ms']:.3f}{' (graph)' if row['graph'] else ''}"
+        for name, row in timed.items()
+    )
     best = timed.get("ours", next(iter(timed.values())))
     lora = f" r={first['lora']}" if first["lora"] else ""
     skipped = "".join(f"  {r['contender']}: {r['skipped']}" for r in rows if "skipped" in r)

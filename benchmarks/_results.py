@@ -105,6 +105,31 @@ def goal_section() -> str:
     return f"{text}\n\n{table(header, lines)}"
 
 
+def kernel_section() -> str:
+    """What ahead-of-time compiles say of the matmuls that the predictions are about."""
+    facts = [r for r in _roofline.read_facts(RESULTS / "aot.json") if r["has_dot"]]
+    lines = [
+        [
+            f"{row['op']}, {row['case']}: `{row['kernel']}`",
+            row["arch"],
+            "x".join(str(size) for size in row["tile"].values()),
+            *(str(row[key]) for key in ("warps", "registers", "spill_bytes", "shared_bytes")),
+            str(row["resident"]),
+        ]
+        for row in facts
+        if row["case"] in ("channels", "packed")
+    ]
+    if not lines:
+        return ""
+    header = ["kernel", "chip", "tile", "warps", "registers", "spilled, B", "shared, B"]
+    header.append("blocks at once")
+    text = (
+        "Compiled ahead of time by `benchmarks/aot.py`, at the shapes of Llama 3 8B: per thread, "
+        "per block, and how many blocks a multiprocessor holds."
+    )
+    return f"{text}\n\n{table(header, lines)}"
+
+
 def level_sections() -> list[str]:
     """One table per device and level: a line per setting, ms and peak MB of each contender."""
     sections = []

@@ -19,6 +19,7 @@ from _results import (
     figure_links,
     figures,
     goal_section,
+    kernel_section,
     level_sections,
     loss_section,
     newest,
@@ -128,14 +129,15 @@ def performance_page() -> str:
         "# Performance",
         "Every figure is read from `benchmarks/results`; none is typed. A bench checks results "
         "before it times them, and refuses to time what is wrong. Contenders are interleaved in "
-        "one run; figures are medians. `make bench` adds lines for this machine; peak memory is the "
-        "CUDA allocator's, or on a CPU what torch's profiler saw allocated at once.",
+        "one run; figures are medians. `make bench` adds lines for this machine; peak memory is "
+        "the CUDA allocator's, or on a CPU what torch's profiler saw allocated at once.",
     ]
     for title, sections in (
         ("Goals", [goal_section()]),
         ("Figures", [figure_links("figures")]),
         ("Where we lose", [loss_section()]),
         ("Levels", level_sections()),
+        ("Kernels", [kernel_section()]),
         ("From text to a packed model", [demo_section()]),
         ("Ops", op_sections()),
         ("Packing weights", fold_pack_sections()),

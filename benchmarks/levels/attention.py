@@ -1,6 +1,8 @@
 """attention: a Llama attention with gated heads, projections and RoPE included; base frozen."""
 
-from _blocks import block_work
+from _blocks import block_work, check_case
+
+__all__ = ["check_case", "work"]
 
 UNITS = ("heads",)
 
