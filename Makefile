@@ -44,7 +44,7 @@ bench: $(VENV)/contenders
 
 # What others offer for the same work. None is needed: what is absent is named in the table.
 $(VENV)/contenders: $(STAMP)
-	-$(PIP) install --no-deps -c constraints.txt liger-kernel torch-pruning
+	-$(PIP) install --no-deps liger-kernel==0.8.5 torch-pruning==1.6.1
 	touch $@
 
 # Did a change make the CPU slower? make bench-compare BASE=COMMIT [ARGS=--instructions]
