@@ -13,12 +13,14 @@ from gatepack._ext import fold_pack, fold_pack_adjoint
 # runs on one thread, and from here on its blocked matmul is faster (benchmarks/levels/decode.py).
 FEW_TOKENS = {torch.float32: 4, torch.bfloat16: 1}
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 def has_cpu_passes(x: torch.Tensor) -> bool:
     """Whether gatepack._C computes on x now: on a CPU, outside of tracing and autocast."""
     return (
         x.device.type == "cpu"
-        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and type(x) in _PLAIN
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
@@ -37,7 +39,9 @@ def linear_few_tokens(
     if not 0 < tokens <= FEW_TOKENS.get(w.dtype, 0) or x.dtype != w.dtype or w.stride(-1) != 1:
         return None
     grad = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    if grad or x.shape[-1] != w.shape[-1] or not has_cpu_passes(x) or not has_cpu_passes(w):
+    if grad or x.shape[-1] != w.shape[-1] or type(w) not in _PLAIN or w.device != x.device:
+        return None
+    if not has_cpu_passes(x):
         return None
     y = torch.ops.gatepack.linear_few_tokens(x.reshape(tokens, x.shape[-1]).contiguous(), w, bias)
     return y.reshape(*x.shape[:-1], w.shape[0])
