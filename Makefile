@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*)
 ARGS ?=
 
-.PHONY: test test-slow test-ranges api demo lint bench readme docs clean
+.PHONY: test test-slow test-ranges api demo lint bench bench-compare bench-demo readme docs clean
 
 test: lint $(VENV)/cuda-compiled
 	$(BIN)/python -m pytest $(ARGS)
@@ -38,13 +38,23 @@ $(VENV)/cuda-compiled: $(STAMP)
 		echo "nvcc not found: csrc/*.cu NOT compiled"; \
 	fi
 
-RESULTS := benchmarks/results/$(shell uname -m)-cpu
+# Every speed goal, level and curve, on the GPU if there is one; ARGS="--budget MINUTES --out DIR".
+bench: $(VENV)/contenders
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
-bench: $(STAMP)
-	$(BIN)/python benchmarks/bench_fold_pack.py --json $(RESULTS)/fold_pack.jsonl
-	$(BIN)/python benchmarks/bench_pack_tensors.py --json $(RESULTS)/pack_tensors.jsonl
-	$(BIN)/python benchmarks/bench_mlp.py --json $(RESULTS)/mlp.jsonl
-	$(BIN)/python benchmarks/bench_demo.py --json $(RESULTS)/demo.jsonl
+# What others offer for the same work. None is needed: what is absent is named in the table.
+$(VENV)/contenders: $(STAMP)
+	-$(PIP) install --no-deps liger-kernel==0.8.5 torch-pruning==1.6.1
+	touch $@
+
+# Did a change make the CPU slower? make bench-compare BASE=COMMIT [ARGS=--instructions]
+bench-compare: $(STAMP)
+	$(BIN)/python benchmarks/compare.py --base "$(BASE)" $(ARGS)
+
+# The demo for three seeds and two targets: hours.
+bench-demo: $(STAMP)
+	$(BIN)/python benchmarks/bench_demo.py --seeds 0 1 2 \
+		--json benchmarks/results/$(shell uname -m)-cpu/demo.jsonl
 
 readme: $(STAMP)
 	$(BIN)/python benchmarks/report.py

@@ -4,11 +4,13 @@ One line per number: it can be read alone, years later, and says whether the tre
 """
 
 import datetime
+import itertools
 import json
 import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -55,21 +57,21 @@ def interleaved(
     functions: dict,
     seconds: float = 2.0,
     device: torch.device | str = "cpu",
-    graphs: bool = False,
+    graphs: Collection[str] = (),
     twice: bool = False,
 ) -> dict:
     """{name: {"ms", "p20", "p80", "runs", "graph"}}: the functions in turn, round by round, for
     `seconds`.
 
     Interleaving lets a disturbance hit all of them; the first round warms up and is dropped. On a
-    GPU the L2 cache is overwritten before each run. graphs: replay each function as a CUDA graph,
-    so that launches cost nothing; one that cannot be captured runs as it is ("graph": false).
+    GPU the L2 cache is overwritten before each run. graphs: names to replay as a CUDA graph, so
+    that launches cost nothing; one that cannot be captured runs as it is ("graph": false).
     twice: time the second of two calls. Memory that lies free for 2 s goes back to the host of a
     virtual machine, and fetching it again costs ten times the writing; what the first call frees,
     the second still finds.
     """
     on_gpu = torch.device(device).type == "cuda"
-    captured = {name: graphs and on_gpu and _capture(f) for name, f in functions.items()}
+    captured = {name: on_gpu and name in graphs and _capture(f) for name, f in functions.items()}
     runs = {name: captured[name].replay if captured[name] else f for name, f in functions.items()}
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if on_gpu else None
     times = {name: [] for name in functions}
@@ -125,19 +127,49 @@ def _capture(function):
 
 
 def ceilings(device: torch.device | str, dtype: torch.dtype) -> dict:
-    """{"flops", "bytes"} per second that torch reaches here: a large matmul, and a large copy."""
+    """What torch reaches here, per second: {"flops"} of a large matmul, bytes of a large {"copy"}
+    (read and written) and of a large {"read"} (a sum), and {"bytes"}, the faster of the two."""
     on_gpu = torch.device(device).type == "cuda"
-    side, length = (8192, 1 << 29) if on_gpu else (1024, 1 << 26)
+    side, length = (8192, 1 << 29) if on_gpu else (1024, 1 << 27)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    source = torch.zeros(length, dtype=torch.uint8, device=device)
+    source = torch.zeros(length // 4, device=device)
     target = torch.empty_like(source)
-    times = interleaved(
-        {"matmul": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}, 1.0, device
-    )
+    functions = {
+        "matmul": lambda: torch.mm(a, b),
+        "copy": lambda: target.copy_(source),
+        "read": lambda: source.sum(),
+    }
+    times = interleaved(functions, 1.5, device)
+    copy = 2 * length / times["copy"]["ms"] * 1e3
+    read = length / times["read"]["ms"] * 1e3
     return {
         "flops": 2 * side**3 / times["matmul"]["ms"] * 1e3,
-        "bytes": 2 * length / times["copy"]["ms"] * 1e3,
+        "copy": copy,
+        "read": read,
+        "bytes": max(copy, read),
     }
+
+
+def peak_bytes(function, device: torch.device | str) -> int:
+    """The most that one call of function holds beyond what is held before it.
+
+    CUDA: the allocator's own peak. CPU: the running sum of what torch's profiler says that the
+    allocator gave and took, so memory that is not torch's is left out.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - held
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate((size for _, size in changes), initial=0))
 
 
 def append(path: Path | str, rows: list[dict]) -> None:

@@ -1,13 +1,13 @@
-"""What a file in benchmarks/ops/ holds, so that one runner compiles, checks and times every op.
+"""What a file in benchmarks/ops/ or benchmarks/levels/ holds, so that one runner serves all.
 
-benchmarks/ops/<op>.py defines
+benchmarks/levels/<level>.py defines work(case); benchmarks/ops/<op>.py defines
 
     AOT        {case: call}: calls of the public op, forward and backward, on bf16 tensors from
                `bf16` below, at model shapes; benchmarks/aot.py compiles the launches they make
     work(case) the contenders that compute one Case, and what the least work for it costs, or None
                where the op is not meant for it (decode ops and many tokens, for one)
 
-A new op is one more file.
+A new op or level is one more file.
 """
 
 import dataclasses
@@ -23,13 +23,20 @@ from gatepack.testing import MODEL_SHAPES, ModelShape
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One setting to time: a model of MODEL_SHAPES, tokens T, the fraction of units open."""
+    """One setting to time: a model of MODEL_SHAPES, tokens T, the fraction of units open.
+
+    Levels read three fields more. batch: sequences of `tokens` tokens. lora: rank of LoRA on every
+    linear, 0 for none. layers: how many, where that is not the model's own number.
+    """
 
     model: str
     tokens: int
     kept: float
     dtype: torch.dtype
     device: str
+    batch: int = 1
+    lora: int = 0
+    layers: int | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -50,10 +57,19 @@ class Case:
 @dataclasses.dataclass(frozen=True)
 class Contender:
     """forward(*inputs) gives a tensor or a tuple of them; those of `inputs` that require a
-    gradient get one."""
+    gradient get one. after: takes the gradients, such as an optimizer's step; timed, not checked.
+    """
 
     forward: Callable
     inputs: tuple[torch.Tensor, ...]
+    after: Callable[[tuple[torch.Tensor, ...]], None] | None = None
+
+    def run(self, upstream: tuple[torch.Tensor, ...] | None = None) -> None:
+        """What is timed."""
+        results = self.step(upstream)
+        if self.after is not None:
+            leaves = sum(t.requires_grad for t in self.inputs)
+            self.after(results[len(results) - leaves :])
 
     def step(self, upstream: tuple[torch.Tensor, ...] | None = None) -> tuple[torch.Tensor, ...]:
         """Outputs, then gradients. upstream: gradients of the floating-point outputs."""
@@ -74,7 +90,8 @@ class Work:
     "folded" (pack, then vendor matmuls), "liger", "dense" (no gates) and "oracle" (the physically
     small model in torch). All but `differ` give the same results in the same order; `truth` gives
     them in higher precision. flops, bytes: the least that forward and backward over open units
-    need, inputs and outputs moved once.
+    need, inputs and outputs moved once. graphs: contenders to time as CUDA graphs, None for all.
+    compiles: contenders of which a torch.compile is timed, too. skipped: why a contender is absent.
     """
 
     contenders: dict[str, Contender]
@@ -83,22 +100,25 @@ class Work:
     bytes: float
     differ: tuple[str, ...] = ("dense", "oracle")
     needs_gpu: tuple[str, ...] = ("ours", "liger")
+    graphs: tuple[str, ...] | None = None
+    compiles: tuple[str, ...] = ("masked",)
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def modules(ops=None) -> dict:
-    """{op: module} of benchmarks/ops; SystemExit names an op that has no file there."""
-    files = sorted((Path(__file__).parent / "ops").glob("*.py"))
-    names = [file.stem for file in files]
-    unknown = set(ops or ()) - set(names)
+def modules(names=None, folder: str = "ops") -> dict:
+    """{name: module} of a folder of benchmarks; SystemExit names one that has no file there."""
+    files = sorted((Path(__file__).parent / folder).glob("*.py"))
+    known = [file.stem for file in files]
+    unknown = set(names or ()) - set(known)
     if unknown:
-        raise SystemExit(f"--ops: expected some of {names}, got {sorted(unknown)}")
-    return {name: _load(name) for name in ops or names}
+        raise SystemExit(f"--{folder}: expected some of {known}, got {sorted(unknown)}")
+    return {name: _load(folder, name) for name in names or known}
 
 
 @functools.cache
-def _load(name: str):
-    path = Path(__file__).parent / "ops" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmarked_{name}", path)
+def _load(folder: str, name: str):
+    path = Path(__file__).parent / folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarked_{folder}_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -8,14 +8,16 @@ each distinct record is then compiled for each target with the tiles that `choos
 target. Needs triton and its bundled ptxas and cuobjdump; no GPU.
 
 Columns: registers per thread, spill bytes per thread (NVIDIA: stack), shared memory in bytes per
-block, whether the matrix instruction of the chip is in the code, the widest global load in bytes,
-descriptor (TMA) loads, and 32-bit products of run-time values that end in an address.
+block, how many blocks of it fit on a multiprocessor at once (NVIDIA), whether the matrix
+instruction of the chip is in the code, the widest global load in bytes, descriptor (TMA) loads, and
+32-bit products of run-time values that end in an address.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -57,18 +59,22 @@ def cases(ops=None) -> dict:
 class _Recorder:
     """Stands in for a jit kernel and keeps the arguments of each launch."""
 
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
+    def __init__(self, kernel, launches, grids):
+        self.kernel, self.launches, self.grids = kernel, launches, grids
 
     def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+        def launch(*args, **kwargs):
+            self.launches.append((self.kernel, args, kwargs))
+            self.grids.append(math.prod(grid(kwargs) if callable(grid) else grid))
+
+        return launch
 
 
 def record(case, arch: str) -> list:
-    """The launches (kernel, args, kwargs) that one case makes on a chip."""
+    """The launches that one case makes on a chip: ((kernel, args, kwargs), blocks in the grid)."""
     import gatepack.kernels
 
-    launches, undo = [], []
+    launches, grids, undo = [], [], []
     prefix = gatepack.kernels.__name__ + "."
     for name, module in list(sys.modules.items()):
         if not name.startswith(prefix):
@@ -76,7 +82,7 @@ def record(case, arch: str) -> list:
         for key, value in list(vars(module).items()):
             if isinstance(value, JITFunction) and key.endswith("_kernel"):
                 undo.append((module, key, value))
-                setattr(module, key, _Recorder(value, launches))
+                setattr(module, key, _Recorder(value, launches, grids))
         for key, stand_in in (("arch_of", lambda _: arch), ("check_device", lambda *_: None)):
             if hasattr(module, key):
                 undo.append((module, key, getattr(module, key)))
@@ -86,7 +92,7 @@ def record(case, arch: str) -> list:
     finally:
         for module, key, value in undo:
             setattr(module, key, value)
-    return launches
+    return list(zip(launches, grids, strict=True))
 
 
 def source_of(kernel, args, kwargs):
@@ -185,7 +191,26 @@ def narrow_products(ttir: str) -> list[str]:
     return found
 
 
-def compile_launch(op: str, case: str, arch: str, kernel, args, kwargs) -> dict:
+# Registers, shared memory in bytes and warps of a multiprocessor.
+_MULTIPROCESSOR = {
+    "sm_80": (65536, 164 * 1024, 64),
+    "sm_90": (65536, 228 * 1024, 64),
+    "sm_100": (65536, 228 * 1024, 64),
+    "sm_120": (65536, 100 * 1024, 48),
+}
+
+
+def blocks_per_multiprocessor(arch: str, registers: int, shared: int, warps: int) -> int | None:
+    """How many blocks are resident at once: registers come in units of 8 per thread, and a block
+    takes 1 KiB of shared memory beside its own; None for chips that are not NVIDIA's."""
+    if arch not in _MULTIPROCESSOR:
+        return None
+    all_registers, all_shared, all_warps = _MULTIPROCESSOR[arch]
+    by_registers = all_registers // (-(-max(registers, 1) // 8) * 8 * 32 * warps)
+    return min(by_registers, all_shared // (shared + 1024), all_warps // warps, 32)
+
+
+def compile_launch(op: str, case: str, arch: str, kernel, args, kwargs, blocks: int = 0) -> dict:
     """Compile one recorded launch; a row of the report."""
     chip = CHIPS[arch]
     source, options = source_of(kernel, args, kwargs)
@@ -208,6 +233,11 @@ def compile_launch(op: str, case: str, arch: str, kernel, args, kwargs) -> dict:
         "spill_bytes": spill,
         "shared_bytes": compiled.metadata.shared,
         "shared_limit": chip.shared_limit,
+        "warps": compiled.metadata.num_warps,
+        "grid": blocks,
+        "resident": blocks_per_multiprocessor(
+            arch, registers, compiled.metadata.shared, compiled.metadata.num_warps
+        ),
         "tensor_columns": getattr(compiled.metadata, "tmem_size", 0),
         "matrix_instruction": bool(re.search(chip.matrix_instruction, text)),
         "load_bytes": load_bytes(text, chip.target.backend),
@@ -220,12 +250,12 @@ def _report_of(arch: str, op: str) -> list[dict]:
     """One row for each distinct launch of an op on a chip."""
     rows, seen = [], set()
     for (_, case), call in cases([op]).items():
-        for kernel, args, kwargs in record(call, arch):
+        for (kernel, args, kwargs), blocks in record(call, arch):
             source, options = source_of(kernel, args, kwargs)
             key = (source.hash(), str(sorted(options.items())))
             if key not in seen:
                 seen.add(key)
-                rows.append(compile_launch(op, case, arch, kernel, args, kwargs))
+                rows.append(compile_launch(op, case, arch, kernel, args, kwargs, blocks))
     return rows
 
 
@@ -238,13 +268,15 @@ def report(archs, ops=None, jobs: int = 1) -> list[dict]:
 
 def _print_table(rows) -> None:
     print(
-        f"{'arch':7}{'op':22}{'case':14}{'kernel':38}{'tile':16}regs spill  shared matrix load tma"
+        f"{'arch':7}{'op':22}{'case':14}{'kernel':38}{'tile':16}"
+        "regs spill  shared fit matrix load tma"
     )
     for row in rows:
         tile = "x".join(str(v) for v in row["tile"].values())
         print(
             f"{row['arch']:7}{row['op']:22}{row['case']:14}{row['kernel']:38}{tile:15} "
             f"{row['registers']:4} {row['spill_bytes']:5} {row['shared_bytes']:7} "
+            f"{row['resident'] or '-':>3} "
             f"{'yes' if row['matrix_instruction'] else 'no' if row['has_dot'] else '-':6} "
             f"{row['load_bytes']:4} {row['descriptor_loads']:3} {' '.join(row['narrow_products'])}"
         )

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # One self-contained run on a bare CUDA machine: extension, gpu tests, benchmarks in order of importance.
-#   benchmarks/gpu.sh --out DIR [--minutes N] [--wheels DIR] [--parts "build tests goals curves tune"]
+#   benchmarks/gpu.sh --out DIR [--minutes N] [--wheels DIR] [--parts "build tests goals levels curves tune"]
 # Results are written as they come; a step that does not fit in the time left is cut off or skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-out="" minutes=9 wheels="" parts="build tests goals curves tune"
+out="" minutes=9 wheels="" parts="build tests goals levels curves tune"
 while [ $# -gt 0 ]; do
     case "$1" in
         --out) out=$2 ;;
@@ -46,6 +46,13 @@ ops() { # name of the step, seconds at most, then options of bench_ops.py
     shift 2
     step "$limit" "$name" python3 benchmarks/bench_ops.py --device cuda --json "$out/ops.jsonl" "$@"
 }
+bench() { # name of the step, seconds at most, then parts of run.py
+    local name=$1 limit=$2
+    shift 2
+    [ "$limit" -lt $((deadline - SECONDS)) ] || limit=$((deadline - SECONDS))
+    step "$limit" "$name" python3 benchmarks/run.py --device cuda --out "$out" \
+        --budget "$(python3 -c "print($limit / 60)")" --parts "$@"
+}
 tune() { # op, seconds at most
     step "$2" "tune-$1" python3 benchmarks/tune.py "$1" --json "$out/tuned.jsonl"
 }
@@ -55,15 +62,13 @@ for part in $parts; do
     case "$part" in
         build) step 240 build python3 -c "from gatepack import _ext; print(_ext.backend()); exit(_ext.backend().name != 'cuda')" ;;
         tests) step 300 tests python3 -m pytest -q -m gpu tests ;;
-        # The speed goals first, then the curves.
-        goals)
-            ops mlp 90 --ops gated_mlp --models llama-3-8b --tokens 8192 --open 1.0 0.6
-            ops attention 60 --ops gated_attention --models llama-3-8b --tokens 2048 8192 --open 1.0 0.6
-            ops decode 60 --ops packed_linear --models llama-3-8b smollm2-135m --tokens 1 16 --open 1.0 0.6
-            step 60 fold_pack python3 benchmarks/bench_fold_pack.py --device cuda --seconds 1 --json "$out/fold_pack.jsonl"
-            step 90 mlp-model python3 benchmarks/bench_mlp.py --device cuda --dtype bfloat16 --models llama-3-8b smollm2-135m --tokens 2048 8192 --seconds 1 --json "$out/mlp.jsonl"
+        # The speed goals first, then every level, then the curves.
+        goals) bench goals 240 goals packing ;;
+        levels) bench levels 300 startup levels ops ;;
+        curves)
+            bench curves 300 curves
+            ops curves 600 --models llama-3-8b smollm2-135m --tokens 1 16 256 2048 8192
             ;;
-        curves) ops curves 600 --models llama-3-8b smollm2-135m --tokens 1 16 256 2048 8192 ;;
         tune)
             tune gated_mlp 240
             tune gated_attention 120

@@ -1,47 +1,35 @@
-"""README's tables and the performance page, from the newest lines under benchmarks/results.
+"""README's tables, the figures and the performance page, from the newest lines of results.
 
 python benchmarks/report.py [--check]
 
-Rewrites what stands between the results markers of README.md; --check only says whether it is
-current. The page is made when the documentation is built (docs/hooks.py).
+Rewrites what stands between the results markers of README.md, and docs/figures; --check only says
+whether both are current. The page is made when the documentation is built (docs/hooks.py).
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # as the pages' hook loads it by path
+
+from _results import (
+    ROOT,
+    conditions,
+    figure_links,
+    figures,
+    goal_section,
+    kernel_section,
+    level_sections,
+    loss_section,
+    newest,
+    rows_of,
+    table,
+    write_figures,
+)
+
+FIGURES = ROOT / "docs" / "figures"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-
-
-def rows_of(bench: str) -> list[dict]:
-    """All lines of one bench, oldest first."""
-    rows = []
-    for path in sorted(RESULTS.glob("*/*.jsonl")):
-        rows += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return sorted((row for row in rows if row["bench"] == bench), key=lambda row: row["date"])
-
-
-def newest(rows: list[dict], *keys: str) -> list[dict]:
-    """The last row for each combination of keys, in order of those keys."""
-    last = {tuple(json.dumps(row[key]) for key in keys): row for row in rows}
-    return [last[key] for key in sorted(last)]
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
-
-
-def conditions(row: dict) -> str:
-    commit = row["commit"] + (" with local changes" if row["dirty"] else "")
-    return (
-        f"{row['device']}, {row['threads']} threads, torch {row['torch']}, "
-        f"{row['date'][:10]}, commit {commit}"
-    )
 
 
 def demo_section() -> str:
@@ -82,41 +70,6 @@ def demo_section() -> str:
             "is tokens/s of the packed model over the dense one, interleaved in one run, batch 1.",
             table(header, lines),
             conditions(runs[-1]) + ".",
-        ]
-    )
-
-
-def mlp_section() -> str:
-    rows = newest(rows_of("mlp_step"), "model", "tokens", "dtype", "open", "op")
-    if not rows:
-        return ""
-    lines = []
-    keys = sorted({(r["model"], r["tokens"], r["dtype"], r["open"]) for r in rows}, reverse=True)
-    for model, tokens, dtype, kept in keys:
-        cell = {
-            r["op"]: r
-            for r in rows
-            if (r["model"], r["tokens"], r["dtype"], r["open"]) == (model, tokens, dtype, kept)
-        }
-        ratios = [f"{cell[k]['gatepack_is_faster_by']:.2f}x" for k in ("masked", "dense", "small")]
-        ours = cell["gatepack"]
-        lines.append(
-            [
-                f"{model} MLP, T={tokens}, {dtype}",
-                f"{kept:.0%}",
-                f"{ours['ms']:.1f}",
-                *ratios,
-                f"{ours['error']:.0e}",
-            ]
-        )
-    header = ["forward + backward", "open", "ms", "x masked", "x dense", "x small", "error"]
-    return "\n\n".join(
-        [
-            "One training step of a gated MLP (gates train, weights frozen): how many times faster "
-            "it is than the same MLP masked, without gates, and physically small; the error is "
-            "against masked.",
-            table(header, lines),
-            conditions(rows[-1]) + ".",
         ]
     )
 
@@ -200,11 +153,16 @@ def performance_page() -> str:
         "# Performance",
         "Every figure is read from `benchmarks/results`; none is typed. A bench checks results "
         "before it times them, and refuses to time what is wrong. Contenders are interleaved in "
-        "one run; figures are medians. `make bench` adds lines for this machine.",
+        "one run; figures are medians. `make bench` adds lines for this machine; peak memory is "
+        "the CUDA allocator's, or on a CPU what torch's profiler saw allocated at once.",
     ]
     for title, sections in (
+        ("Goals", [goal_section()]),
+        ("Figures", [figure_links("figures")]),
+        ("Where we lose", [loss_section()]),
+        ("Levels", level_sections()),
+        ("Kernels", [kernel_section()]),
         ("From text to a packed model", [demo_section()]),
-        ("A training step of an MLP", [mlp_section()]),
         ("Ops", op_sections()),
         ("Packing weights", fold_pack_sections()),
         ("Packing a layer", pack_tensors_sections()),
@@ -218,8 +176,10 @@ def performance_page() -> str:
 def with_results(readme: str) -> str:
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
-    sections = [text for text in (demo_section(), mlp_section()) if text]
-    return before + "\n\n".join([BEGIN, *sections, END]) + after
+    lost = loss_section()
+    parts = [demo_section(), goal_section(), figure_links("docs/figures")]
+    parts += [f"Where we lose:\n\n{lost}"] if lost else []
+    return before + "\n\n".join([BEGIN, *filter(None, parts), END]) + after
 
 
 def main() -> None:
@@ -229,10 +189,13 @@ def main() -> None:
     path = ROOT / "README.md"
     readme = path.read_text(encoding="utf-8")
     fresh = with_results(readme)
-    if options.check and fresh != readme:
-        sys.exit("README.md is not current: run python benchmarks/report.py")
     if not options.check:
         path.write_text(fresh, encoding="utf-8")
+        write_figures(FIGURES)
+        return
+    drawn = {file.name: file.read_text(encoding="utf-8") for file in FIGURES.glob("*.svg")}
+    if fresh != readme or drawn != figures():
+        sys.exit("README.md or docs/figures is not current: run python benchmarks/report.py")
 
 
 if __name__ == "__main__":

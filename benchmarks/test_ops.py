@@ -6,8 +6,8 @@ before it is timed. bench_ops.py runs the full grid and writes JSONL.
 
 import pytest
 import torch
+from _measure import prepare
 from _suite import Case, modules
-from bench_ops import prepare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [

@@ -17,8 +17,8 @@ from unittest import mock
 import torch
 import triton
 from _harness import append, environment, interleaved
+from _measure import relative_errors
 from _suite import MODEL_SHAPES, Case, modules
-from bench_ops import relative_errors
 
 from gatepack.kernels import _configs
 

@@ -19,3 +19,7 @@ GATEPACK_SCHEMA("unpack_tensors_out(Tensor[] g, Tensor?[] rows, Tensor?[] cols, 
                 "Tensor?[] z_in, int[] O, int[] I, ScalarType? dtype, Tensor(a!)[] out) -> ()")
 GATEPACK_SCHEMA("open_sets(Tensor[] masks) -> Tensor[]")
 GATEPACK_SCHEMA("remap_ids(Tensor ids, Tensor table) -> Tensor")
+GATEPACK_SCHEMA("linear_few_tokens(Tensor x, Tensor w, Tensor? bias) -> Tensor")
+GATEPACK_SCHEMA("swiglu(Tensor a, Tensor u) -> Tensor")
+GATEPACK_SCHEMA("swiglu_backward(Tensor dh, Tensor a, Tensor u) -> (Tensor, Tensor)")
+GATEPACK_SCHEMA("column_products(Tensor a, Tensor b) -> Tensor")

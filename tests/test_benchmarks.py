@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from _measure import prepare
 from _suite import Case, Contender, modules
-from bench_ops import prepare
 from tune import choices_of, neighbours, using
 
 from gatepack.kernels import choose_config

@@ -6,6 +6,7 @@ import re
 import runpy
 from pathlib import Path
 
+import _results
 import hooks
 import pytest
 import report
@@ -129,7 +130,7 @@ def test_performance_page_has_every_bench_with_results():
     ]
     titles = {
         "demo": "From text to a packed model",
-        "mlp_step": "A training step of an MLP",
+        "level": "Levels",
         "op": "Ops",
         "fold_pack": "Packing weights",
     }
@@ -147,7 +148,7 @@ def test_op_results_have_a_line_per_setting(tmp_path, monkeypatch):
     (tmp_path / "chip").mkdir()
     lines = [json.dumps(setting | stamp | row) for row in rows]
     (tmp_path / "chip" / "ops.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(_results, "RESULTS", tmp_path)
     page = report.performance_page()
     assert "| shape | open | masked, ms | ours, ms | ours, of roofline |" in page
     assert "| tiny, T=8, float32 | 60% | 2.500 | 1.250 | 50% |" in page

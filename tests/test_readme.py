@@ -2,11 +2,10 @@
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import report
 import typer
 from typer.testing import CliRunner
 
@@ -18,12 +17,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_tables_come_from_the_results():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "report.py"), "--check"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    assert report.with_results(README) == README, "run python benchmarks/report.py"
+
+
+def test_figures_come_from_the_results():
+    drawn = {path.name: path.read_text(encoding="utf-8") for path in report.FIGURES.glob("*.svg")}
+    assert drawn == report.figures(), "run python benchmarks/report.py"
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))

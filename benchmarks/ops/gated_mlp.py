@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from _contenders import why_missing
 from _suite import Case, Contender, Work, bf16, modules
 
 
@@ -73,6 +74,7 @@ def work(case: Case) -> Work:
             return F.linear(h * z.to(h.dtype), w_d)
 
         contenders["liger"] = Contender(liger, inputs)
+    reason = why_missing("liger_kernel", "liger-kernel")
     return Work(
         contenders=contenders,
         truth=Contender(
@@ -82,4 +84,5 @@ def work(case: Case) -> Work:
         flops=2 * 2 * 3 * t * k * kept,
         bytes=x.element_size() * (4 * t * k + 6 * t * kept + 6 * k * kept),
         needs_gpu=("ours", "folded", "liger"),
+        skipped={"liger": reason} if reason else {},
     )

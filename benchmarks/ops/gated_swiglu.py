@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from _contenders import why_missing
 from _suite import Case, Contender, Work, bf16
 
 
@@ -82,6 +83,7 @@ def work(case: Case) -> Work:
             return F.pad(h.index_select(1, channels), (0, capacity - kept))
 
         contenders["liger"] = Contender(liger, inputs)
+    reason = why_missing("liger_kernel", "liger-kernel")
     return Work(
         contenders=contenders,
         truth=Contender(
@@ -90,4 +92,5 @@ def work(case: Case) -> Work:
         flops=2 * 2 * 2 * t * k * kept,
         bytes=x.element_size() * (2 * t * k + 6 * t * kept + 4 * k * kept),
         needs_gpu=("ours", "folded", "liger"),
+        skipped={"liger": reason} if reason else {},
     )

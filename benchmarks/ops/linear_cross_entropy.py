@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from _contenders import why_missing
 from _suite import Case, Contender, Work, bf16
 
 VOCABULARY = {  # tokens of each model of MODEL_SHAPES
@@ -64,11 +65,13 @@ def work(case: Case) -> Work:
     liger = _liger()
     if liger:
         contenders["liger"] = Contender(lambda x, w: liger(x, w, packed), (x, w))
+    reason = why_missing("liger_kernel", "liger-kernel")
     return Work(
         contenders=contenders,
         truth=Contender(masked, tuple(i.detach().double().requires_grad_() for i in (x, w))),
         flops=6 * t * rows * d,
         bytes=x.element_size() * 3 * d * (t + rows),
+        skipped={"liger": reason} if reason else {},
     )
 
 

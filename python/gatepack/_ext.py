@@ -27,14 +27,18 @@ from torch import Tensor
 from gatepack import _build, _env
 from gatepack._reference import (
     E4M3,
+    column_products_ref,
     empty_like_order,
     fold_pack_adjoint_ref,
     fold_pack_ref,
+    linear_few_tokens_ref,
     open_sets_ref,
     pack_tensors_out_ref,
     pack_tensors_ref,
     remap_ids_ref,
     rounded_up,
+    swiglu_backward_ref,
+    swiglu_ref,
     unpack_tensors_out_ref,
     unpack_tensors_ref,
 )
@@ -55,6 +59,10 @@ OPS = (
     "unpack_tensors_out",
     "open_sets",
     "remap_ids",
+    "linear_few_tokens",
+    "swiglu",
+    "swiglu_backward",
+    "column_products",
 )
 _SOURCE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
 _FIX = "Install ninja and a C++17 compiler, or reinstall with --no-build-isolation."
@@ -228,6 +236,22 @@ def _remap_ids_fake(ids, table):
     return torch.empty_like(ids)
 
 
+def _linear_few_tokens_fake(x, w, bias):
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+def _swiglu_fake(a, u):
+    return torch.empty_like(a)
+
+
+def _swiglu_backward_fake(dh, a, u):
+    return torch.empty_like(a), torch.empty_like(u)
+
+
+def _column_products_fake(a, b):
+    return a.new_empty(a.shape[1], dtype=torch.float32)
+
+
 def _save(ctx, inputs, output):
     matrix, rows, cols, z_out, z_in, *_ = inputs
     ctx.save_for_backward(rows, cols, z_out, z_in)
@@ -267,6 +291,10 @@ _TABLE = (
     ("unpack_tensors_out", unpack_tensors_out_ref, _out_fake, None),
     ("open_sets", open_sets_ref, _open_sets_fake, None),
     ("remap_ids", remap_ids_ref, _remap_ids_fake, None),
+    ("linear_few_tokens", linear_few_tokens_ref, _linear_few_tokens_fake, None),
+    ("swiglu", swiglu_ref, _swiglu_fake, None),
+    ("swiglu_backward", swiglu_backward_ref, _swiglu_backward_fake, None),
+    ("column_products", column_products_ref, _column_products_fake, None),
 )
 
 

@@ -1,9 +1,10 @@
-"""Stage 5, pack: the ops of gatepack._C in plain torch; every backend writes the same bytes.
+"""Stage 5, pack: the ops of gatepack._C in plain torch; every backend packs to the same bytes.
 
 Refuses what the C++ ops refuse, in the same words. csrc/layout.h draws the layout.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
@@ -340,3 +341,20 @@ def remap_ids_ref(ids, table) -> Tensor:
             False, f"{op}: ids must be in [0, {table.numel()}), got {flat[at]} at position {at}"
         )
     return names.view(ids.shape).to(ids.dtype)
+
+
+def linear_few_tokens_ref(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, w, bias)
+
+
+def swiglu_ref(a: Tensor, u: Tensor) -> Tensor:
+    return F.silu(a) * u
+
+
+def swiglu_backward_ref(dh: Tensor, a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(a)
+    return dh * u * (s * (1 + a * (1 - s))), dh * (a * s)
+
+
+def column_products_ref(a: Tensor, b: Tensor) -> Tensor:
+    return (a.float() * b.float()).sum(0)

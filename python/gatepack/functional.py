@@ -6,11 +6,72 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from gatepack import _ext
 from gatepack._ext import fold_pack, fold_pack_adjoint
+
+# Up to how many tokens gatepack._C computes a linear on a CPU: torch's own product of one token
+# runs on one thread, and from here on its blocked matmul is faster (benchmarks/levels/decode.py).
+FEW_TOKENS = {torch.float32: 4, torch.bfloat16: 1}
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def has_cpu_passes(x: torch.Tensor) -> bool:
+    """Whether gatepack._C computes on x now: on a CPU, outside of tracing and autocast."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in _PLAIN
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and _ext.backend().name != "torch"
+    )
+
+
+def linear_few_tokens(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """W x + b by gatepack._C for FEW_TOKENS on a CPU without gradients, None for what is not that.
+
+    x [*, K], w [N, K] with stride 1 along K, bias [N] or None, all fp32 or all bf16.
+    """
+    tokens = x.numel() // max(x.shape[-1], 1)
+    if not 0 < tokens <= FEW_TOKENS.get(w.dtype, 0) or x.dtype != w.dtype or w.stride(-1) != 1:
+        return None
+    grad = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    if grad or x.shape[-1] != w.shape[-1] or type(w) not in _PLAIN or w.device != x.device:
+        return None
+    if not has_cpu_passes(x):
+        return None
+    y = torch.ops.gatepack.linear_few_tokens(x.reshape(tokens, x.shape[-1]).contiguous(), w, bias)
+    return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, u):
+        ctx.save_for_backward(a, u)
+        return torch.ops.gatepack.swiglu(a, u)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh):
+        return torch.ops.gatepack.swiglu_backward(dh.contiguous(), *ctx.saved_tensors)
+
+
+def swiglu(a: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """silu(a) * u; fp32 on a CPU in one pass, and one for both gradients, by gatepack._C."""
+    fits = a.dtype == u.dtype == torch.float32 and a.shape == u.shape
+    if fits and a.is_contiguous() and u.is_contiguous() and has_cpu_passes(a):
+        return _SwiGLU.apply(a, u)
+    return F.silu(a) * u
 
 
 def column_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """sum_t a[t, n] * b[t, n] -> [n], at least fp32; a, b [T, n]."""
+    known = a.dtype == b.dtype and a.dtype in FEW_TOKENS and a.is_contiguous() and b.is_contiguous()
+    if known and has_cpu_passes(a):
+        return torch.ops.gatepack.column_products(a, b)
     if a.dtype in (torch.float16, torch.bfloat16):
         a, b = a.float(), b.float()
     return (a * b).sum(0)

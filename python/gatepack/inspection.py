@@ -7,6 +7,7 @@ import transformers
 from torch import nn
 
 from gatepack import _ext
+from gatepack.functional import FEW_TOKENS, has_cpu_passes
 from gatepack.hf import GATES_NAME, hf_model, layers_of
 from gatepack.mlp import GatedMLP
 from gatepack.modules import (
@@ -74,11 +75,11 @@ def explain(model: nn.Module) -> Explanation:
             was = ""
             if isinstance(module, PackedLinear):
                 was = f" of {module.dense_shape[1]} -> {module.dense_shape[0]}"
-            rows.append(
-                Explained(
-                    name, f"{inner} -> {out}{was}", "packed", "packed", "closed units are removed"
-                )
-            )
+            why = "closed units are removed"
+            if isinstance(module, PackedLinear) and has_cpu_passes(module.weight):
+                few = FEW_TOKENS.get(module.weight.dtype, 0)
+                why += f"; up to {few} tokens: gatepack._C" if few else ""
+            rows.append(Explained(name, f"{inner} -> {out}{was}", "packed", "packed", why))
     backend = _ext.backend()
     return Explanation(tuple(rows), f"{backend.name} ({backend.reason})")
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gatepack import _env
+from gatepack.functional import swiglu
 from gatepack.gates import Gate
 from gatepack.modules import (
     Operands,
@@ -35,6 +36,9 @@ _ACTIVATIONS = {
 }
 
 
+_SILU = tuple(name for name, activation in _ACTIVATIONS.items() if activation == "silu")
+
+
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)) over open channels, dense in and dense out.
 
@@ -54,6 +58,8 @@ class GatedMLP(nn.Module):
         operands = self._operands()
         if isinstance(operands, str):
             gate, up, down = self.linears()
+            if type(self.act_fn).__name__ in _SILU and not _is_watched(self.act_fn):
+                return down(swiglu(gate(x), up(x)))
             return down(self.act_fn(gate(x)) * up(x))
         return _fused(self, operands, x)
 

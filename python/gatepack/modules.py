@@ -10,6 +10,7 @@ from torch import nn
 from gatepack.functional import (
     FoldedLinear,
     lane_values,
+    linear_few_tokens,
     low_rank,
     spread_lanes,
     take_lanes,
@@ -410,7 +411,10 @@ def _check_covers(argument: str, gate: Gate | None, features: int) -> None:
 
 
 class PackedLinear(nn.Linear):
-    """A linear with its closed rows and columns removed; dense_shape is what it had, (out, in)."""
+    """A linear with its closed rows and columns removed; dense_shape is what it had, (out, in).
+
+    On a CPU, for few tokens without gradients, gatepack._C computes it on all threads.
+    """
 
     dense_shape: tuple[int, int]
 
@@ -426,6 +430,10 @@ class PackedLinear(nn.Linear):
         packed._parameters.update(weight=weight, bias=bias)
         packed.out_features, packed.in_features = weight.shape
         return packed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = linear_few_tokens(x, self.weight, self.bias)
+        return super().forward(x) if y is None else y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, packed from {self.dense_shape[1]} -> {self.dense_shape[0]}"

@@ -1,0 +1,311 @@
+"""Every speed goal and every curve, on whatever device there is: `make bench`.
+
+    python benchmarks/run.py [--device auto] [--out DIR] [--budget MINUTES] [--parts goals ...]
+        [--dtype bfloat16] [--again] [--table]
+
+Parts, in this order: goals (the cases that decide them, results checked first, contenders timed in
+turn), packing (fold_pack and pack_tensors), startup, levels (each level once), ops, and curves (as
+gates close, as T and the batch grow). Each case is written to DIR as it ends; what does not fit
+into the budget is named and left out, and the same command goes on where the last one stopped, on
+the same commit and device. --again measures all anew; --table prints what DIR holds.
+
+The table: goal, what was reached, ours, every contender, the share of the roofline, and pass or
+short; for goals of a GPU that is not at hand, what benchmarks/_roofline.py predicts. Exit code 1
+if a contender is wrong or fails.
+"""
+
+import argparse
+import json
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import _roofline
+import torch
+from _harness import append, ceilings, environment
+from _measure import line, measure, run_level
+from _suite import Case, modules
+from goals import GOALS, of_device, rows_of, share
+
+HERE = Path(__file__).resolve().parent
+PARTS = ("goals", "packing", "startup", "levels", "ops", "curves")
+FACTS = HERE / "results" / "aot.json"
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+
+
+def cases_of(part: str, device: str) -> list[tuple[str, str, dict]]:
+    """(kind, name, fields of Case) of a part, most important first, without repetition."""
+    on_gpu = device.startswith("cuda")
+    main = "llama-3-8b" if on_gpu else "smollm2-135m"
+    long, batch = (8192, 4) if on_gpu else (1024, 1)
+    prompt = {"model": main, "tokens": 256, "kept": 0.6}
+    if part == "goals":
+        found = [("level", g.name, g.case) for g in of_device(device) if g.bench == "level"]
+    elif part == "levels":
+        wide = {"model": main, "tokens": 2048 if on_gpu else 256, "kept": 0.6}
+        found = [
+            ("level", "train_step", {"model": "smollm2-135m", "tokens": 256, "kept": 0.6}),
+            ("level", "train_step", {**wide, "lora": 16}),
+            ("level", "decoder_layer", {"model": main, "tokens": long // batch, "batch": batch,
+                                        "kept": 0.6}),
+            ("level", "attention", {"model": main, "tokens": long // batch, "batch": batch,
+                                    "kept": 0.6}),
+            ("level", "mlp", {"model": main, "tokens": long, "kept": 0.6, "lora": 16}),
+            ("level", "finegates_step", {"model": "roberta-base", "tokens": 128 if on_gpu else 32,
+                                         "batch": 16 if on_gpu else 2, "kept": 1.0}),
+            ("level", "prefill", prompt),
+            ("level", "decode", prompt),
+        ]  # fmt: skip
+    elif part == "ops":
+        found = [
+            ("op", op, {"model": main, "tokens": tokens, "kept": 0.6})
+            for tokens in ((8192, 16) if on_gpu else (256,))
+            for op in modules()
+        ]
+        found.sort(key=lambda entry: entry[1] != "sample_gates")
+    else:
+        found = [("level", "mlp", {"model": main, "tokens": long, "kept": s}) for s in SHARES]
+        found += [
+            ("level", "mlp", {"model": main, "tokens": tokens, "kept": 0.6})
+            for tokens in (16, 64, 256, long // 2, 2 * long)
+        ]
+        for name in ("decode", "prefill"):
+            found += [("level", name, {**prompt, "kept": s}) for s in SHARES]
+            found += [
+                ("level", name, {**prompt, "batch": b}) for b in (2, 4, 16)[: 3 if on_gpu else 2]
+            ]
+    unique = {json.dumps(entry, sort_keys=True): entry for entry in found}
+    return list(unique.values())
+
+
+class Bench:
+    """One run: where results go, what is there already, and how much time is left."""
+
+    def __init__(self, options):
+        self.device = options.device
+        self.dtype = getattr(torch, options.dtype or ("bfloat16" if self.on_gpu else "float32"))
+        self.out = options.out
+        self.stamp = environment(self.device)
+        self.deadline = time.monotonic() + 60 * options.budget
+        self.again = options.again
+        self.failed: list[str] = []
+        self.left_out: list[str] = []
+        self.rates = self._ceilings()
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def results(self) -> list[dict]:
+        return read_results(self.out)
+
+    def write(self, file: str, rows: list[dict]) -> None:
+        append(self.out / file, [{**row, **self.stamp} for row in rows])
+
+    def _ceilings(self) -> dict:
+        rates = ceilings(self.device, self.dtype)
+        row = {"bench": "ceilings", "dtype": str(self.dtype).removeprefix("torch."), **rates}
+        self.write("ceilings.jsonl", [row])
+        return rates
+
+    def known(self, kind: str, name: str, case: Case) -> bool:
+        """Whether this commit has measured the case on this device."""
+        if self.again:
+            return False
+        wanted = {
+            kind: name, "bench": kind, "model": case.model, "tokens": case.tokens,
+            "batch": case.batch, "lora": case.lora, "open": case.kept,
+            **{key: self.stamp[key] for key in ("commit", "dirty", "device", "torch")},
+        }  # fmt: skip
+        return any(
+            all(row.get(key) == value for key, value in wanted.items()) for row in self.results()
+        )
+
+    def case(self, part: str, kind: str, name: str, fields: dict) -> None:
+        case = Case(dtype=self.dtype, device=self.device, **fields)
+        label = f"{name} {json.dumps(fields)}"
+        if self.known(kind, name, case):
+            return
+        if self.left < 20:
+            self.left_out.append(label)
+            return
+        torch.manual_seed(0)
+        seconds = min(12.0 if part == "goals" else 5.0, self.left / 4)
+        compiled = self.on_gpu or part == "goals" and name == "mlp"
+        try:
+            if kind == "level":
+                module = modules([name], "levels")[name]
+                rows = run_level(name, module, case, self.rates, seconds, compiled=compiled)
+            else:
+                work = modules([name])[name].work(case)
+                if work is None:
+                    return
+                rows = measure("op", name, case, work, self.rates, seconds, compiled=self.on_gpu)
+        except (SystemExit, RuntimeError, torch.OutOfMemoryError) as error:
+            self.failed.append(f"{label}: {str(error).splitlines()[0] if str(error) else error!r}")
+            print(f"FAILED {self.failed[-1]}", flush=True)
+            return
+        finally:
+            if self.on_gpu:
+                torch.cuda.empty_cache()
+        self.write("ops.jsonl" if kind == "op" else "levels.jsonl", rows)
+        print(line(rows), flush=True)
+
+    def script(self, name: str, file: str, *arguments: str) -> None:
+        """Another bench of this folder, which writes its own lines."""
+        if not self.again and any(
+            row["bench"] == Path(file).stem and row["commit"] == self.stamp["commit"]
+            and row["device"] == self.stamp["device"] for row in self.results()
+        ):  # fmt: skip
+            return
+        if self.left < 40:
+            self.left_out.append(name)
+            return
+        command = [sys.executable, HERE / name, *arguments, "--json", self.out / file]
+        try:
+            subprocess.run(command, check=True, timeout=self.left, stdout=subprocess.DEVNULL)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            self.failed.append(f"{name}: {error}")
+            print(f"FAILED {self.failed[-1]}", flush=True)
+
+    def part(self, part: str) -> None:
+        if part == "packing":
+            device = ("--device", self.device)
+            self.script("bench_fold_pack.py", "fold_pack.jsonl", *device, "--seconds", "1")
+            self.script("bench_pack_tensors.py", "pack_tensors.jsonl", *device, "--seconds", "1")
+        elif part == "startup":
+            self.script("bench_startup.py", "startup.jsonl", "--device", self.device)
+        else:
+            for kind, name, fields in cases_of(part, self.device):
+                self.case(part, kind, name, fields)
+
+
+def read_results(folder: Path) -> list[dict]:
+    """Every line in a folder of results, oldest first."""
+    rows = []
+    for path in sorted(folder.glob("*.jsonl")):
+        rows += [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    return sorted(rows, key=lambda row: row.get("date", ""))
+
+
+def table(results: list[dict], device: str, facts: list[dict]) -> str:
+    """Every goal, those of this device as measured, those of a GPU as predicted, too."""
+    here = set(map(id, of_device(device)))
+    rates = next((r for r in reversed(results) if r["bench"] == "ceilings"), None)
+    lines = [("goal", "against", "bound", "reached", "ours", "theirs", "of roofline", "")]
+    lines[0] += tuple(f"{chip}, predicted" for chip in _roofline.CHIPS)
+    for goal in GOALS:
+        rows = rows_of(goal, results) if id(goal) in here else []
+        timed = {row.get("contender"): row for row in rows if "ms" in row}
+        found = share(goal, rows, rates)
+        verdict = "not measured" if found is None else ("pass" if found[1] else "short")
+        ours, theirs = timed.get("ours"), timed.get(goal.against)
+        sign = "<=" if goal.measure in ("peak", "seconds") else ">="
+        unit = {"ratio": "x", "peak": "x peak", "read": " of read", "seconds": " s"}[goal.measure]
+        guesses = [
+            _roofline.predicted(goal, chip, facts) if goal.device == "gpu" else None
+            for chip in _roofline.CHIPS.values()
+        ]
+        lines.append(
+            (
+                f"{goal.device}: {goal.work}",
+                goal.against,
+                f"{sign} {goal.bound:.2f}{unit}",
+                "" if found is None else f"{found[0]:.2f}{unit}",
+                "" if ours is None else f"{ours['ms']:.2f} ms",
+                "" if theirs is None else f"{theirs['ms']:.2f} ms",
+                f"{ours['roofline']:.0%}" if ours and "roofline" in ours else "",
+                verdict,
+                *("" if guess is None else f"{guess:.2f}{unit}" for guess in guesses),
+            )
+        )
+    return "\n".join([_aligned(lines), "", _contenders(results)])
+
+
+def _contenders(results: list[dict]) -> str:
+    """Every case of every level: ms, and peak MB where it was taken, of each contender."""
+    newest: dict[tuple, dict[str, dict]] = {}
+    for row in results:
+        if row["bench"] == "level":
+            key = tuple(row[k] for k in ("level", "model", "batch", "tokens", "lora", "open"))
+            newest.setdefault(key, {})[row["contender"]] = row
+    names = list(dict.fromkeys(name for rows in newest.values() for name in rows))
+    lines = [("level", "model", "B x T", "LoRA", "open", *(f"{n}: ms (MB)" for n in names))]
+    for (level, model, batch, tokens, lora, kept), rows in sorted(newest.items()):
+        cells = []
+        for name in names:
+            row = rows.get(name, {})
+            peak = row.get("peak_bytes")
+            text = f"{row['ms']:.2f}" if "ms" in row else "skipped" if "skipped" in row else ""
+            cells.append(f"{text} ({peak / 1e6:.0f})" if peak is not None else text)
+        setting = (level, model, f"{batch} x {tokens}", str(lora or ""), f"{kept:.0%}")
+        lines.append((*setting, *cells))
+    reasons = {(r["contender"], r["skipped"]) for rows in newest.values() for r in rows.values()
+               if "skipped" in r}  # fmt: skip
+    return "\n".join([_aligned(lines), *(f"skipped: {n}: {why}" for n, why in sorted(reasons))])
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        for cells in lines
+    )
+
+
+def default_out(device: str) -> Path:
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return HERE / "results" / (slug or f"{platform.machine()}-cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where present")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
+    parser.add_argument("--budget", type=float, default=12.0, help="minutes")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--again", action="store_true", help="measure what is there, too")
+    parser.add_argument("--table", action="store_true", help="print what DIR holds and stop")
+    options = parser.parse_args()
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.out = options.out or default_out(options.device)
+    facts = _roofline.read_facts(FACTS)
+    if options.table:
+        print(table(read_results(options.out), options.device, facts))
+        return
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    bench = Bench(options)
+    stamp, rates = bench.stamp, bench.rates
+    print(
+        f"{stamp['device']}, {stamp['threads']} threads, torch {stamp['torch']}, commit "
+        f"{stamp['commit']}{' with local changes' if stamp['dirty'] else ''}; matmul "
+        f"{rates['flops'] / 1e12:.3f} TFLOP/s, copy {rates['copy'] / 1e9:.1f}, read "
+        f"{rates['read'] / 1e9:.1f} GB/s; ms per step",
+        flush=True,
+    )
+    try:
+        for part in options.parts:
+            bench.part(part)
+    except KeyboardInterrupt:
+        bench.failed.append("interrupted")
+    print(table(bench.results(), options.device, facts))
+    for text in bench.left_out:
+        print(f"LEFT OUT, no time: {text}")
+    for text in bench.failed:
+        print(f"FAILED {text}")
+    sys.exit(bool(bench.failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+// linear_few_tokens, swiglu, swiglu_backward and column_products on the CPU.
+#include "passes.h"
+
+#include "fold_pack_cpu.h"
+
+#include <algorithm>
+
+namespace gatepack {
+namespace {
+
+constexpr int64_t kGrain = 1 << 16;  // bytes of the input for one piece of work
+constexpr int kRows = 4;             // rows of w read side by side: one stream each
+constexpr int kSums = 2;             // sums per row, so that additions overlap
+
+template <class T>
+struct Linear {
+  const T *x, *w, *bias;
+  T* y;
+  int64_t tokens, n, k, w_stride;
+};
+
+template <class T>
+GATEPACK_INLINE float dot_end(const Floats* sums) {
+  const Floats all = sums[0] + sums[1];
+  float lane[kLanes];
+  store(lane, all);
+  for (int width = kLanes / 2; width; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  }
+  return lane[0];
+}
+
+// Rows begin .. begin + kRows - 1 (the last ones repeated at the end of w) for every token.
+template <class T>
+GATEPACK_INLINE void linear_rows(const Linear<T>& job, int64_t begin, int64_t end) {
+  constexpr int64_t step = kSums * kLanes;
+  // The hardware's prefetch ends with each page; this one asks for the rows that come next.
+  const int64_t ahead = kRows * job.w_stride;
+  for (int64_t n = begin; n < end; n += kRows) {
+    const T* row[kRows];
+    for (int r = 0; r < kRows; ++r) row[r] = job.w + std::min(n + r, end - 1) * job.w_stride;
+    for (int64_t t = 0; t < job.tokens; ++t) {
+      const T* x = job.x + t * job.k;
+      Floats sums[kRows][kSums] = {};
+      int64_t k = 0;
+      for (; k + step <= job.k; k += step) {
+        for (int s = 0; s < kSums; ++s) {
+          Floats in, weight;
+          load(in, x + k + s * kLanes);
+          for (int r = 0; r < kRows; ++r) {
+            load(weight, row[r] + k + s * kLanes);
+            if (t == 0) __builtin_prefetch(row[r] + ahead + k + s * kLanes);
+            sums[r][s] += in * weight;
+          }
+        }
+      }
+      for (; k < job.k; k += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, job.k - k);
+        Floats in, weight;
+        load_some(in, x + k, count);
+        for (int r = 0; r < kRows; ++r) {
+          load_some(weight, row[r] + k, count);
+          sums[r][0] += in * weight;
+        }
+      }
+      for (int r = 0; r < kRows && n + r < end; ++r) {
+        float y = dot_end<T>(sums[r]);
+        if (job.bias) y += widen(job.bias[n + r]);
+        narrow(y, job.y[t * job.n + n + r]);
+      }
+    }
+  }
+}
+
+// 1 / (1 + exp(-a)): exp by 2^i * p(r), r in [-ln 2 / 2, ln 2 / 2], p as in Cephes' expf (1 ulp).
+GATEPACK_INLINE void sigmoid(Floats& out, const Floats& a) {
+  const Floats minus = -a;
+  Floats x = minus > 88.0f ? Floats{} + 88.0f : minus;
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const Floats shifted = x * 1.44269504088896341f + magic;
+  const Floats whole = shifted - magic;
+  const Floats r = x - whole * 0.693359375f - whole * -2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Ints32 bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127) << 23;  // the integer stands in the low bits of `shifted`
+  Floats scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  const Floats exponential =
+      minus > 88.0f ? Floats{} + std::numeric_limits<float>::infinity() : p * scale;
+  out = 1.0f / (1.0f + exponential);
+}
+
+struct Gated {
+  const float *dh, *a, *u;
+  float *first, *second;  // h, or da and du
+};
+
+template <class T>
+GATEPACK_INLINE void swiglu_lanes(const Gated& job, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, end - i);
+    Floats a, u, s;
+    load_some(a, job.a + i, count);
+    load_some(u, job.u + i, count);
+    sigmoid(s, a);
+    const Floats h = a * s * u;
+    store_some(job.first + i, h, count);
+  }
+}
+
+template <class T>
+GATEPACK_INLINE void swiglu_gradients(const Gated& job, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, end - i);
+    Floats dh, a, u, s;
+    load_some(dh, job.dh + i, count);
+    load_some(a, job.a + i, count);
+    load_some(u, job.u + i, count);
+    sigmoid(s, a);
+    const Floats da = dh * u * (s * (1.0f + a * (1.0f - s)));
+    const Floats du = dh * (a * s);
+    store_some(job.first + i, da, count);
+    store_some(job.second + i, du, count);
+  }
+}
+
+template <class T>
+struct Columns {
+  const T *a, *b;
+  float* y;
+  int64_t tokens, n;
+};
+
+// Tokens in runs of kRun: a short sum each, and a sum of those.
+template <class T>
+GATEPACK_INLINE void column_sums(const Columns<T>& job, int64_t begin, int64_t end) {
+  constexpr int64_t kRun = 64;
+  for (int64_t t = 0; t < job.tokens; t += kRun) {
+    const int64_t last = std::min(t + kRun, job.tokens);
+    for (int64_t n = begin; n < end; n += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, end - n);
+      Floats sum = {}, total;
+      for (int64_t i = t; i < last; ++i) {
+        Floats a, b;
+        load_some(a, job.a + i * job.n + n, count);
+        load_some(b, job.b + i * job.n + n, count);
+        sum += a * b;
+      }
+      load_some(total, job.y + n, count);
+      total += sum;
+      store_some(job.y + n, total, count);
+    }
+  }
+}
+
+GATEPACK_COMPILE(run_linear, linear_rows)
+GATEPACK_COMPILE(run_swiglu, swiglu_lanes)
+GATEPACK_COMPILE(run_gradients, swiglu_gradients)
+GATEPACK_COMPILE(run_columns, column_sums)
+
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+void require_dense(const char* op, const char* name, const Tensor& x, const Tensor& like) {
+  require(x.scalar_type() == like.scalar_type(), op, ": ", name, " must be ",
+          dtype_name(like.scalar_type()), ", got ", dtype_name(x.scalar_type()));
+  require(x.is_contiguous(), op, ": ", name, " must be contiguous");
+  require(!x.is_cuda(), op, ": ", name, " must be on the CPU");
+}
+
+void require_like(const char* op, const char* name, const Tensor& x, const Tensor& like) {
+  require_dense(op, name, x, like);
+  require(x.dim() == like.dim() && x.sizes().equals(like.sizes()), op, ": ", name,
+          " must have the shape of a");
+}
+
+template <class T>
+void linear(const Tensor& x, const Tensor& w, const OptTensor& bias, Tensor& y) {
+  const Linear<T> job{data<T>(x),
+                      data<T>(w),
+                      bias ? data<T>(*bias) : nullptr,
+                      static_cast<T*>(y.mutable_data_ptr()),
+                      x.size(0),
+                      w.size(0),
+                      w.size(1),
+                      w.stride(0)};
+  const char* const level = simd_level();
+  const int64_t bytes = std::max<int64_t>(1, job.k * sizeof(T));
+  const int64_t grain = rounded_up(std::max<int64_t>(1, kGrain / bytes), kRows);
+  torch::stable::parallel_for(0, job.n, grain, [&](int64_t begin, int64_t end) {
+    run_linear<T>(level, job, begin, end);
+  });
+}
+
+void require_fp32(const char* op, const Tensor& a) {
+  require(a.scalar_type() == ScalarType::Float, op, ": a must be float32, got ",
+          dtype_name(a.scalar_type()));
+}
+
+}  // namespace
+
+Tensor linear_few_tokens_cpu(const Tensor& x, const Tensor& w, const OptTensor& bias) {
+  const char* const op = "linear_few_tokens";
+  const ScalarType type = w.scalar_type();
+  require(type == ScalarType::Float || type == ScalarType::BFloat16, op,
+          ": w must be float32 or bfloat16, got ", dtype_name(type));
+  require(w.dim() == 2 && (w.size(1) < 2 || w.stride(1) == 1), op,
+          ": w must be a matrix with stride 1 along its rows");
+  require(!w.is_cuda(), op, ": w must be on the CPU");
+  require_dense(op, "x", x, w);
+  require(x.dim() == 2 && x.size(1) == w.size(1), op, ": x must be [T, ", w.size(1), "]");
+  if (bias) {
+    require_dense(op, "bias", *bias, w);
+    require(bias->dim() == 1 && bias->size(0) == w.size(0), op, ": bias must have ", w.size(0),
+            " values");
+  }
+  Tensor y = torch::stable::new_empty(x, {x.size(0), w.size(0)}, type);
+  if (type == ScalarType::Float) {
+    linear<float>(x, w, bias, y);
+  } else {
+    linear<bf16>(x, w, bias, y);
+  }
+  return y;
+}
+
+Tensor swiglu_cpu(const Tensor& a, const Tensor& u) {
+  require_fp32("swiglu", a);
+  require_dense("swiglu", "a", a, a);
+  require_like("swiglu", "u", u, a);
+  Tensor h = torch::stable::new_empty(a, a.sizes(), ScalarType::Float);
+  const Gated job{nullptr, data<float>(a), data<float>(u),
+                  static_cast<float*>(h.mutable_data_ptr()), nullptr};
+  const char* const level = simd_level();
+  torch::stable::parallel_for(0, a.numel(), kGrain / 4, [&](int64_t begin, int64_t end) {
+    run_swiglu<float>(level, job, begin, end);
+  });
+  return h;
+}
+
+std::tuple<Tensor, Tensor> swiglu_backward_cpu(const Tensor& dh, const Tensor& a,
+                                               const Tensor& u) {
+  require_fp32("swiglu_backward", a);
+  require_dense("swiglu_backward", "a", a, a);
+  require_like("swiglu_backward", "dh", dh, a);
+  require_like("swiglu_backward", "u", u, a);
+  Tensor da = torch::stable::new_empty(a, a.sizes(), ScalarType::Float);
+  Tensor du = torch::stable::new_empty(a, a.sizes(), ScalarType::Float);
+  const Gated job{data<float>(dh), data<float>(a), data<float>(u),
+                  static_cast<float*>(da.mutable_data_ptr()),
+                  static_cast<float*>(du.mutable_data_ptr())};
+  const char* const level = simd_level();
+  torch::stable::parallel_for(0, a.numel(), kGrain / 4, [&](int64_t begin, int64_t end) {
+    run_gradients<float>(level, job, begin, end);
+  });
+  return {da, du};
+}
+
+Tensor column_products_cpu(const Tensor& a, const Tensor& b) {
+  const char* const op = "column_products";
+  const ScalarType type = a.scalar_type();
+  require(type == ScalarType::Float || type == ScalarType::BFloat16, op,
+          ": a must be float32 or bfloat16, got ", dtype_name(type));
+  require(a.dim() == 2, op, ": a must have 2 dimensions, got ", a.dim());
+  require_dense(op, "a", a, a);
+  require_like(op, "b", b, a);
+  const int64_t tokens = a.size(0), n = a.size(1);
+  Tensor y = torch::stable::new_empty(a, {n}, ScalarType::Float);
+  float* const out = static_cast<float*>(y.mutable_data_ptr());
+  const char* const level = simd_level();
+  // Whole cache lines of the result, and at least two pages of a row at a time.
+  torch::stable::parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
+    std::fill(out + begin, out + end, 0.0f);
+    if (type == ScalarType::Float) {
+      const Columns<float> job{data<float>(a), data<float>(b), out, tokens, n};
+      run_columns<float>(level, job, begin, end);
+    } else {
+      const Columns<bf16> job{data<bf16>(a), data<bf16>(b), out, tokens, n};
+      run_columns<bf16>(level, job, begin, end);
+    }
+  });
+  return y;
+}
+
+}  // namespace gatepack
