@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gatepack.files import parse_json
+
 BLOCK_CHARACTERS = 2000
 _SUFFIXES = (".txt", ".jsonl")
 
@@ -153,7 +155,7 @@ def json_lines(file: Path, text: str) -> Iterator[tuple[str, object]]:
         if line.strip():
             where = f"{file} line {number}"
             try:
-                value = json.loads(line)
+                value = parse_json(line)
                 json.dumps(value, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"{where} has a lone surrogate") from error

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -10,12 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from gatepack.compensation import close_and_compensate
 from gatepack.data import batches
+from gatepack.files import read_safetensors, write_safetensors
 from gatepack.gates import GateSet
 from gatepack.hf import GATES_NAME, gates_of, layers_of
 from gatepack.importance import calibrate, unit_scores
@@ -220,45 +218,6 @@ def _gated_base(gates: GateSet) -> dict[str, torch.Tensor]:
         for path in (layer.family.out, layer.family.down):
             tensors[f"{layer.name}.{path}"] = layer.linear(path).weight.data
     return tensors
-
-
-@contextmanager
-def replacing(path: Path):
-    """A path to write beside the target, renamed to it at the end; a failure leaves the target."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".tmp")
-    try:
-        yield staging
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def write_safetensors(
-    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
-) -> None:
-    """Writes the file whole or not at all."""
-    with replacing(path) as staging:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, staging, metadata=metadata)
-
-
-def write_json(path: Path, value) -> None:
-    """Writes the file whole or not at all."""
-    with replacing(path) as staging:
-        staging.write_text(json.dumps(value, indent=2), encoding="utf-8")
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, metadata); ValueError naming the file if it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return {
-                name: handle.get_tensor(name) for name in handle.keys()
-            }, handle.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); remove {path.parent} to start over"
-        ) from error
 
 
 @contextmanager
