@@ -3,9 +3,9 @@ makes of it where llama-cpp-python is installed."""
 
 import pytest
 import torch
+from bpe import byte_tokenizer
 from packed import EVEN, UNEVEN, packed_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import pre_tokenizers
 
 import gatepack as gp
 from gatepack.exporters import parity
@@ -13,17 +13,6 @@ from gatepack.exporters import parity
 gguf = pytest.importorskip("gguf")
 VOCABULARY = 300
 PROSE = ("the gate is open", "a word 42 and more", "héllo\n  wörld")
-
-
-def byte_tokenizer(*merges: tuple[str, str], split=None):
-    """A byte-level BPE tokenizer with one special token; split: what comes before ByteLevel."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<eos>", *letters, *("".join(pair) for pair in merges)]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
-    steps = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    backend.pre_tokenizer = steps if split is None else pre_tokenizers.Sequence([split, steps])
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
 MERGES = (("t", "h"), ("th", "e"), ("Ġ", "o"), ("o", "r"), ("4", "2"))

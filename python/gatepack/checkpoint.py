@@ -133,19 +133,14 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
                 attach(self, GateConfig.from_dict(record["gates"]))
 
     Rebuilt.__name__ = dense_class.__name__
+    _refuse_misfits(_sketch(Rebuilt, config, directory), shapes, directory)
     try:
-        with torch.device("meta"):
-            sketch = copy.deepcopy(config)
-            sketch._attn_implementation = "eager"
-            _refuse_misfits(Rebuilt(sketch), shapes, directory)
         # Sizes that differ are refused below, with the tensor's name, which transformers' own error
         # leaves out.
         kwargs["ignore_mismatched_sizes"] = True
         model, info = Rebuilt.from_pretrained(
             directory, config=config, use_safetensors=True, output_loading_info=True, **kwargs
         )
-    except ValueError:
-        raise
     except Exception as error:
         raise ValueError(f"{directory} cannot be loaded: {error!r}") from error
     for what in ("mismatched_keys", "missing_keys", "unexpected_keys"):
@@ -292,6 +287,19 @@ def _weight_files(directory: Path) -> list[Path]:
         if not (directory / name).is_file():
             raise ValueError(f"{directory / name} is missing, {index} has {tensor!r} in it")
     return sorted({directory / name for name in shards.values()})
+
+
+def _sketch(model_class: type, config, directory: Path) -> nn.Module:
+    """The model of a config on meta, where sizes cost nothing."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except ValueError as error:
+        raise ValueError(f"{directory}/config.json: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{directory}/config.json describes no model: {error!r}") from error
 
 
 def _refuse_misfits(model: nn.Module, shapes: dict[str, tuple[int, ...]], directory: Path) -> None:

