@@ -162,9 +162,12 @@ def _read_raw_config(directory: Path) -> dict:
     """config.json of a gated or packed model, as it stands there."""
     path = directory / "config.json"
     if not path.is_file():
-        aside = left_aside(directory.resolve())
-        hint = f"; an interrupted save has left it in {aside}: rename that" if aside else ""
-        raise ValueError(f"{directory} is not a checkpoint: it has no config.json{hint}")
+        if aside := left_aside(directory.resolve()):
+            raise ValueError(
+                f"{directory} was being replaced when that was interrupted: what was there is in "
+                f"{aside}; rename it, or save again"
+            )
+        raise ValueError(f"{directory} is not a checkpoint: it has no config.json")
     raw = read_json(path)
     record = raw.get("gatepack")
     if not isinstance(record, dict) or not {"kept", "linears", "gates"} & record.keys():

@@ -1,8 +1,8 @@
 """Stage 1, files: put in place whole or not at all, and read with errors that name them.
 
-What is written goes to a new file or folder beside its target first, flushed to the disk, and takes
-the target's place by one rename. Such a staging entry is locked by the process that writes it: what
-a killed process left behind is removed by the next one that writes there.
+What is written goes to a new folder beside its target first, is flushed to the disk, and takes the
+target's place by one rename. The process that writes such a staging folder holds a lock on it: what
+a killed one left behind is removed by the next that writes there.
 """
 
 import contextlib
@@ -45,13 +45,13 @@ def replaced_folder(directory: str | os.PathLike, superseded: re.Pattern) -> Ite
     with contextlib.ExitStack() as stack:
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
-            staging = stack.enter_context(_staging(directory, folder=True))
+            staging = stack.enter_context(_staging(directory))
         except OSError as error:
             raise OSError(f"cannot write beside {directory}: {error}") from error
         try:
             yield staging
             for path in (*staging.rglob("*"), staging):
-                _flush(path)
+                _finish(path)
             if directory.exists():
                 _carry_over(directory, staging, superseded)
             _put(staging, directory)
@@ -65,12 +65,12 @@ def replaced_folder(directory: str | os.PathLike, superseded: re.Pattern) -> Ite
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside the target, renamed to it at the end; a failure leaves the target."""
+    """A file to write near the target, renamed to it at the end; a failure leaves the target."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _staging(path, folder=False) as staging:
-        yield staging
-        _flush(staging)
-        os.replace(staging, path)
+    with _staging(path) as folder:
+        yield folder / path.name
+        _finish(folder / path.name)
+        os.replace(folder / path.name, path)
 
 
 def write_json(path: Path, value) -> None:
@@ -120,24 +120,19 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 
 def left_aside(directory: Path) -> Path | None:
-    """What was in `directory` before a save that was killed between two renames, if it was."""
+    """What was in `directory` before a save that was killed between two renames, if one was."""
     found = [path for path in _beside(directory) if path.name.endswith(_ASIDE)]
     return found[0] if found and not directory.exists() else None
 
 
 @contextlib.contextmanager
-def _staging(path: Path, folder: bool) -> Iterator[Path]:
-    """A new file or folder beside path, removed at the end; those of dead processes are, too."""
+def _staging(path: Path) -> Iterator[Path]:
+    """A new folder beside path, removed at the end; those of dead processes are removed too."""
     _sweep(path)
-    names = {"prefix": f".{path.name}.", "suffix": _STAGING, "dir": path.parent}
     taken = False
     while not taken:
-        if folder:
-            staging = Path(tempfile.mkdtemp(**names))
-        else:
-            descriptor, name = tempfile.mkstemp(**names)
-            os.close(descriptor)
-            staging = Path(name)
+        name = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_STAGING, dir=path.parent)
+        staging = Path(name)
         # Another process may sweep it away before the lock is held.
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(staging, os.O_RDONLY)
@@ -145,31 +140,42 @@ def _staging(path: Path, folder: bool) -> Iterator[Path]:
             if not taken:
                 os.close(lock)
     try:
-        os.chmod(staging, (0o777 if folder else 0o666) & ~_umask())
+        os.chmod(staging, 0o777 & ~_umask())
         yield staging
     finally:
         os.close(lock)
-        _remove(staging)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _sweep(path: Path) -> None:
-    """Removes what processes left beside path that were killed while they wrote it."""
-    for leftover in _beside(path):
-        if leftover.name.endswith(_ASIDE):
-            if path.exists():
-                _remove(leftover)
-            continue
-        with contextlib.suppress(OSError):
-            lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                if _lock(lock):
-                    _remove(leftover)
-            finally:
-                os.close(lock)
+    """Removes what processes left beside path that were killed while they wrote it.
+
+    What one of them had moved aside and not replaced yet is moved back.
+    """
+    for leftover in sorted(_beside(path)):
+        owner = Path(str(leftover).removesuffix(_ASIDE))
+        with contextlib.suppress(OSError), _dead(owner) as dead:
+            if dead and leftover != owner and not path.exists():
+                os.rename(leftover, path)
+            elif dead:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _dead(staging: Path) -> Iterator[bool]:
+    """Whether no process writes a staging folder; until the end, none can."""
+    if not staging.exists():
+        yield True
+        return
+    lock = os.open(staging, os.O_RDONLY)
+    try:
+        yield _lock(lock) is True
+    finally:
+        os.close(lock)
 
 
 def _beside(path: Path) -> list[Path]:
-    """Staging entries of path, and what was moved aside for them."""
+    """Staging folders of path, and what was moved aside for them."""
     form = re.compile(
         rf"\.{re.escape(path.name)}\.\w{{8}}{re.escape(_STAGING)}({re.escape(_ASIDE)})?"
     )
@@ -191,17 +197,16 @@ def _lock(descriptor: int) -> bool | None:
     return True
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _finish(path: Path) -> None:
+    """Gives a new file the mode that the umask asks for, and waits until it is on the disk."""
+    if path.is_symlink():
+        return
+    if path.is_file():
+        os.chmod(path, 0o666 & ~_umask())  # safetensors makes files that only their owner reads
+    _flush(path)
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    if path.is_symlink():
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -251,8 +256,9 @@ def _put(staging: Path, directory: Path) -> None:
             except BaseException:
                 os.rename(aside, directory)
                 raise
-            _remove(aside)
-    _flush(directory.parent)
+            shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it is in place by now
+        _flush(directory.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:

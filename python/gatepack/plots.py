@@ -76,7 +76,7 @@ def draw_tradeoff(reports: Sequence[dict], path: str | os.PathLike) -> None:
     texts = [_last_text(report) for report in reports]
     if any(text["inputs"] != texts[0]["inputs"] for text in texts):
         raise ValueError("the reports score different texts, or in different windows")
-    same_tokens = len({text.get("tokens") for text in texts}) == 1
+    same_tokens = all(text.get("tokens") == texts[0].get("tokens") for text in texts)
     metric = "perplexity" if same_tokens else "bits_per_byte"
     names = [report["model"]["name"] or report["model"]["class"] for report in reports]
     sparsity = [100 * (1 - report["model"]["kept_fraction"]) for report in reports]
