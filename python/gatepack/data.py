@@ -1,6 +1,5 @@
 """Stage 4, methods: text for fine-tuning, from files or from what every Python carries."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -156,9 +155,6 @@ def json_lines(file: Path, text: str) -> Iterator[tuple[str, object]]:
             where = f"{file} line {number}"
             try:
                 value = parse_json(line)
-                json.dumps(value, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{where} has a lone surrogate") from error
             except ValueError as error:
                 raise ValueError(f"{where} is not JSON: {error}") from error
             yield where, value

@@ -88,11 +88,15 @@ def write_safetensors(
 
 
 def parse_json(text: str):
-    """json.loads, with a ValueError for what is nested too deep as well."""
+    """json.loads; a ValueError also for what is nested too deep, or holds a lone surrogate."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("a lone surrogate, which UTF-8 does not have") from error
+    return value
 
 
 def read_json(path: Path) -> dict:
