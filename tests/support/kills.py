@@ -224,6 +224,27 @@ def main(what: str, folder: Path, count: int) -> dict:
     return trial.found
 
 
+def race(folder: Path, count: int) -> None:
+    """Two processes that save so often to one folder: it ends as one of the two left it."""
+    torch.set_num_threads(1)
+    folder.mkdir()
+    writes = saving(folder / "m")
+    states = []
+    for write in writes:
+        write()
+        states.append(state_of(folder / "m"))
+    (folder / "m" / "notes.txt").write_text("mine")
+    racers = [child(lambda w=write: [w() for _ in range(count)]) for write in writes]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(racer, 0)[1]) for racer in racers]
+    (folder / "m" / "notes.txt").unlink()
+    assert codes == [DONE, DONE], codes
+    assert state_of(folder / "m") in states
+    assert [path.name for path in folder.iterdir()] == ["m"]
+
+
 if __name__ == "__main__":
     place, kills, *kinds = sys.argv[1:]
+    if kinds == ["race"]:
+        race(Path(place, "race"), int(kills))
+        sys.exit()
     print(json.dumps({kind: main(kind, Path(place, kind), int(kills)) for kind in kinds}))
