@@ -38,9 +38,11 @@ def check(found):
 
 
 def test_checkpoint(tmp_path):
-    found = trials(tmp_path, "save")["save"]
-    check(found)
-    assert found["new"]  # some were killed after the new one was in place and before they ended
+    found = trials(tmp_path, "save", "race")
+    check(found["save"])
+    # Some were killed after the new one was in place and before they ended.
+    assert found["save"]["new"]
+    assert found["race"]["saves"] == 2 * KILLS  # by two processes, to one folder
 
 
 @pytest.mark.slow

@@ -73,7 +73,8 @@ class TestCode:
     def test_of_a_checkpoint_of_ours(self, ours, ran):
         put_code(ours, ran)
         gp.from_pretrained(ours)
-        load_model(ours)
+        with pytest.raises(ValueError, match=str(ours)):
+            load_model(ours)  # which needs its tokenizer
 
     @pytest.mark.parametrize("load", [gp.from_pretrained, load_model])
     @pytest.mark.parametrize("model_type", ["evil", "llama", None])

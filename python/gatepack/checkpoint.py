@@ -100,9 +100,9 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
     its AutoModel classes), gives it the recorded open sets and gates, and lets transformers load
     the weights, so kwargs are those of its from_pretrained (dtype, device_map,
     attn_implementation, ...). verify checks the manifest's checksums first. Only safetensors are
-    read, and no code of the folder runs, whatever it holds. Raises ValueError for a folder that is
-    not such a checkpoint or whose files are truncated, altered or do not fit the config, naming
-    file or tensor.
+    read, and no code of the folder runs unless kwargs have trust_remote_code=True. Raises
+    ValueError for a folder that is not such a checkpoint or whose files are truncated, altered or
+    do not fit the config, naming file or tensor.
     """
     directory = Path(directory)
     raw = _read_raw_config(directory)
@@ -187,14 +187,15 @@ def _read_raw_config(directory: Path) -> dict:
 def read_config(directory: Path, raw: dict, shapes: dict[str, tuple[int, ...]]):
     """transformers' config of a checkpoint folder; ValueError if it cannot be that of the weights.
 
-    raw: config.json. shapes: as of tensor_shapes. What a config builds in a loop must have tensors,
+    raw: config.json. shapes: as of tensor_shapes. What a config builds in loops must have tensors,
     so that no number in it takes forever.
     """
     from transformers import AutoConfig
 
     path = directory / "config.json"
     most = dict.fromkeys(_LAYER_COUNTS, len(shapes))
-    most["num_labels"] = max((size for shape in shapes.values() for size in shape), default=0)
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    most |= dict.fromkeys(("num_labels", "num_attention_heads", "n_head", "head_dim"), largest)
     for key, bound in most.items():
         value = raw.get(key)
         if value is not None and not (isinstance(value, int) and 0 <= value <= bound):
