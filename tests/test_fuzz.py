@@ -284,7 +284,8 @@ OPTIONS = {"target": 0.5, "steps": 3, "text": "none.txt", "equal_layers": True, 
 
 @fuzz
 @given(damaged_json(OPTIONS) | JSON)
-def test_yaml_of_options(tmp_path, options):
+def test_yaml_of_options(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
     yaml = pytest.importorskip("yaml")
     path = tmp_path / "run.yaml"
     try:
@@ -296,16 +297,19 @@ def test_yaml_of_options(tmp_path, options):
 
 @fuzz
 @given(damaged_bytes(b"target: 0.5\nsteps: 3\ntext: none.txt\nout: o\n"))
-def test_bytes_of_yaml(tmp_path, data):
+def test_bytes_of_yaml(tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_bytes(data)
     check_command(tmp_path / "run.yaml", tmp_path)
 
 
 def check_command(path, folder):
     """gatepack train refuses with 1 or 2, before any work: its model does not exist."""
+    assert sorted(p.name for p in folder.iterdir()) == ["run.yaml"]
     done = CliRunner().invoke(app, ["train", "--config", str(path), str(folder / "no-model")])
     assert done.exit_code in (1, 2), (done.output, done.exception)
     assert isinstance(done.exception, SystemExit), repr(done.exception)
+    assert sorted(p.name for p in folder.iterdir()) == ["run.yaml"]
 
 
 TINY = TrainConfig(steps=3, batch_size=2, window=9, lora_rank=2, calibration_batches=2)

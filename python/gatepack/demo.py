@@ -57,10 +57,10 @@ def run(config: DemoConfig, log: Log, known: dict[str, float] | None = None) -> 
     """
     require("the demo", "peft", "matplotlib")
     documents = load_documents(config.text)
+    inputs = load_inputs(config, documents, log)
     state = open_state(config, documents)
     for name, value in (known or {}).items():
         state.once(name, lambda value=value: value)
-    inputs = load_inputs(config, documents, log)
     held_out = inputs.held_out
     dense = copy.deepcopy(inputs.model)
     report = {

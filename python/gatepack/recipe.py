@@ -121,8 +121,8 @@ def train(config: RecipeConfig, log: Log) -> dict:
     """
     require("training", "peft", "matplotlib")
     documents = load_documents(config.text)
-    state = open_state(config, documents)
     inputs = load_inputs(config, documents, log)
+    state = open_state(config, documents)
     base = state.once("base", lambda: score(inputs.model, inputs.held_out, "base model", log))
     trained = train_gated(inputs, config, state, log)
     gated = trained.model.merge_and_unload()
