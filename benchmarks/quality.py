@@ -24,6 +24,7 @@ from gatepack.checkpoint import save_pretrained
 from gatepack.config import GateConfig
 from gatepack.data import load_documents, to_windows
 from gatepack.evaluation import EvalConfig, evaluate
+from gatepack.files import write_json
 from gatepack.hf import attach
 from gatepack.methods.one_shot import calibration_batches, fine_tune, run_beside_lora
 from gatepack.models import load_model, torch_device
@@ -31,7 +32,7 @@ from gatepack.packing import pack
 from gatepack.progress import Log
 from gatepack.recipe import plain
 from gatepack.timing import measure
-from gatepack.training import TrainConfig, close_to_budget, write_json
+from gatepack.training import TrainConfig, close_to_budget
 
 ONE_SHOT = ("Magnitude", "WandaSP", "FLAP", "Taylor", "ContextPruning")
 METHODS = ("dense", "recipe", *ONE_SHOT, "FineGates", "ATP")

@@ -24,6 +24,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gatepack import methods
 from gatepack.data import batches, json_lines, read_text
+from gatepack.files import write_json
 from gatepack.hf import layers_of
 from gatepack.packing import pack
 from gatepack.progress import Log
@@ -31,7 +32,7 @@ from gatepack.quality import evaluating
 from gatepack.recipe import plain
 from gatepack.scoring import wilson_interval
 from gatepack.timing import measure
-from gatepack.training import TrainConfig, add_lora, write_json
+from gatepack.training import TrainConfig, add_lora
 
 METHODS = ("full", "lora", "last_layers", "fine_gates", "fine_gates_lora")
 RATES = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 # `python -m pytest` puts the repository root on the path, where triton_kernels/ would answer to
@@ -15,6 +16,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+settings.register_profile("thorough", max_examples=4000)
 
 
 def _keep_bools(create_splat):

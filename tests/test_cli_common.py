@@ -1,6 +1,7 @@
 """What every command shares: a YAML file of options, forms of the log, errors and exit codes."""
 
 import json
+import re
 
 import pytest
 import typer
@@ -118,3 +119,22 @@ def test_phases_are_bars_one_after_another(capsys):
         tell("one", 1, 2)
     event = json.loads(capsys.readouterr().out)
     assert event.items() >= {"phase": "one", "done": 1, "total": 2}.items()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_commands_and_options_complete(shell):
+    """What a shell's completion calls: the program itself, with these variables."""
+    from gatepack.cli import app
+
+    def complete(words):
+        form = {"bash": {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}}
+        variables = {"_GATEPACK_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": words}
+        variables |= form.get(shell, {})
+        if shell == "fish":
+            variables["_TYPER_COMPLETE_FISH_ACTION"] = "get-args"
+        return CliRunner().invoke(app, [], prog_name="gatepack", env=variables).output
+
+    assert {"train", "pack", "export", "eval", "bench", "demo", "doctor"} <= set(
+        re.findall(r"\w+", complete("gatepack "))
+    )
+    assert "--format" in complete("gatepack export --for")

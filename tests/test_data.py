@@ -84,7 +84,7 @@ def test_folder_is_read_recursively_in_sorted_order(tmp_path):
         ("a.jsonl", b'\n{"texts": "x"}', "a.jsonl line 2 must be an object with a string field"),
         ("a.jsonl", b'{"text": 3}', "line 1 must be an object with a string field `text`"),
         ("a.jsonl", b'["text"]', "line 1 must be an object with a string field `text`"),
-        ("a.jsonl", b'{"text": "ab\\ud800"}', "line 1 has a lone surrogate"),
+        ("a.jsonl", b'{"text": "ab\\ud800"}', "line 1 is not JSON: a lone surrogate"),
         ("a.csv", b"x", "must end in .txt or .jsonl"),
     ],
 )

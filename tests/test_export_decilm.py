@@ -121,7 +121,7 @@ def test_widths_survive_rounding(hidden, width):
     "overrides, message",
     [
         ({"widths": (512, 300)}, "multiples of 256, got 300 in layer 1.*width_multiple=256"),
-        ({"closed": ([], [0, 3])}, "query heads in every layer, got 4 .layer 1. and 6"),
+        ({"closed": ([], [0, 3])}, "query heads in every layer of a llama, got 4 .layer 1. and 6"),
         ({"attention_bias": True}, "biases: expected attention_bias and mlp_bias False"),
         ({"model_type": "qwen2"}, "model_type 'qwen2': expected llama or mistral"),
         ({"model_type": "mistral", "sliding_window": 8}, "sliding_window 8: expected None"),

@@ -3,9 +3,9 @@ makes of it where llama-cpp-python is installed."""
 
 import pytest
 import torch
+from bpe import byte_tokenizer, pieces_tokenizer
 from packed import EVEN, UNEVEN, packed_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import models, normalizers, pre_tokenizers
 
 import gatepack as gp
 from gatepack.exporters import parity
@@ -13,17 +13,6 @@ from gatepack.exporters import parity
 gguf = pytest.importorskip("gguf")
 VOCABULARY = 300
 PROSE = ("the gate is open", "a word 42 and more", "héllo\n  wörld")
-
-
-def byte_tokenizer(*merges: tuple[str, str], split=None):
-    """A byte-level BPE tokenizer with one special token; split: what comes before ByteLevel."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<eos>", *letters, *("".join(pair) for pair in merges)]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
-    steps = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    backend.pre_tokenizer = steps if split is None else pre_tokenizers.Sequence([split, steps])
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
 MERGES = (("t", "h"), ("th", "e"), ("Ġ", "o"), ("o", "r"), ("4", "2"))
@@ -101,7 +90,12 @@ def test_dtypes(tmp_path, dtype, kind):
 @pytest.mark.parametrize(
     "model_type, overrides, message",
     [
-        ("qwen3", {}, "model_type 'qwen3': expected one of llama, mistral, qwen2"),
+        (
+            "qwen3",
+            {},
+            "query heads in every layer of a qwen3, got 3 .* or export with format='hf',",
+        ),
+        ("gpt2", {}, "model_type 'gpt2': expected one of llama, mistral, qwen2, qwen3"),
         ("mistral", {"sliding_window": 16}, "sliding_window 16"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu': expected 'silu'"),
         (
@@ -127,6 +121,44 @@ def test_tokenizers_that_are_refused(tmp_path):
     small = packed_model(**UNEVEN, vocab_size=100)
     with pytest.raises(ValueError, match="the model's embedding has 100 rows"):
         gp.export(small, tmp_path / "m", "gguf", tokenizer=byte_tokenizer())
+
+
+WORDS = ("the", "gate", "is", "open", "gates", "and", "word", "wörld")
+
+
+def test_pieces_have_scores_and_bytes(tmp_path):
+    model = packed_model(**UNEVEN, vocab_size=400)
+    tokenizer = pieces_tokenizer(*WORDS)
+    gp.export(model, tmp_path / "m", "gguf", tokenizer=tokenizer)
+    values, _ = read(tmp_path / "m")
+    assert values["tokenizer.ggml.model"] == "llama" and "tokenizer.ggml.merges" not in values
+    assert values["tokenizer.ggml.add_space_prefix"] and values["tokenizer.ggml.add_bos_token"]
+    tokens, scores = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.scores"]
+    ranked = [scores[tokens.index(piece)] for piece in ("\u2581t", "\u2581th", "\u2581the")]
+    assert ranked == sorted(ranked, reverse=True) and ranked[0] > scores[tokens.index("t")]
+    kinds = values["tokenizer.ggml.token_type"]
+    assert kinds[:4] == [2, 3, 3, 6] and kinds[-1] == gguf.TokenType.UNUSED  # unk, bos, eos, byte
+
+
+def test_pieces_that_are_refused(tmp_path):
+    model = packed_model(**UNEVEN, vocab_size=400)
+
+    def refuse(message, tokenizer):
+        with pytest.raises(ValueError, match=message):
+            gp.export(model, tmp_path / "m", "gguf", tokenizer=tokenizer)
+
+    lower = pieces_tokenizer(*WORDS)
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    refuse("has no name for a tokenizer that prepares text by", lower)
+    fewer = pieces_tokenizer("ab", "b")
+    ids = {token: i for token, i in fewer.get_vocab().items()} | {"ab": 399}
+    fewer.backend_tokenizer.model = models.BPE(
+        ids, [("\u2581", "ab")], unk_token="<unk>", byte_fallback=True
+    )
+    refuse("would merge .*, which the tokenizer does not", fewer)
+    unigram = pieces_tokenizer(*WORDS)
+    unigram.backend_tokenizer.model = models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0, True)
+    refuse("got Unigram", unigram)
 
 
 class TestLlamaCpp:
@@ -157,6 +189,7 @@ class TestLlamaCpp:
             ("mistral", UNEVEN, {"sliding_window": None}),
             ("qwen2", UNEVEN, {}),
             ("qwen2", EVEN, {}),
+            ("qwen3", EVEN, {}),
         ],
     )
     def test_computes_the_same(self, tmp_path, model_type, sizes, overrides):
@@ -183,3 +216,18 @@ class TestLlamaCpp:
         for text in PROSE:
             assert runner.tokenize(text.encode(), add_bos=True) == tokenizer(text).input_ids
             assert runner.detokenize(tokenizer(text).input_ids).decode() == text
+
+    @pytest.mark.parametrize("legacy", [True, False])
+    @pytest.mark.parametrize("prefix", [True, False])
+    def test_tokenizes_pieces_the_same(self, tmp_path, legacy, prefix):
+        import llama_cpp
+
+        model = packed_model(**UNEVEN, vocab_size=400)
+        tokenizer = pieces_tokenizer(*WORDS, legacy=legacy, prefix=prefix)
+        report = gp.export(model, tmp_path / "m", "gguf", tokenizer=tokenizer)
+        assert report["parity"]["greedy"]["same"] == 5
+        runner = llama_cpp.Llama(str(tmp_path / "m/model.gguf"), vocab_only=True, verbose=False)
+        for text in (*PROSE, "  two  spaces", "\u65e5\u672c and open", "the"):
+            ids = tokenizer(text).input_ids
+            assert runner.tokenize(text.encode(), add_bos=True) == ids
+            assert runner.detokenize(ids[1:], prev_tokens=ids[:1]).decode().strip() == text.strip()

@@ -74,7 +74,7 @@ def test_loading_is_silent_and_leaves_the_log_settings_alone(tmp_path, tokenizer
         ({"a.bin": b""}, "a.bin", "a.bin is neither a folder nor a .gguf file"),
         ({}, ".", "holds neither a config.json nor a .gguf file"),
         ({"a.gguf": b"", "b.gguf": b""}, ".", "several .gguf files \\(a.gguf, b.gguf\\): name one"),
-        ({"a.gguf": b"no"}, "a.gguf", "a.gguf cannot be loaded: "),
+        ({"a.gguf": b"no"}, "a.gguf", "a.gguf: the magic number takes 4 bytes"),
         ({"config.json": b"{"}, ".", "cannot be loaded: "),
         ({"config.json": b'{"model_type": "llama"}'}, ".", "cannot be loaded: "),
     ],

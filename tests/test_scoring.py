@@ -79,7 +79,7 @@ GOOD = {"prompt": "p", "choices": ["a", "b"], "answer": 0}
         ({"prompt": "p", "choices": ["a", "b"]}, "line 2: `answer` .* got None"),
         (
             '{"prompt": "\\ud800", "choices": ["a", "b"], "answer": 0}',
-            "line 2 has a lone surrogate",
+            "line 2 is not JSON: a lone surrogate",
         ),
     ],
 )

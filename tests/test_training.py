@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_model, token_ids
 
 import gatepack as gp
-from gatepack import training
+from gatepack import files, training
 from gatepack.training import FineTuning, Interrupted, TrainConfig, add_lora, close_to_budget
 
 CONFIG = TrainConfig(
@@ -133,16 +133,16 @@ def test_damaged_or_foreign_checkpoint_is_refused(tmp_path):
 
 def test_failed_write_keeps_the_previous_file(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
-    training.write_safetensors(path, {"a": torch.ones(2)}, {})
+    files.write_safetensors(path, {"a": torch.ones(2)}, {})
     before = path.read_bytes()
 
     def full(tensors, target, metadata):
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        training.write_safetensors(path, {"a": torch.zeros(2)}, {})
+        files.write_safetensors(path, {"a": torch.zeros(2)}, {})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from gatepack.files import replacing, write_json
 from gatepack.hf import hf_model
 from gatepack.inspection import identify
 from gatepack.models import load_model, torch_device, torch_dtype
@@ -17,7 +18,6 @@ from gatepack.plots import draw_bench
 from gatepack.progress import Log
 from gatepack.recipe import plain
 from gatepack.timing import Measurement, Speed, environment, measure
-from gatepack.training import replacing, write_json
 
 FORMAT_VERSION = 1
 _KINDS = ("heads", "kv_heads", "channels")

@@ -8,9 +8,9 @@ from transformers import TrainerCallback
 
 from gatepack.config import GateConfig
 from gatepack.distillation import Distillation
+from gatepack.files import read_safetensors, write_safetensors
 from gatepack.gate_training import GateRecipe, GateSchedule
 from gatepack.hf import GATES_NAME, hf_model
-from gatepack.training import read_safetensors, write_safetensors
 
 FILE = "gatepack_callback.safetensors"
 

@@ -1,36 +1,39 @@
 """Stage 6, save: checkpoints of gated and packed models, written whole or not at all."""
 
 import contextlib
-import ctypes
+import copy
 import hashlib
 import json
+import math
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from gatepack.config import GateConfig
+from gatepack.files import left_aside, read_json, replaced_folder
 from gatepack.hf import GATES_NAME, attach, hf_model
 from gatepack.packing import FORMAT_VERSION, shrink
 from gatepack.row_column_packing import shrink_linears
 
 MANIFEST = "gatepack.json"
-_SUPERSEDED = re.compile(
+INDEX = "model.safetensors.index.json"
+# Files of a checkpoint: a new one in the same folder does without those that it does not write.
+SUPERSEDED = re.compile(
     rf"(generation_)?config\.json|{re.escape(MANIFEST)}|(modeling_(gatepack|decilm)|configuration_decilm)\.py|model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?"
 )
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MODELING_KEYS = (
     "per_layer_config",
     "allow_global_per_layer_attribute_access",
     "gatepack_layout",
     "auto_map",
 )
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
 
 
 def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> None:
@@ -41,13 +44,24 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer=No
     not part of a checkpoint stay. Raises OSError, naming the folder, if writing fails, and
     ValueError for a model with unmerged PEFT adapters.
     """
+    with saving(model, directory, tokenizer):
+        pass
+
+
+@contextlib.contextmanager
+def saving(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> Iterator[Path]:
+    """save_pretrained with a look at the folder before it is put in place.
+
+    What is written there too is put in place with it; an error leaves what was there before.
+    """
     root = hf_model(model)
     refuse_adapters(root)
-    with replaced_folder(directory) as staging:
-        root.save_pretrained(staging)
+    with replaced_folder(directory, SUPERSEDED) as folder:
+        root.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        write_manifest(staging)
+            tokenizer.save_pretrained(folder)
+        write_manifest(folder)
+        yield folder
 
 
 def refuse_adapters(root: nn.Module) -> None:
@@ -61,46 +75,14 @@ def refuse_adapters(root: nn.Module) -> None:
             )
 
 
-@contextlib.contextmanager
-def replaced_folder(directory: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder beside `directory`, put in its place by one rename if all goes well.
-
-    Files of `directory` that are not part of a checkpoint stay. Raises OSError, naming the folder,
-    if writing fails; what was there is then unchanged. ValueErrors and FloatingPointErrors pass.
-    """
-    directory = Path(directory).resolve()
-    if directory.exists() and not directory.is_dir():
-        raise OSError(f"{directory} is not a folder")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        staging = Path(
-            tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent)
-        )
-    except OSError as error:
-        raise OSError(f"cannot write beside {directory}: {error}") from error
-    try:
-        yield staging
-        _replace(staging, directory)
-    except (ValueError, FloatingPointError):
-        raise
-    except Exception as error:
-        raise OSError(
-            f"saving to {directory} failed, what was there is unchanged: {error}"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
 def write_manifest(directory: Path) -> None:
     """Writes gatepack.json: size and SHA-256 of every safetensors file of a folder."""
     files = {
         path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size}
         for path in sorted(directory.glob("*.safetensors"))
     }
-    with open(directory / MANIFEST, "w", encoding="utf-8") as handle:
-        json.dump({"format": FORMAT_VERSION, "files": files}, handle, indent=2)
-        handle.flush()
-        os.fsync(handle.fileno())
+    text = json.dumps({"format": FORMAT_VERSION, "files": files}, indent=2)
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:
@@ -111,81 +93,24 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _replace(staging: Path, directory: Path) -> None:
-    """Puts staging in directory's place; afterwards staging holds what was superseded."""
-    os.chmod(staging, 0o777 & ~_umask())
-    if not directory.exists():
-        os.rename(staging, directory)
-        return
-    foreign = [
-        path.name
-        for path in directory.iterdir()
-        if not _SUPERSEDED.fullmatch(path.name) and not (staging / path.name).exists()
-    ]
-    _exchange(staging, directory)
-    moved = []
-    try:
-        for name in foreign:
-            os.rename(staging / name, directory / name)
-            moved.append(name)
-    except BaseException:
-        for name in moved:
-            os.rename(directory / name, staging / name)
-        _exchange(staging, directory)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _exchange(first: Path, second: Path) -> None:
-    """Swaps two folders: in one step where the kernel can, else through a third name."""
-    renameat2 = None
-    with contextlib.suppress(OSError, AttributeError):
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    if renameat2 is not None:
-        arguments = (
-            _AT_FDCWD,
-            os.fsencode(first),
-            _AT_FDCWD,
-            os.fsencode(second),
-            _RENAME_EXCHANGE,
-        )
-        if renameat2(*arguments) == 0:
-            return
-    aside = second.with_name(f"{first.name}.old")
-    os.rename(second, aside)
-    try:
-        os.rename(first, second)
-    except BaseException:
-        os.rename(aside, second)
-        raise
-    try:
-        os.rename(aside, first)
-    except BaseException:
-        os.rename(second, first)
-        os.rename(aside, second)
-        raise
-
-
 def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwargs) -> nn.Module:
     """Loads a gated or packed model saved by save_pretrained (ours or the model's own).
 
     Builds the architecture that config.json names (a class of transformers, or one registered with
     its AutoModel classes), gives it the recorded open sets and gates, and lets transformers load
     the weights, so kwargs are those of its from_pretrained (dtype, device_map,
-    attn_implementation, ...). verify checks the manifest's checksums first. Only
-    safetensors are read. Raises ValueError for a folder that is not such a checkpoint or whose
-    files are truncated, altered or do not fit the config, naming file or tensor.
+    attn_implementation, ...). verify checks the manifest's checksums first. Only safetensors are
+    read, and no code of the folder runs unless kwargs have trust_remote_code=True. Raises
+    ValueError for a folder that is not such a checkpoint or whose files are truncated, altered or
+    do not fit the config, naming file or tensor.
     """
     directory = Path(directory)
-    config = _read_config(directory)
+    raw = _read_raw_config(directory)
     if verify:
         _verify_manifest(directory)
-    _check_readable(directory)
+    shapes = tensor_shapes(directory)
+    config = read_config(directory, raw, shapes)
+    _forget_modeling_file(config)
     dense_class = _class_of(config, directory)
     record = config.gatepack
 
@@ -208,6 +133,7 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
                 attach(self, GateConfig.from_dict(record["gates"]))
 
     Rebuilt.__name__ = dense_class.__name__
+    _refuse_misfits(_sketch(Rebuilt, config, directory), shapes, directory)
     try:
         # Sizes that differ are refused below, with the tensor's name, which transformers' own error
         # leaves out.
@@ -215,10 +141,8 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
         model, info = Rebuilt.from_pretrained(
             directory, config=config, use_safetensors=True, output_loading_info=True, **kwargs
         )
-    except ValueError:
-        raise
     except Exception as error:
-        raise ValueError(f"{directory} cannot be loaded: {error}") from error
+        raise ValueError(f"{directory} cannot be loaded: {error!r}") from error
     for what in ("mismatched_keys", "missing_keys", "unexpected_keys"):
         if info.get(what):
             first = sorted(info[what], key=str)[0]
@@ -234,17 +158,17 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
     return model
 
 
-def _read_config(directory: Path):
-    from transformers import AutoConfig
-
+def _read_raw_config(directory: Path) -> dict:
+    """config.json of a gated or packed model, as it stands there."""
     path = directory / "config.json"
     if not path.is_file():
+        if aside := left_aside(directory.resolve()):
+            raise ValueError(
+                f"{directory} was being replaced when that was interrupted: what was there is in "
+                f"{aside}; rename it, or save again"
+            )
         raise ValueError(f"{directory} is not a checkpoint: it has no config.json")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(directory)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    raw = read_json(path)
     record = raw.get("gatepack")
     if not isinstance(record, dict) or not {"kept", "linears", "gates"} & record.keys():
         raise ValueError(
@@ -257,7 +181,34 @@ def _read_config(directory: Path):
             f"{path} has packed format {record.get('format')!r}, this release reads "
             f"{FORMAT_VERSION}"
         )
-    _forget_modeling_file(config)
+    return raw
+
+
+def read_config(directory: Path, raw: dict, shapes: dict[str, tuple[int, ...]]):
+    """transformers' config of a checkpoint folder; ValueError if it cannot be that of the weights.
+
+    raw: config.json. shapes: as of tensor_shapes. What a config builds in loops must have tensors,
+    so that no number in it takes forever.
+    """
+    from transformers import AutoConfig
+
+    path = directory / "config.json"
+    most = dict.fromkeys(_LAYER_COUNTS, len(shapes))
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    most |= dict.fromkeys(("num_labels", "num_attention_heads", "n_head", "head_dim"), largest)
+    for key, bound in most.items():
+        value = raw.get(key)
+        if value is not None and not (isinstance(value, int) and 0 <= value <= bound):
+            raise ValueError(f"{path}: {key} is {value!r}, the weights have room for {bound}")
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if "/" in str(config._attn_implementation):
+        raise ValueError(
+            f"{path}: attn_implementation is {config._attn_implementation!r}, code of the Hugging "
+            "Face Hub, which a checkpoint cannot ask for; pass attn_implementation= yourself"
+        )
     return config
 
 
@@ -275,9 +226,12 @@ def _class_of(config, directory: Path):
     import transformers
     from transformers.models.auto import modeling_auto
 
-    name = (config.architectures or [""])[0]
+    names = config.architectures
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ValueError(f"{directory}/config.json: architectures must name a class, got {names!r}")
+    name = names[0]
     found = getattr(transformers, name, None)
-    if hasattr(found, "from_pretrained"):
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     for auto in vars(modeling_auto).values():
         mapping = getattr(auto, "_model_mapping", None)
@@ -292,17 +246,82 @@ def _class_of(config, directory: Path):
     )
 
 
-def _check_readable(directory: Path) -> None:
-    """Reads the header of every safetensors file, so that a truncated one is named."""
-    paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        raise ValueError(f"{directory} has no safetensors file; other weight files are not read")
-    for path in paths:
+def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of a folder's weights, from the headers of its safetensors files.
+
+    Raises ValueError, naming the file, if transformers would read anything else: a pickle, a file
+    outside of the folder, an adapter.
+    """
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{directory} has an adapter_config.json beside the model: move the adapter to a "
+            "folder of its own and put it on with peft.PeftModel.from_pretrained"
+        )
+    shapes = {}
+    for path in _weight_files(directory):
         try:
-            with safe_open(path, framework="pt"):
-                pass
+            with safe_open(path, framework="pt") as handle:
+                shapes |= {
+                    name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()
+                }
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
+    return shapes
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """model.safetensors, or else the shards that the index names."""
+    single, index = directory / "model.safetensors", directory / INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
+        found = f", only {', '.join(pickles)}, and pickles are never read" if pickles else ""
+        raise ValueError(f"{directory} has no safetensors file{found}")
+    record = read_json(index)
+    shards = record.get("weight_map")
+    if not isinstance(shards, dict) or not isinstance(record.get("metadata"), dict):
+        raise ValueError(f"{index} must have the objects weight_map and metadata")
+    for tensor, name in shards.items():
+        safe = isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors")
+        if not safe:
+            raise ValueError(
+                f"{index}: {tensor!r} must be in a safetensors file of this folder, got {name!r}"
+            )
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory / name} is missing, {index} has {tensor!r} in it")
+    return sorted({directory / name for name in shards.values()})
+
+
+def _sketch(model_class: type, config, directory: Path) -> nn.Module:
+    """The model of a config on meta, where sizes cost nothing."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except ValueError as error:
+        raise ValueError(f"{directory}/config.json: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{directory}/config.json describes no model: {error!r}") from error
+
+
+def _refuse_misfits(model: nn.Module, shapes: dict[str, tuple[int, ...]], directory: Path) -> None:
+    """ValueError where files and a model on meta differ, before memory is taken for it."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(expected.keys() & shapes.keys()):
+        if expected[name] != shapes[name]:
+            raise ValueError(
+                f"{directory} does not fit its config: {name!r} is {list(shapes[name])}, and "
+                f"{list(expected[name])} by config.json"
+            )
+    missing = {name: math.prod(expected[name]) for name in expected.keys() - shapes.keys()}
+    # Tied parameters have two names, and one of them is in the file.
+    if sum(missing.values()) > sum(math.prod(shape) for shape in shapes.values()):
+        name = max(missing, key=missing.get)
+        raise ValueError(
+            f"{directory} does not fit its config: missing keys, the largest is {name!r}"
+        )
 
 
 def _verify_manifest(directory: Path) -> None:
@@ -310,7 +329,7 @@ def _verify_manifest(directory: Path) -> None:
     if not path.is_file():
         return
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        files = read_json(path)["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read: {error!r}") from error

@@ -13,6 +13,7 @@ from gatepack.cli_common import (
     Dtype,
     LogForm,
     NewTokens,
+    PackedModel,
     PromptTokens,
     Quiet,
     Repeats,
@@ -21,9 +22,7 @@ from gatepack.cli_common import (
 
 
 def bench(
-    model: Annotated[
-        str, typer.Argument(help="Packed model, or a gated one, which is packed in memory first.")
-    ] = "out/packed",
+    model: PackedModel = "out/packed",
     dense: Annotated[
         str | None,
         typer.Option(help=f"{MODEL_HELP} Default: the same config with random weights."),

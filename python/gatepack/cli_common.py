@@ -65,6 +65,10 @@ Text = Annotated[
     Path | None,
     typer.Option(help="File or folder of .txt or .jsonl ('text' field). Default: Python's manual."),
 ]
+Window = Annotated[int, typer.Option(help="Tokens per window.")]
+PackedModel = Annotated[
+    str, typer.Argument(help="Packed model, or a gated one, which is packed in memory first.")
+]
 PromptTokens = Annotated[int, typer.Option(help="Prompt that is timed.")]
 NewTokens = Annotated[int, typer.Option(help="Decode steps that are timed.")]
 Repeats = Annotated[int, typer.Option(help="Timed repeats; the median counts.")]

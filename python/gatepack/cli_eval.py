@@ -15,6 +15,7 @@ from gatepack.cli_common import (
     PromptTokens,
     Quiet,
     Repeats,
+    Window,
     command,
 )
 from gatepack.progress import Log
@@ -46,7 +47,7 @@ def evaluate(
         str | None, typer.Option(help="Another model, scored and timed beside this one.")
     ] = None,
     windows: Annotated[int, typer.Option(help="At most so many per text; 0 for all of it.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    length: Window = 512,
     stride: Annotated[
         int | None,
         typer.Option(help="Tokens from one window to the next. Default: half of --length."),

@@ -10,18 +10,18 @@ from gatepack.cli_common import (
     DryRun,
     LogForm,
     NewTokens,
+    PackedModel,
     PromptTokens,
     Quiet,
     Repeats,
     Text,
+    Window,
     command,
 )
 
 
 def export(
-    model: Annotated[
-        str, typer.Argument(help="Packed model, or a gated one, which is packed in memory first.")
-    ] = "out/packed",
+    model: PackedModel = "out/packed",
     format: Annotated[
         str,
         typer.Option(
@@ -33,7 +33,7 @@ def export(
         str, typer.Option(help="float32, bfloat16, float16, for gguf also q8_0, or auto.")
     ] = "auto",
     text: Text = None,
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    window: Window = 128,
     windows: Annotated[int, typer.Option(help="Windows on which it is compared.")] = 4,
     base: Annotated[str, typer.Option(help="The dense model's name, for the model card.")] = "",
     data: Annotated[

@@ -15,12 +15,12 @@ from gatepack.cli_common import (
     LogForm,
     Quiet,
     Text,
+    Window,
     command,
 )
 
 Target = Annotated[float, typer.Option(help="Kept fraction of the blocks' weights, in (0, 1).")]
 BatchSize = Annotated[int, typer.Option(help="Windows per step.")]
-Window = Annotated[int, typer.Option(help="Tokens per window.")]
 LearningRate = Annotated[float, typer.Option(help="Peak of the cosine schedule.")]
 LoraRank = Annotated[int, typer.Option(help="Rank of LoRA on every linear of the blocks.")]
 WidthMultiple = Annotated[int, typer.Option(help="Kept channels per layer are a multiple of this.")]

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 
 from gatepack.estimators import ESTIMATORS
+from gatepack.files import parse_json
 
 UNITS = ("heads", "channels")
 LINEAR_UNITS = ("rows", "columns")
@@ -145,7 +146,7 @@ class GateConfig:
         if not isinstance(data, Mapping):
             raise ValueError(f"a GateConfig must be read from an object of fields, got {data!r}")
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(set(data) - known, key=str)
         if unknown:
             raise ValueError(f"unknown GateConfig field {unknown[0]!r}; known: {sorted(known)}")
         return cls(**data)
@@ -156,11 +157,18 @@ class GateConfig:
     @classmethod
     def from_json(cls, text: str) -> "GateConfig":
         """The inverse of to_json."""
-        return cls.from_dict(json.loads(text))
+        try:
+            data = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"a GateConfig cannot be read: {error}") from error
+        return cls.from_dict(data)
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 def _check_choice(field: str, value, allowed: tuple[str, ...]) -> None:

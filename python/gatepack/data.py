@@ -1,6 +1,5 @@
 """Stage 4, methods: text for fine-tuning, from files or from what every Python carries."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -8,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from gatepack.files import parse_json
 
 BLOCK_CHARACTERS = 2000
 _SUFFIXES = (".txt", ".jsonl")
@@ -153,10 +154,7 @@ def json_lines(file: Path, text: str) -> Iterator[tuple[str, object]]:
         if line.strip():
             where = f"{file} line {number}"
             try:
-                value = json.loads(line)
-                json.dumps(value, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{where} has a lone surrogate") from error
+                value = parse_json(line)
             except ValueError as error:
                 raise ValueError(f"{where} is not JSON: {error}") from error
             yield where, value

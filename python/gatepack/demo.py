@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gatepack.checkpoint import save_pretrained
+from gatepack.checkpoint import saving
 from gatepack.data import load_documents
+from gatepack.files import write_json
 from gatepack.optional import require
 from gatepack.plots import draw_report
 from gatepack.progress import Log
@@ -27,7 +28,7 @@ from gatepack.recipe import (
 )
 from gatepack.resume import State
 from gatepack.timing import environment, measure
-from gatepack.training import add_lora, write_json
+from gatepack.training import add_lora
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def run(config: DemoConfig, log: Log, known: dict[str, float] | None = None) -> 
     """
     require("the demo", "peft", "matplotlib")
     documents = load_documents(config.text)
+    inputs = load_inputs(config, documents, log)
     state = open_state(config, documents)
     for name, value in (known or {}).items():
         state.once(name, lambda value=value: value)
-    inputs = load_inputs(config, documents, log)
     held_out = inputs.held_out
     dense = copy.deepcopy(inputs.model)
     report = {
@@ -75,8 +76,8 @@ def run(config: DemoConfig, log: Log, known: dict[str, float] | None = None) -> 
     gated = train_gated(inputs, config, state, log).model
     packed, report["pack"], report["parity"] = pack_and_check(gated, held_out)
     report["perplexity"]["packed"] = score(packed, held_out, "packed model", log)
-    save_pretrained(packed, config.out, inputs.tokenizer)
-    check_reload(packed, config.out, held_out)
+    with saving(packed, config.out, inputs.tokenizer) as folder:
+        check_reload(packed, folder, held_out)
     report["bytes_on_disk"] = {
         "base": _bytes_on_disk(dense, config.out),
         "packed": _weight_bytes(config.out),

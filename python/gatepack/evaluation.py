@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from gatepack.data import load_documents, split_documents
+from gatepack.files import write_json
 from gatepack.inspection import identify
 from gatepack.models import load_model, torch_device, torch_dtype
 from gatepack.optional import require
@@ -25,7 +26,6 @@ from gatepack.scoring import (
 )
 from gatepack.texts import TextScore, check_windows, score_text, sha256_of
 from gatepack.timing import Measurement, environment, measure
-from gatepack.training import write_json
 
 DEFAULT_TEXT = "Python's manual, held out"
 POOLED = "pooled"

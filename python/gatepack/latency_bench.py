@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gatepack.bench import BenchConfig
+from gatepack.files import write_json
 from gatepack.hf import hf_model, layers_of
 from gatepack.latency import PHASES, LatencyTable, device_label
 from gatepack.models import load_model, torch_device, torch_dtype
@@ -22,7 +23,6 @@ from gatepack.quality import forward_arguments
 from gatepack.recipe import plain
 from gatepack.resume import State
 from gatepack.timing import environment, now
-from gatepack.training import write_json
 
 WIDTHS = 24
 COUNTS = 8

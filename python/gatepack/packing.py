@@ -385,6 +385,8 @@ def shrink(model: nn.Module, kept: Mapping[str, Mapping]) -> None:
     kept: config.gatepack["kept"]. Works on meta tensors. Raises ValueError where a name or size
     does not fit.
     """
+    if not isinstance(kept, Mapping):
+        raise ValueError(f"config.gatepack: kept must be an object of open sets, got {kept!r}")
     layers = layers_of(model)
     specs = _dense_specs(layers)
     masks = {}
@@ -521,7 +523,7 @@ def decode_mask(record: Mapping) -> torch.Tensor:
     try:
         raw = np.frombuffer(base64.b64decode(record["bits"], validate=True), dtype=np.uint8)
         size, kept = int(record["size"]), int(record["kept"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"config.gatepack holds an unreadable open set: {error!r}") from error
     bits = np.unpackbits(raw, bitorder="little")
     if bits.size < size or bits.size - size >= 8 or bits[size:].any() or int(bits.sum()) != kept:

@@ -71,13 +71,17 @@ def draw_tradeoff(reports: Sequence[dict], path: str | os.PathLike) -> None:
     """
     if not reports:
         raise ValueError("reports must hold at least one report, got none")
+    for report in reports:
+        _refuse_undrawable(report)
     texts = [_last_text(report) for report in reports]
     if any(text["inputs"] != texts[0]["inputs"] for text in texts):
         raise ValueError("the reports score different texts, or in different windows")
-    same_tokens = len({text["tokens"] for text in texts}) == 1
+    same_tokens = all(text.get("tokens") == texts[0].get("tokens") for text in texts)
     metric = "perplexity" if same_tokens else "bits_per_byte"
     names = [report["model"]["name"] or report["model"]["class"] for report in reports]
     sparsity = [100 * (1 - report["model"]["kept_fraction"]) for report in reports]
+    if any(metric not in text["metrics"] for text in texts):
+        raise ValueError(f"a report has no {metric} of its in-domain text")
     quality = [text["metrics"][metric] for text in texts]
     phase, speed = _speeds(reports)
     figure = _figure(15, 5)
@@ -162,6 +166,19 @@ def _figure(width: float, height: float):
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     return figure
+
+
+def _refuse_undrawable(report: dict) -> None:
+    """ValueError for a report that does not say which model it is of, or has a time of 0."""
+    model = report.get("model")
+    model = model if isinstance(model, dict) else {}
+    for field, form in (("name", str), ("class", str), ("kept_fraction", int | float)):
+        if not isinstance(model.get(field), form):
+            raise ValueError(f"a report has {model.get(field)!r} for the {field} of its model")
+    for entry in report["entries"]:
+        wrong = [v for v in entry["metrics"].values() if entry["kind"] == "latency" and not v > 0]
+        if wrong:
+            raise ValueError(f"the report of {model['name']!r} has a latency of {wrong[0]!r}")
 
 
 def _last_text(report: dict) -> dict:

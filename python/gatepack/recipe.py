@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import gatepack
-from gatepack.checkpoint import from_pretrained, save_pretrained
+from gatepack.checkpoint import from_pretrained, saving
 from gatepack.config import GateConfig
 from gatepack.data import load_documents, split_documents, to_windows
+from gatepack.files import write_json
 from gatepack.hf import attach, gates_of
 from gatepack.models import load_model, torch_device, torch_dtype
 from gatepack.optional import require
@@ -30,7 +31,6 @@ from gatepack.training import (
     close_to_budget,
     load_gated_base,
     save_gated_base,
-    write_json,
 )
 
 
@@ -121,8 +121,8 @@ def train(config: RecipeConfig, log: Log) -> dict:
     """
     require("training", "peft", "matplotlib")
     documents = load_documents(config.text)
-    state = open_state(config, documents)
     inputs = load_inputs(config, documents, log)
+    state = open_state(config, documents)
     base = state.once("base", lambda: score(inputs.model, inputs.held_out, "base model", log))
     trained = train_gated(inputs, config, state, log)
     gated = trained.model.merge_and_unload()
@@ -136,11 +136,11 @@ def train(config: RecipeConfig, log: Log) -> dict:
         "settings": plain(asdict(config)),
         "environment": environment(inputs.held_out.device),
     }
-    save_pretrained(gated, config.out, inputs.tokenizer)
-    check_reload(gated, config.out, inputs.held_out)
-    draw_training({"gates and LoRA": trained.losses}, config.out / "losses.png")
-    draw_gate_map(gates, config.out / "gates.png")
-    write_json(config.out / "train.json", report)
+    with saving(gated, config.out, inputs.tokenizer) as folder:
+        check_reload(gated, folder, inputs.held_out)
+        draw_training({"gates and LoRA": trained.losses}, folder / "losses.png")
+        draw_gate_map(gates, folder / "gates.png")
+        write_json(folder / "train.json", report)
     state.clear()
     return report
 
@@ -225,9 +225,9 @@ def pack_checkpoint(config: PackConfig, log: Log) -> dict:
         "settings": plain(asdict(config)),
         "environment": environment(held_out.device),
     }
-    save_pretrained(packed, config.out, tokenizer)
-    check_reload(packed, config.out, held_out)
-    write_json(Path(config.out) / "pack.json", report)
+    with saving(packed, config.out, tokenizer) as folder:
+        check_reload(packed, folder, held_out)
+        write_json(folder / "pack.json", report)
     return report
 
 

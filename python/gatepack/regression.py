@@ -1,11 +1,13 @@
 """Stage 7, command line: an evaluation report against an earlier one, value by value."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from gatepack.files import parse_json
+
 FORMAT_VERSION = 1
-_FIELDS = ("kind", "name", "inputs", "metrics")
+_FIELDS = {"kind": str, "name": str, "inputs": dict, "metrics": dict}
+_FORM_NAMES = {str: "a string", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Comparison:
 def load_report(path: Path) -> dict:
     """A report of gatepack eval; ValueError if the file is something else."""
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        report = parse_json(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a report: {error}") from error
     version = report.get("format") if isinstance(report, dict) else None
@@ -76,6 +78,21 @@ def load_report(path: Path) -> dict:
         missing = [field for field in _FIELDS if field not in found]
         if missing:
             raise ValueError(f"{path} has an entry without {', '.join(missing)}")
+        for field, form in _FIELDS.items():
+            if not isinstance(found[field], form):
+                raise ValueError(
+                    f"{path}: {field} of an entry must be {_FORM_NAMES[form]}, got {found[field]!r}"
+                )
+        for metric, value in found["metrics"].items():
+            if not isinstance(value, int | float):
+                raise ValueError(
+                    f"{path}: {metric} of {_label(found)} must be a number, got {value!r}"
+                )
+        directions = found.get("higher_is_better", {})
+        if not isinstance(directions, dict):
+            raise ValueError(
+                f"{path}: higher_is_better of {_label(found)} must be an object, got {directions!r}"
+            )
     return report
 
 

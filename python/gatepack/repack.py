@@ -1,7 +1,7 @@
 """Stage 5, pack: many matrices in one call, and plans that say which rows of which tensor stay."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -156,17 +156,25 @@ def _ranges(index: Tensor | None) -> list[list[int]] | None:
     return [[int(part[0]), int(part[-1]) + 1] for part in parts]
 
 
-def _indices(ranges, name: str) -> Tensor | None:
+def _indices(ranges, size: int, name: str) -> Tensor | None:
     if ranges is None:
         return None
-    try:
-        parts = [torch.arange(start, stop) for start, stop in ranges]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name}: expected [start, stop] pairs, got {ranges!r}") from error
-    index = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-    if bool((index[1:] <= index[:-1]).any()):
-        raise ValueError(f"{name}: expected ascending ranges that do not touch, got {ranges!r}")
-    return index
+    pairs = ranges if isinstance(ranges, list) else [ranges]
+    if not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_size, pair))
+        for pair in pairs
+    ):
+        raise ValueError(f"{name}: expected [start, stop] pairs, got {ranges!r}")
+    end = -1
+    for start, stop in pairs:
+        if not end < start < stop <= size:
+            raise ValueError(
+                f"{name}: expected ascending ranges in [0, {size}) that do not touch, got "
+                f"{ranges!r}"
+            )
+        end = stop
+    parts = [torch.arange(start, stop) for start, stop in pairs]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -308,19 +316,38 @@ class PackPlan:
     @classmethod
     def from_dict(cls, record: Mapping) -> "PackPlan":
         """The inverse of to_dict; ValueError for another version or an unreadable record."""
-        if record.get("version") != PLAN_VERSION:
-            raise ValueError(f"version: expected {PLAN_VERSION}, got {record.get('version')!r}")
-        parts = {}
-        for name, saved in record["parts"].items():
-            fields = dict(saved)
-            fields["shape"] = tuple(fields["shape"])
-            for side in ("rows", "cols"):
-                fields[side] = _indices(fields[side], f"parts[{name!r}].{side}")
-            try:
-                parts[name] = Part(**fields)
-            except TypeError as error:
-                raise ValueError(f"parts[{name!r}]: {error}") from error
-        return cls(parts)
+        version = record.get("version") if isinstance(record, Mapping) else None
+        if version != PLAN_VERSION:
+            raise ValueError(f"version: expected {PLAN_VERSION}, got {version!r}")
+        parts = record.get("parts")
+        if not isinstance(parts, Mapping):
+            raise ValueError(f"parts: expected an object, got {parts!r}")
+        return cls({name: _part(saved, f"parts[{name!r}]") for name, saved in parts.items()})
+
+
+def _part(saved, name: str) -> Part:
+    known = {field.name for field in fields(Part)}
+    if not isinstance(saved, Mapping) or not {"shape"} <= saved.keys() <= known:
+        raise ValueError(f"{name}: expected a shape and some of {sorted(known)}, got {saved!r}")
+    shape = saved["shape"]
+    if not isinstance(shape, list | tuple) or not all(_is_size(size) for size in shape):
+        raise ValueError(f"{name}.shape: expected a list of sizes, got {shape!r}")
+    values = {**saved, "shape": tuple(shape)}
+    for side, size in zip(("rows", "cols"), (*shape, 0, 0), strict=False):
+        values[side] = _indices(saved.get(side), size, f"{name}.{side}")
+    for side in ("row_multiple", "col_multiple"):
+        if not _is_size(saved.get(side, 1)) or saved.get(side, 1) < 1:
+            raise ValueError(f"{name}.{side}: expected an integer >= 1, got {saved[side]!r}")
+    if saved.get("order", "keep") not in ORDERS:
+        raise ValueError(f"{name}.order: expected one of {ORDERS}, got {saved['order']!r}")
+    try:
+        return Part(**values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _is_size(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 
 def _sorted_lanes(index: Tensor | None, size: int, blocks: int, name: str) -> list[Tensor]:

@@ -1,12 +1,11 @@
 """Stage 7, command line: what a run that was cut off has finished."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gatepack.training import write_json
+from gatepack.files import read_json, write_json
 
 STATE = ".resume"
 
@@ -28,12 +27,7 @@ class State:
         if not path.is_file():
             write_json(path, settings)
             return cls(folder)
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); pass --restart to start over"
-            ) from error
+        found = _read(path)
         differs = sorted(key for key in settings if found.get(key) != settings[key])
         if differs:
             raise ValueError(
@@ -50,7 +44,7 @@ class State:
     def once(self, name: str, compute: Callable[[], float]) -> float:
         """The stored result of a stage, or compute's, which is then stored."""
         path = self.folder / "results.json"
-        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        results = _read(path) if path.is_file() else {}
         if name not in results:
             results[name] = compute()
             write_json(path, results)
@@ -58,3 +52,10 @@ class State:
 
     def clear(self) -> None:
         shutil.rmtree(self.folder)
+
+
+def _read(path: Path) -> dict:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; pass --restart to start over") from error

@@ -191,8 +191,14 @@ def shrink_linears(model: nn.Module, record: Mapping[str, Mapping]) -> None:
 
     record: config.gatepack["linears"]. Raises ValueError where a name or size does not fit.
     """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"config.gatepack: linears must be an object of sides, got {record!r}")
     masks = {}
     for name, sides in record.items():
+        if not isinstance(sides, Mapping) or not {"rows", "columns"} <= sides.keys():
+            raise ValueError(
+                f"config.gatepack: linear {name!r} must have rows and columns, got {sides!r}"
+            )
         try:
             shape = linear_shape(model.get_submodule(name))
         except AttributeError as error:

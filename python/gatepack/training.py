@@ -2,8 +2,8 @@
 
 import json
 import math
-import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from gatepack.compensation import close_and_compensate
 from gatepack.data import batches
+from gatepack.files import parse_json, read_safetensors, write_safetensors
 from gatepack.gate_training import under
 from gatepack.gates import GateSet
 from gatepack.hf import GATES_NAME, gates_of, layers_of
@@ -129,10 +128,13 @@ class FineTuning:
     """A resumable run: Adam over a model's trainable parameters, next-token loss.
 
     Step i's batch depends on seed and i only, so a run that is cut off and resumed goes on as if it
-    had not been. folder: where a checkpoint is kept, or None. Trainable parameters are saved by
-    name, as safetensors. beside: steps once per step, before Adam does, and is saved along.
-    objective(model, ids [B, S]) -> scalar replaces the next-token loss in what is minimised.
+    had not been. folder: where a checkpoint is kept, or None; a killed run loses what it did in the
+    last save_every seconds. Trainable parameters are saved by name, as safetensors. beside: steps
+    once per step, before Adam does, and is saved along. objective(model, ids [B, S]) -> scalar
+    replaces the next-token loss in what is minimised.
     """
+
+    save_every = 60.0
 
     def __init__(
         self,
@@ -166,6 +168,7 @@ class FineTuning:
     def run(self, on_step: Callable[["FineTuning"], None] | None = None) -> list[float]:
         """Trains to the last step, returns the losses; a first Ctrl-C saves, raises Interrupted."""
         self.model.train()
+        saved = time.monotonic()
         with _interrupt_flag() as interrupted:
             while self.step < self.config.steps:
                 self._train_step()
@@ -174,6 +177,9 @@ class FineTuning:
                 if interrupted():
                     self.save()
                     raise Interrupted
+                if time.monotonic() - saved >= self.save_every:
+                    self.save()
+                    saved = time.monotonic()
         self.save()
         return self.losses
 
@@ -214,10 +220,24 @@ class FineTuning:
     def _load(self) -> None:
         path = self.folder / "run.safetensors"
         tensors, metadata = read_safetensors(path)
-        if json.loads(metadata["config"]) != asdict(self.config):
-            raise ValueError(
-                f"{path} belongs to a run with other settings; remove {self.folder} to start over"
-            )
+        again = f"remove {self.folder} to start over"
+        try:
+            settings, losses = (parse_json(metadata[name]) for name in ("config", "losses"))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not the state of a run ({error!r}); {again}") from error
+        if settings != asdict(self.config):
+            raise ValueError(f"{path} belongs to a run with other settings; {again}")
+        if not isinstance(losses, list) or not 0 < len(losses) <= self.config.steps:
+            raise ValueError(f"{path} does not have a loss for each step done; {again}")
+        for name, parameter in self.parameters.items():
+            for key in ("parameter", "step", "exp_avg", "exp_avg_sq"):
+                shape = () if key == "step" else parameter.shape
+                found = tensors.get(f"{key}.{name}")
+                if found is None or found.shape != shape:
+                    raise ValueError(
+                        f"{path}: {key}.{name} must be {list(shape)}, got "
+                        f"{None if found is None else list(found.shape)}; {again}"
+                    )
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"parameter.{name}"])
             self.optimizer.state[parameter] = {
@@ -225,7 +245,7 @@ class FineTuning:
             }
         if self.beside is not None:
             self.beside.load_state_dict(under("beside.", tensors))
-        self.losses = json.loads(metadata["losses"])
+        self.losses = losses
 
 
 def next_token_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -244,8 +264,15 @@ def load_gated_base(gates: GateSet, folder: Path) -> bool:
     if not path.is_file():
         return False
     tensors, _ = read_safetensors(path)
+    expected = _gated_base(gates)
+    for name, tensor in expected.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise ValueError(
+                f"{path} does not fit this model: {name} must be {list(tensor.shape)}; remove "
+                f"{folder} to start over"
+            )
     with torch.no_grad():
-        for name, tensor in _gated_base(gates).items():
+        for name, tensor in expected.items():
             tensor.copy_(tensors[name])
     gates.sync_from_buffers()
     return True
@@ -257,45 +284,6 @@ def _gated_base(gates: GateSet) -> dict[str, torch.Tensor]:
         for path in (layer.family.out, layer.family.down):
             tensors[f"{layer.name}.{path}"] = layer.linear(path).weight.data
     return tensors
-
-
-@contextmanager
-def replacing(path: Path):
-    """A path to write beside the target, renamed to it at the end; a failure leaves the target."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".tmp")
-    try:
-        yield staging
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def write_safetensors(
-    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
-) -> None:
-    """Writes the file whole or not at all."""
-    with replacing(path) as staging:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, staging, metadata=metadata)
-
-
-def write_json(path: Path, value) -> None:
-    """Writes the file whole or not at all."""
-    with replacing(path) as staging:
-        staging.write_text(json.dumps(value, indent=2), encoding="utf-8")
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, metadata); ValueError naming the file if it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return {
-                name: handle.get_tensor(name) for name in handle.keys()
-            }, handle.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); remove {path.parent} to start over"
-        ) from error
 
 
 @contextmanager

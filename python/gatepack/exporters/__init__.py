@@ -8,10 +8,11 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from gatepack.checkpoint import replaced_folder
+from gatepack.checkpoint import SUPERSEDED
 from gatepack.exporters.card import write_card
 from gatepack.exporters.parity import default_windows
 from gatepack.exporters.source import Source, read_model
+from gatepack.files import replaced_folder
 from gatepack.inspection import identify
 from gatepack.models import DTYPES
 from gatepack.progress import Log
@@ -52,7 +53,7 @@ def export(
     source, writer = plan(model, format, tokenizer=tokenizer, dtype=dtype)
     windows = default_windows(source.model) if windows is None else windows
     log = log or Log()
-    with replaced_folder(directory) as folder:
+    with replaced_folder(directory, SUPERSEDED) as folder:
         log.say(f"writing {format}")
         if format in _QUANTIZED:
             with log.bar("converting", "tensor") as tell:

@@ -2,7 +2,8 @@
 
 Architecture "llama" where all layers have the same sizes, else "deci", whose head_count,
 head_count_kv and feed_forward_length are arrays. Both rotate neighbouring lanes, so rows of q and k
-are permuted from halves to pairs, as llama.cpp's own converter does.
+are permuted from halves to pairs, as llama.cpp's own converter does. Qwen3, which normalises q and
+k, has an architecture of its own, which rotates halves and has one size for all layers.
 """
 
 import re
@@ -20,13 +21,15 @@ from gatepack.quality import perplexity, token_logits, vocabulary_size
 
 FILE = "model.gguf"
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 5, 8, 16
-_MODEL_TYPES = ("llama", "mistral", "qwen2")
+_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3")
 _NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -48,7 +51,7 @@ def write(source: Source, folder: Path, dtype: str, progress: Tell) -> list[str]
         "q8_0": gguf.GGMLQuantizationType.Q8_0,
     }[str(source.model.dtype).removeprefix("torch.") if dtype == "auto" else dtype]
     uniform = len(set(source.sizes)) == 1
-    writer = gguf.GGUFWriter(folder / FILE, "llama" if uniform else "deci")
+    writer = gguf.GGUFWriter(folder / FILE, _architecture(source, uniform))
     try:
         _add_sizes(writer, source, uniform)
         writer.add_file_type(_file_type(gguf, kind))
@@ -174,6 +177,16 @@ def refuse(source: Source) -> None:
         problem = "a model without its tokenizer, which is part of the file: pass tokenizer="
     if problem:
         raise ValueError(f"format 'gguf' cannot hold {problem}")
+    if config.model_type == "qwen3":
+        source.same(lambda sizes: sizes.queries, "query heads", "gguf")
+        source.same(lambda sizes: sizes.kv_heads, "key/value heads", "gguf")
+        source.same(lambda sizes: sizes.width, "MLP channels", "gguf")
+
+
+def _architecture(source: Source, uniform: bool) -> str:
+    if source.config.model_type == "qwen3":
+        return "qwen3"
+    return "llama" if uniform else "deci"
 
 
 def _add_sizes(writer, source: Source, uniform: bool) -> None:
@@ -213,7 +226,7 @@ def _tensors(source: Source) -> dict[str, torch.Tensor]:
         index, path, what = match.groups()
         sizes = source.sizes[int(index)]
         heads = {"self_attn.q_proj": sizes.queries, "self_attn.k_proj": sizes.kv_heads}.get(path)
-        if heads is not None:
+        if heads is not None and source.config.model_type != "qwen3":
             tensor = _halves_to_pairs(tensor, heads)
         found[f"blk.{index}.{_NAMES[path]}.{what}"] = tensor
     return found

@@ -1,20 +1,24 @@
-"""Stage 6, export: a byte-level BPE tokenizer as GGUF's metadata."""
+"""Stage 6, export: a BPE tokenizer as GGUF's metadata, byte-level or of SentencePiece's kind."""
 
 import json
+import re
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_SPACE = "\u2581"
+_WORST = -1e6  # of tokens that no merge makes
 _SPLITS = {_LLAMA3_SPLIT: "llama-bpe", _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
 
 
 def add_tokenizer(writer, tokenizer, vocabulary: int) -> None:
-    """Adds tokens, their kinds, merges, special ids and the chat template to a GGUFWriter.
+    """Adds tokens, kinds, merges or scores, special ids and the chat template to a GGUFWriter.
 
     vocabulary: rows of the embedding; ids that the tokenizer does not have become unused tokens.
-    Raises ValueError for a tokenizer that is not byte-level BPE, splits words in a way that
-    llama.cpp has no name for, or has more tokens than the embedding has rows.
+    Raises ValueError for a tokenizer that is not BPE, that splits or merges words in a way that
+    llama.cpp does not know, or that has more tokens than the embedding has rows.
     """
     import gguf
 
@@ -24,7 +28,9 @@ def add_tokenizer(writer, tokenizer, vocabulary: int) -> None:
             f"{type(tokenizer).__name__}"
         )
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    pre = _pre_tokenizer(backend)
+    model = backend["model"]
+    pieces = model["type"] == "BPE" and model["byte_fallback"]
+    pre = "default" if pieces else _pre_tokenizer(backend)
     kinds = gguf.TokenType
     tokens = [f"[PAD{i}]" for i in range(vocabulary)]
     types = [kinds.UNUSED] * vocabulary
@@ -37,12 +43,21 @@ def add_tokenizer(writer, tokenizer, vocabulary: int) -> None:
         special = added.get(token)
         tokens[i] = token
         types[i] = {None: kinds.NORMAL, True: kinds.CONTROL, False: kinds.USER_DEFINED}[special]
-    writer.add_tokenizer_model("gpt2")
+        if pieces and _BYTE.fullmatch(token):
+            types[i] = kinds.BYTE
+        elif pieces and token == model["unk_token"]:
+            types[i] = kinds.UNKNOWN
+    writer.add_tokenizer_model("llama" if pieces else "gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
+    merges = [tuple(each.split(" ") if isinstance(each, str) else each) for each in model["merges"]]
+    if pieces:
+        scores = _scores(set(tokens), merges)
+        writer.add_token_scores([scores.get(token, _WORST) for token in tokens])
+        writer.add_add_space_prefix(_adds_a_space(backend))
+    else:
+        writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_token_types(types)
-    merges = backend["model"]["merges"]
-    writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in merges])
     _add_special_tokens(writer, tokenizer)
 
 
@@ -65,14 +80,64 @@ def _add_special_tokens(writer, tokenizer) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
+def _scores(tokens: set[str], merges: list[tuple[str, str]]) -> dict[str, float]:
+    """token -> minus the rank of its first merge; llama.cpp merges into the best token first.
+
+    It takes any two neighbours that make a token, so all such pairs must be merges, and those of
+    one token must follow each other. SentencePiece's own are like that.
+    """
+    scores, last = {}, None
+    for rank, pair in enumerate(merges):
+        token = "".join(pair)
+        if token in scores and token != last:
+            raise ValueError(
+                f"format 'gguf' ranks tokens, not merges, and those of {token!r} are apart: "
+                "expected a tokenizer as SentencePiece makes them"
+            )
+        scores.setdefault(token, -float(rank))
+        last = token
+    known = set(merges)
+    for token in scores:
+        for place in range(1, len(token)):
+            pair = token[:place], token[place:]
+            if pair not in known and tokens.issuperset(pair):
+                raise ValueError(
+                    f"format 'gguf' would merge {pair[0]!r} and {pair[1]!r}, which the tokenizer "
+                    "does not: expected one as SentencePiece makes them"
+                )
+    return scores
+
+
+def _adds_a_space(backend: dict) -> bool:
+    """Whether a text gets a space in front; ValueError for other steps than spaces to U+2581."""
+    parts = [part for part in (backend["normalizer"], backend["pre_tokenizer"]) if part]
+    steps = [
+        step
+        for part in parts
+        for step in part.get("normalizers") or part.get("pretokenizers") or [part]
+    ]
+    spaces = {"Prepend": "prepend", "Replace": "content", "Metaspace": "replacement"}
+    for step in steps:
+        other = step.get("pattern", {"String": " "}) != {"String": " "}
+        if step.get(spaces.get(step["type"])) != _SPACE or other:
+            raise ValueError(
+                f"format 'gguf' has no name for a tokenizer that prepares text by {steps}: "
+                "expected spaces to become U+2581 and nothing else"
+            )
+    return any(
+        step["type"] == "Prepend" or step.get("prepend_scheme") in ("first", "always")
+        for step in steps
+    )
+
+
 def _pre_tokenizer(backend: dict) -> str:
     """llama.cpp's name for how a tokenizer splits text into words."""
     model, step = backend["model"], backend["pre_tokenizer"] or {}
     steps = step["pretokenizers"] if step.get("type") == "Sequence" else [step]
-    if model["type"] != "BPE" or model.get("byte_fallback") or steps[-1].get("type") != "ByteLevel":
+    if model["type"] != "BPE" or steps[-1].get("type") != "ByteLevel":
         raise ValueError(
-            f"format 'gguf' needs a byte-level BPE tokenizer, got {model['type']} after "
-            f"{[each.get('type') for each in steps]}"
+            "format 'gguf' needs a byte-level BPE tokenizer, or one with byte fallback, got "
+            f"{model['type']} after {[each.get('type') for each in steps]}"
         )
     before = [_describe(each) for each in steps[:-1]]
     if steps[-1]["use_regex"] and before == []:

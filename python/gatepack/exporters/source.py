@@ -66,10 +66,12 @@ class Source:
         """what(sizes), which must be equal in every layer; else ValueError that says where."""
         values = [what(sizes) for sizes in self.sizes]
         if len(set(values)) > 1:
+            others = "'hf'" if form == "gguf" else "'hf' or 'gguf'"
             raise ValueError(
-                f"format {form!r} needs equally many {name} in every layer, got "
-                f"{_spread(values)}. Attach with GateConfig(equal_layers=True), or export with "
-                "format='hf' or 'gguf', which take different sizes"
+                f"format {form!r} needs equally many {name} in every layer of a "
+                f"{self.config.model_type}, got {_spread(values)}. Attach with "
+                f"GateConfig(equal_layers=True), or export with format={others}, which takes "
+                "different sizes"
             )
         return values[0]
 

@@ -1,0 +1,117 @@
+"""Disks and paths as users have them: read-only, full, with spaces, and shared by two processes."""
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from bpe import byte_tokenizer
+from packed import EVEN, modules_cache, packed_model  # noqa: F401
+from tiny import token_ids
+
+import gatepack as gp
+from gatepack import files
+from gatepack.models import load_model
+
+pytestmark = pytest.mark.usefixtures("modules_cache")
+SIZES = {"closed": ([1, 4], [0, 3]), "widths": (256, 256), "intermediate_size": 512}
+FORMATS = ["uniform", "hf", "gguf", "decilm"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return packed_model(vocab_size=300, **SIZES)
+
+
+def tokenizer():
+    return byte_tokenizer(("t", "h"))
+
+
+def write(model, folder, format):
+    if format == "save":
+        return gp.save_pretrained(model, folder)
+    if format == "gguf":
+        pytest.importorskip("gguf")
+    return gp.export(model, folder, format, tokenizer=tokenizer())
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder in which nothing can be made; root ignores the mode of others."""
+    if os.geteuid() == 0:
+        yield Path("/sys")
+        return
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    folder.chmod(0o555)
+    yield folder
+    folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("format", ["save", *FORMATS])
+def test_read_only_folder(model, read_only, format):
+    with pytest.raises(OSError, match=f"cannot write beside {read_only}/new"):
+        write(model, read_only / "new", format)
+
+
+@pytest.mark.parametrize("format", ["save", *FORMATS])
+def test_full_disk(model, tmp_path, format):
+    """A limit on the size of files stops writers that are not Python's, too."""
+    write(model, tmp_path / "m", format)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OSError, match="what was there is unchanged"):
+            write(model, tmp_path / "m", format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["two words", "größe 模型 🙂", "a'b\"c$d", "-rf", "x[1]*?", ".m.tmp"]
+)
+def test_names_of_folders(model, tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        gp.save_pretrained(model, name, tokenizer())
+    loaded = gp.from_pretrained(name).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(token_ids()).logits, model(token_ids()).logits)
+    load_model(tmp_path / name)
+    gp.export(model, f"{name} of", "uniform")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(
+        [name, f"{name} of"]
+    )
+
+
+def test_gguf_in_a_folder_with_an_odd_name(model, tmp_path):
+    folder = tmp_path / "größe 模型"
+    assert write(model, folder, "gguf")["files"].keys() >= {"model.gguf"}
+    assert load_model(folder)[0].config.vocab_size == 300
+
+
+def test_mode_of_every_file_follows_the_umask(model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        write(model, tmp_path / "m", "hf")
+        files.write_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {})
+    finally:
+        os.umask(before)
+    for path in (*(tmp_path / "m").iterdir(), tmp_path / "x.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o640, path
+
+
+def test_leftovers_of_a_dead_process_go_and_those_of_a_live_one_stay(model, tmp_path):
+    dead = tmp_path / f".m.aaaaaaaa{files._STAGING}"
+    foreign = tmp_path / f".other.aaaaaaaa{files._STAGING}"
+    for folder in (dead, foreign):
+        folder.mkdir()
+        (folder / "half").write_text("written")
+    with files._staging(tmp_path / "m") as live:
+        gp.save_pretrained(model, tmp_path / "m")
+        assert live.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([foreign.name, "m"])
