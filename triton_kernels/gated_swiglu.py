@@ -110,7 +110,8 @@ def lora_parts(name, lora):
     """(A, B, s) of an argument (A, B, s), or of None."""
     if lora is None:
         return None, None, 1.0
-    if not isinstance(lora, tuple | list) or len(lora) != 3:
+    # A union of types cannot be traced on Python 3.10.
+    if not isinstance(lora, (tuple, list)) or len(lora) != 3:
         raise ValueError(f"{name}: expected (A, B, scale) or None, got {type(lora).__name__}")
     if lora[0] is None or lora[1] is None:
         raise ValueError(f"{name}: expected (A, B, scale) or None, got a factor None")

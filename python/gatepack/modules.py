@@ -364,7 +364,7 @@ def as_operand(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 def fits(adapter: Adapter, dtype: torch.dtype) -> bool:
     """Whether an adapter can be part of an op: of its dtype (or autocast), with plain dropout."""
-    plain = isinstance(adapter.dropout, nn.Dropout | nn.Identity)
+    plain = isinstance(adapter.dropout, (nn.Dropout, nn.Identity))
     return plain and (adapter.a.dtype == dtype or torch.is_autocast_enabled(adapter.a.device.type))
 
 
