@@ -13,6 +13,7 @@ test: lint $(VENV)/cuda-compiled
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile thorough
 
 # The oldest and the newest releases that pyproject.toml admits; ARGS=oldest runs one end.
 test-ranges: $(STAMP)

@@ -357,11 +357,11 @@ def test_closed_gates_of_a_run(tmp_path, data):
 @given(damaged_json({"target": 0.5, "model": "m"}) | JSON, JSON)
 def test_state_of_a_command(tmp_path, found, results):
     shutil.rmtree(tmp_path / ".resume", ignore_errors=True)
-    state = State.open(tmp_path, {"target": 0.5, "model": "m"})
+    state = State.open(tmp_path / ".resume", {"target": 0.5, "model": "m"})
     (state.folder / "results.json").write_text(json.dumps(results))
     refused(lambda: state.once("base", lambda: 1.0), state.folder)
     (state.folder / "settings.json").write_text(json.dumps(found))
-    refused(lambda: State.open(tmp_path, {"target": 0.5, "model": "m"}), state.folder)
+    refused(lambda: State.open(state.folder, {"target": 0.5, "model": "m"}), state.folder)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from gatepack.files import replacing, write_json
+from gatepack.files import plain, replacing, write_json
 from gatepack.hf import hf_model
 from gatepack.inspection import identify
 from gatepack.models import load_model, torch_device, torch_dtype
@@ -16,7 +16,6 @@ from gatepack.optional import require
 from gatepack.packing import pack
 from gatepack.plots import draw_bench
 from gatepack.progress import Log
-from gatepack.recipe import plain
 from gatepack.timing import Measurement, Speed, environment, measure
 
 FORMAT_VERSION = 1

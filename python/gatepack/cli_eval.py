@@ -15,6 +15,7 @@ from gatepack.cli_common import (
     PromptTokens,
     Quiet,
     Repeats,
+    Restart,
     Window,
     command,
 )
@@ -78,14 +79,16 @@ def evaluate(
     max_latency_ratio: Annotated[
         float, typer.Option(help="New / old, of milliseconds per token.")
     ] = 1.05,
+    restart: Restart = False,
     config: Config = None,
     log: LogForm = "text",
     quiet: Quiet = False,
 ) -> None:
     """Score a language model on texts and questions, time it, compare with an earlier report."""
     with command(log, quiet) as shown:
-        from gatepack.evaluation import EvalConfig, run
+        from gatepack.evaluation import EvalConfig, run, state_of
         from gatepack.regression import Bounds, compare, load_report
+        from gatepack.resume import State
 
         bounds = Bounds(
             max_perplexity_ratio,
@@ -112,6 +115,8 @@ def evaluate(
             new_tokens=new_tokens,
             repeats=repeats,
         )
+        if restart and out is not None:
+            State.drop(state_of(out))
         report = run(model, settings, base=base, device=device, dtype=dtype, out=out, log=shown)
         from gatepack.report import print_evaluation
 

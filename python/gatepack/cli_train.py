@@ -14,6 +14,7 @@ from gatepack.cli_common import (
     Dtype,
     LogForm,
     Quiet,
+    Restart,
     Text,
     Window,
     command,
@@ -30,7 +31,6 @@ EqualLayers = Annotated[
 ]
 EvalWindows = Annotated[int, typer.Option(help="Held-out windows to score.")]
 Seed = Annotated[int, typer.Option(help="Of LoRA's initial values and of the order of the text.")]
-Restart = Annotated[bool, typer.Option("--restart", help="Drop an unfinished run in --out.")]
 
 
 def train(
@@ -66,14 +66,14 @@ def train(
         from gatepack.recipe import RecipeConfig, plan_training
         from gatepack.recipe import train as train_model
         from gatepack.report import print_training, print_training_plan
-        from gatepack.resume import State
+        from gatepack.resume import STATE, State
 
         settings = _settings(RecipeConfig, options)
         if dry_run:
             shown.result(plan_training(settings, shown), print_training_plan)
             return
         if restart:
-            State.drop(out)
+            State.drop(out / STATE)
         shown.result(train_model(settings, shown), lambda report: print_training(report, out))
 
 
@@ -140,11 +140,11 @@ def demo(
     with command(log, quiet) as shown:
         from gatepack.demo import DemoConfig, run
         from gatepack.report import print_report
-        from gatepack.resume import State
+        from gatepack.resume import STATE, State
 
         settings = _settings(DemoConfig, options)
         if restart:
-            State.drop(out)
+            State.drop(out / STATE)
         shown.result(run(settings, shown), lambda report: print_report(report, out))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from gatepack.checkpoint import saving
 from gatepack.data import load_documents
-from gatepack.files import write_json
+from gatepack.files import plain, write_json
 from gatepack.optional import require
 from gatepack.plots import draw_report
 from gatepack.progress import Log
@@ -22,7 +22,6 @@ from gatepack.recipe import (
     load_inputs,
     open_state,
     pack_and_check,
-    plain,
     score,
     train_gated,
 )

@@ -1,22 +1,26 @@
 """Stage 7, command line: a language model's quality and speed on given inputs, as one report."""
 
 import contextlib
+import functools
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
+import gatepack
 from gatepack.data import load_documents, split_documents
-from gatepack.files import write_json
+from gatepack.files import plain, read_safetensors, write_json, write_safetensors
 from gatepack.inspection import identify
 from gatepack.models import load_model, torch_device, torch_dtype
 from gatepack.optional import require
 from gatepack.progress import Log
-from gatepack.quality import input_device
+from gatepack.quality import TokenScores, input_device
 from gatepack.regression import FORMAT_VERSION
+from gatepack.resume import STATE, State
 from gatepack.scoring import (
     ChoiceScores,
     Question,
@@ -87,25 +91,82 @@ def evaluate(
     for bars on stderr. Raises ValueError with one
     sentence on what to change, and ImportError if tasks are asked for and lm-eval is missing.
     """
-    config, log = config or EvalConfig(), log or Log()
+    return _evaluate(model, tokenizer, config or EvalConfig(), name, base, "", log or Log(), None)
+
+
+def _evaluate(model, tokenizer, config, name, base, base_name, log, out: Path | None) -> dict:
+    """evaluate; with out, what is scored is kept beside it until it is written."""
     _require_lm_eval(config)
     texts, questions = _load_texts(config), _load_choices(config)
-    entries = _quality(model, tokenizer, texts, questions, config, name or "the model", log)
+    state = None
+    if out is not None:
+        models = [model] if base is None else [model, base[0]]
+        inputs = {
+            "settings": plain(asdict(config)),
+            "models": [_fingerprint(each) for each in models],
+            "inputs": sha256_of([*_documents(texts), *map(repr, questions.values())]),
+            "version": gatepack.__version__,
+        }
+        state = State.open(state_of(out), inputs)
+    entries = _quality(model, tokenizer, texts, questions, config, name or "the model", log, state)
     if base is not None:
-        others = _quality(*base, texts, questions, config, "the base model", log)
+        others = _quality(*base, texts, questions, config, "the base model", log, state)
         for entry, other in zip(entries, others, strict=True):
             _set_beside(entry, other)
-    entries += _tasks(model, tokenizer, config)
+    entries += _once(state, "tasks", lambda: _tasks(model, tokenizer, config))
     if config.latency:
         entries.append(_latency(model, config, None if base is None else base[0]))
-    return {
+    report = {
         "format": FORMAT_VERSION,
         "model": identify(model, name),
-        "base": None if base is None else identify(base[0]),
+        "base": None if base is None else identify(base[0], base_name),
         "environment": environment(input_device(model)),
-        "settings": json.loads(json.dumps(asdict(config), default=str)),
+        "settings": plain(asdict(config)),
         "entries": entries,
     }
+    if state is not None:
+        write_json(out, report)
+        state.clear()
+    return report
+
+
+def state_of(out: Path) -> Path:
+    """Where run keeps what it has scored so far."""
+    return out.with_name(f"{out.name}{STATE}")
+
+
+def _documents(texts: dict[str, dict[str, list[str]]]) -> Iterator[str]:
+    for kind, named in texts.items():
+        for name, documents in named.items():
+            yield f"{kind} {name} {sha256_of(documents)}"
+
+
+@torch.no_grad()
+def _fingerprint(model: nn.Module) -> str:
+    """A digest of a model's class and of the sums of its tensors."""
+    sums = (
+        f"{name} {list(tensor.shape)} {tensor.sum(dtype=torch.float64).item()!r}"
+        for name, tensor in model.state_dict().items()
+    )
+    return sha256_of([type(model).__name__, *sums])
+
+
+def _once(state: State | None, name: str, compute: Callable[[], object]):
+    return compute() if state is None else state.once(name, compute)
+
+
+def _score_once(state: State | None, name: str, compute: Callable[[], TextScore]) -> TextScore:
+    """compute's score of a text, stored as safetensors, or what is stored."""
+    if state is None:
+        return compute()
+    path = state.folder / f"{sha256_of([name])[:16]}.safetensors"
+    if not path.is_file():
+        score = compute()
+        facts = {"bytes": str(score.bytes), "sha256": score.sha256}
+        write_safetensors(path, dict(vars(score.scores)), facts)
+        return score
+    tensors, facts = read_safetensors(path)
+    return TextScore(TokenScores(**tensors), int(facts["bytes"]), facts["sha256"])
 
 
 def run(
@@ -120,7 +181,9 @@ def run(
 ) -> dict:
     """evaluate on models by name (as load_model takes them); the report, also written to out.
 
-    The file is written whole or not at all. Raises ValueError for an unknown dtype or device.
+    The file is written whole or not at all; cut off, a run with the same models, inputs and
+    settings does not score again the texts and questions that are done, which OUT.resume keeps.
+    Raises ValueError for an unknown dtype or device, and for an unfinished run with other settings.
     """
     _require_lm_eval(config)
     place, precision = torch_device(device), torch_dtype(dtype)
@@ -129,11 +192,10 @@ def run(
     if base is not None:
         other, other_tokenizer = load_model(base, precision)
         beside = other.to(place), other_tokenizer
-    report = evaluate(scored.to(place), tokenizer, config, name=model, base=beside, log=log)
-    if base is not None:
-        report["base"]["name"] = base
-    if out is not None:
-        write_json(Path(out), report)
+    out = None if out is None else Path(out)
+    report = _evaluate(
+        scored.to(place), tokenizer, config, model, beside, base or "", log or Log(), out
+    )
     return report
 
 
@@ -164,14 +226,15 @@ def _named(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _quality(
-    model, tokenizer, texts, questions, config: EvalConfig, title: str, log: Log
+    model, tokenizer, texts, questions, config: EvalConfig, title: str, log: Log, state
 ) -> list[dict]:
     entries = []
     for kind, named in texts.items():
         found = {}
         for name, documents in named.items():
             with log.bar(f"{title} on {name}", "window") as tell, _naming(name):
-                found[name] = score_text(
+                score = functools.partial(
+                    score_text,
                     model,
                     tokenizer,
                     documents,
@@ -181,6 +244,7 @@ def _quality(
                     batch_size=config.batch_size,
                     progress=tell,
                 )
+                found[name] = _score_once(state, f"{title} {kind} {name}", score)
         if len(found) > 1:
             found[POOLED] = TextScore.joined(list(found.values()))
         entries += [_text_entry(kind, name, score, config) for name, score in found.items()]
@@ -188,8 +252,14 @@ def _quality(
     for name, asked in questions.items():
         total = sum(len(question.choices) for question in asked)
         with log.bar(f"{title} on {name}", "choice", total) as tell, _naming(name):
-            scores = score_questions(model, tokenizer, asked, config.batch_size, tell)
-        entries.append(_choices_entry(name, scores))
+            entry = _once(
+                state,
+                f"{title} choices {name}",
+                lambda asked=asked, name=name, tell=tell: _choices_entry(
+                    name, score_questions(model, tokenizer, asked, config.batch_size, tell)
+                ),
+            )
+        entries.append(entry)
     return entries
 
 

@@ -87,6 +87,11 @@ def write_safetensors(
         save_file({name: t.contiguous() for name, t in tensors.items()}, staging, metadata=metadata)
 
 
+def plain(value):
+    """value with paths as strings and tuples as lists, as JSON gives them back."""
+    return json.loads(json.dumps(value, default=str))
+
+
 def parse_json(text: str):
     """json.loads; a ValueError also for what is nested too deep, or holds a lone surrogate."""
     try:

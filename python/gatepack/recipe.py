@@ -1,7 +1,6 @@
 """Stage 7, command line: runs of the default recipe, which can be cut off, and their parts."""
 
 import copy
-import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import gatepack
 from gatepack.checkpoint import from_pretrained, saving
 from gatepack.config import GateConfig
 from gatepack.data import load_documents, split_documents, to_windows
-from gatepack.files import write_json
+from gatepack.files import plain, write_json
 from gatepack.hf import attach, gates_of
 from gatepack.models import load_model, torch_device, torch_dtype
 from gatepack.optional import require
@@ -21,7 +20,7 @@ from gatepack.packing import PackReport, pack
 from gatepack.plots import draw_gate_map, draw_training
 from gatepack.progress import Log
 from gatepack.quality import ParityError, max_logit_difference, perplexity, rounding_bound
-from gatepack.resume import State
+from gatepack.resume import STATE, State
 from gatepack.texts import sha256_of
 from gatepack.timing import environment
 from gatepack.training import (
@@ -252,7 +251,7 @@ def _load_gated(config: PackConfig, log: Log) -> tuple[nn.Module, object]:
 def open_state(config: RecipeConfig, documents: list[str]) -> State:
     """What an earlier run with the same settings, text and version has finished."""
     settings = {**plain(asdict(config)), "text_sha256": sha256_of(documents)}
-    return State.open(config.out, {**settings, "version": gatepack.__version__})
+    return State.open(Path(config.out) / STATE, {**settings, "version": gatepack.__version__})
 
 
 def load_inputs(config: RecipeConfig, documents: list[str], log: Log) -> Inputs:
@@ -338,8 +337,3 @@ def score(model: nn.Module, held_out: torch.Tensor, what: str, log: Log) -> floa
     """The perplexity of windows [n, length], with a bar."""
     with log.bar(f"scoring {what}", "window", len(held_out)) as tell:
         return perplexity(model, held_out, progress=tell)
-
-
-def plain(value):
-    """value with paths as strings and tuples as lists, as JSON gives them back."""
-    return json.loads(json.dumps(value, default=str))

@@ -17,12 +17,11 @@ class State:
     folder: Path
 
     @classmethod
-    def open(cls, out: Path, settings: dict) -> "State":
-        """The state in a result's folder; ValueError if it belongs to a run with other settings.
+    def open(cls, folder: Path, settings: dict) -> "State":
+        """The state in a folder; ValueError if it belongs to a run with other settings.
 
         settings: plain JSON, stored when there is no state yet.
         """
-        folder = out / STATE
         path = folder / "settings.json"
         if not path.is_file():
             write_json(path, settings)
@@ -37,12 +36,12 @@ class State:
         return cls(folder)
 
     @staticmethod
-    def drop(out: Path) -> None:
+    def drop(folder: Path) -> None:
         """Forgets what was not finished."""
-        shutil.rmtree(out / STATE, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
-    def once(self, name: str, compute: Callable[[], float]) -> float:
-        """The stored result of a stage, or compute's, which is then stored."""
+    def once(self, name: str, compute: Callable[[], object]):
+        """The stored result of a stage, or compute's, which is then stored; plain JSON."""
         path = self.folder / "results.json"
         results = _read(path) if path.is_file() else {}
         if name not in results:
