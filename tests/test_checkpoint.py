@@ -12,7 +12,7 @@ from tiny import set_gates, tiny_model, token_ids
 
 import gatepack as gp
 from gatepack import checkpoint, files
-from gatepack.packing import encode_mask
+from gatepack.masks import encode_mask
 
 CONFIG = gp.GateConfig(noise=0.1, target=0.5, width_multiple=4, seed=3)
 WEIGHTS = "model.safetensors"

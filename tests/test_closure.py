@@ -8,7 +8,7 @@ from latencies import config
 from tiny import tiny_model, token_ids
 
 import gatepack as gp
-from gatepack.packing import physical_mask
+from gatepack.masks import physical_mask
 
 STEPS = 14
 

@@ -8,12 +8,12 @@ from torch import nn
 
 from gatepack.gate_training import GateTraining
 from gatepack.hf import gates_of, hf_model, layers_of
+from gatepack.masks import physical_mask
 from gatepack.packing import (
     Cut,
     PackReport,
     apply_masks,
     kept_record,
-    physical_mask,
     refuse_opaque,
     report_of,
     sizes_of,
@@ -56,36 +56,32 @@ def remove_closed(
     rows = [(n, gate.kind, gate.size, int(masks[n].sum())) for n, gate in gates.items()]
     padded = sum(int((masks[name] & ~stays[name]).sum()) for name in masks)
     before, total = sizes_of(root, layers, gates), gates.costs.total
-    names = {id(p): name for name, p in root.named_parameters()}
     gates.attachment.release()
     specs = {name: gate.spec for name, gate in gates.items()}
-    cuts = apply_masks(layers, specs, masks, None)
+    apply_masks(layers, specs, masks, None, lambda cut, new: _follow(cut, new, optimizers))
     root.config.gatepack = {
         **root.config.gatepack, **kept_record(root.config, masks), "total": total
     }  # fmt: skip
     kept = gates.forget(masks)
     gates.attachment.renew(layers)
-    _follow(cuts, names, dict(root.named_parameters()), optimizers)
     if training is not None:
         training.follow(kept)
     return report_of(rows, before, sizes_of(root, layers, gates), padded)
 
 
-def _follow(cuts: list[Cut], names, parameters, optimizers) -> None:
-    """Puts the new parameters, with their part of gradients and moments, in place of the old."""
-    for cut in cuts:
-        old = cut.parameter
-        new = parameters[names[id(old)]]
-        if old.grad is not None:
-            new.grad = cut.of(old.grad)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["params"] = [new if p is old else p for p in group["params"]]
-            if old in optimizer.state:
-                optimizer.state[new] = {
-                    key: cut.of(value) if _is_like(value, old) else value
-                    for key, value in optimizer.state.pop(old).items()
-                }
+def _follow(cut: Cut, new: nn.Parameter, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Puts a new parameter, with its part of gradient and moments, in the place of the old."""
+    old = cut.parameter
+    if old.grad is not None:
+        new.grad = cut.of(old.grad)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [new if p is old else p for p in group["params"]]
+        if old in optimizer.state:
+            optimizer.state[new] = {
+                key: cut.of(value) if _is_like(value, old) else value
+                for key, value in optimizer.state.pop(old).items()
+            }
 
 
 def _is_like(value, parameter: nn.Parameter) -> bool:

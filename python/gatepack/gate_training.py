@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gatepack.budget import TOLERANCE
 from gatepack.config import GateConfig
 from gatepack.gates import GateSet
 from gatepack.hf import GATES_NAME, attach, gates_of, hf_model
@@ -139,10 +140,16 @@ class GateTraining:
         return self.gates.penalty()
 
     def finish(self) -> float:
-        """Rounds the gates to the target and freezes them; gives the kept fraction."""
+        """Rounds the gates to the target and freezes them; gives the kept fraction.
+
+        Gates that were frozen and have since been loaded from before (the Trainer's
+        load_best_model_at_end) are rounded again.
+        """
         if not self.gates.frozen:
             self._round()
             self._freeze()
+        elif abs(self.gates.kept_fraction() - self.gates.config.target) > TOLERANCE:
+            self._round()
         return self.gates.kept_fraction()
 
     def follow(self, kept: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ from gatepack.families import Family, family_of
 from gatepack.functional import sampled_values
 from gatepack.gates import Gate, GateSet, GateSpec
 from gatepack.latency import LatencyCosts, LatencyTable
+from gatepack.masks import decode_mask
 from gatepack.mlp import GatedMLP, ungate_mlp
 from gatepack.modules import (
     RowBlock,
@@ -241,8 +242,6 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     record = getattr(root.config, "gatepack", None) or {}
     if "total" in record:
         # Units were removed while these gates trained: budget and noise are those of before.
-        from gatepack.packing import decode_mask
-
         gates.costs.total = record["total"]
         gates.recall([decode_mask(record["kept"][name]) for name in specs])
     fixed = gates.costs.fixed / gates.costs.total

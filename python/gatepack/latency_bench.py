@@ -15,9 +15,10 @@ from gatepack.bench import BenchConfig
 from gatepack.files import write_json
 from gatepack.hf import hf_model, layers_of
 from gatepack.latency import PHASES, LatencyTable, device_label
+from gatepack.masks import encode_mask
 from gatepack.models import load_model, torch_device, torch_dtype
 from gatepack.modules import linear_shape
-from gatepack.packing import encode_mask, shrink
+from gatepack.packing import shrink
 from gatepack.progress import Log
 from gatepack.quality import forward_arguments
 from gatepack.recipe import plain

@@ -1,10 +1,8 @@
 """Stage 5, pack: remove closed units physically, and put zeros back in their place."""
 
-import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +17,7 @@ from gatepack.hf import (
     layers_of,
     set_head_counts,
 )
+from gatepack.masks import decode_mask, encode_mask, physical_mask
 from gatepack.modules import (
     PackedLinear,
     base_linear,
@@ -91,27 +90,6 @@ class _Fixed:
     def kept_lanes(self, shared: bool = False) -> torch.Tensor:
         mask = self.mask.reshape(-1, self.spec.shared_size).any(1) if shared else self.mask
         return lane_indices(mask.nonzero().squeeze(1), self.lanes)
-
-
-def physical_mask(kind: str, shared_size: int, mask: torch.Tensor) -> torch.Tensor:
-    """The units that stay in memory for an open mask, bool [size]: the open ones and what the
-    layout needs.
-
-    At least one, because no engine takes a linear of width 0 (nor does GPT-2's Conv1D); of heads,
-    equally many per remaining key/value head.
-    """
-    mask = mask.clone()
-    if not mask.any():
-        mask[0] = True
-    if kind != "heads":
-        return mask
-    grid = mask.reshape(-1, shared_size)
-    most = int(grid.sum(1).max())
-    for row in grid:
-        closed = (~row).nonzero().squeeze(1)
-        if 0 < int(row.sum()) < most:
-            row[closed[: most - int(row.sum())]] = True
-    return grid.reshape(-1)
 
 
 @torch.no_grad()
@@ -198,12 +176,11 @@ def sizes_of(root: nn.Module, layers: list[Layer], gates: nn.Module | None) -> t
     )
 
 
-def apply_masks(layers, specs, masks, values) -> list["Cut"]:
+def apply_masks(layers, specs, masks, values, follow=None) -> None:
     """Packs every gated linear to masks, folding values (name -> [size]) unless they are None.
 
-    Returns what was cut out of which parameter.
+    follow(cut, parameter) is told, layer by layer, what a new parameter is of which old one.
     """
-    cuts = []
     for layer in layers:
         family = layer.family
         heads = _fixed(specs, masks, f"{layer.heads_name}:heads")
@@ -213,14 +190,17 @@ def apply_masks(layers, specs, masks, values) -> list["Cut"]:
             folds = values is not None and site.in_gate is not None
             z = values[site.in_gate.name] if folds else None
             selections.append(_selection(layer, path, site, z))
-        cuts += [cut for selection in selections for cut in selection.cuts()]
+        cuts = [cut for selection in selections for cut in selection.cuts() if follow is not None]
         _pack_layer(selections)
+        made = (parameter for selection in selections for parameter in selection.parameters())
+        for cut, parameter in zip(cuts, made, strict=False):
+            follow(cut, parameter)
+        del cuts
         if heads is not None:
             kept = heads.kept_lanes().numel() // heads.lanes
             blocks = heads.kept_lanes(shared=True).numel() // heads.lanes
             attention = layer.module.get_submodule(family.attention)
             set_head_counts(attention, family, kept, blocks, heads.lanes)
-    return cuts
 
 
 def _fixed(specs, masks, name: str) -> _Fixed | None:
@@ -281,16 +261,20 @@ class _Selection:
                 found.append((f"{kind}.{name}", Piece(factor.weight.detach(), *cut)))
         return found
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Of the linear: weight, bias, LoRA factors."""
+        base = base_linear(self.module)
+        factors = [f.weight for kind in _lora_factors(self.module).values() for f in kind.values()]
+        return [base.weight, *([] if base.bias is None else [base.bias]), *factors]
+
     def cuts(self) -> list[Cut]:
-        """The same of the parameters, in their own layout."""
+        """What stays of each of the parameters, in their own layout."""
         base, rows, cols = base_linear(self.module), self.rows, self.cols
-        found = [Cut(base.weight, (cols, rows) if is_conv1d(base) else (rows, cols))]
-        if base.bias is not None:
-            found.append(Cut(base.bias, (rows,)))
+        kept = [(cols, rows) if is_conv1d(base) else (rows, cols)]
+        kept += [] if base.bias is None else [(rows,)]
         for kind, factors in _lora_factors(self.module).items():
-            kept = (None, cols) if kind == "lora_A" else (rows, None)
-            found += [Cut(factor.weight, kept) for factor in factors.values()]
-        return found
+            kept += [(None, cols) if kind == "lora_A" else (rows, None)] * len(factors)
+        return [Cut(*each) for each in zip(self.parameters(), kept, strict=True)]
 
     def install(self, made: Mapping[str, torch.Tensor], dense: bool) -> None:
         """Put the tensors by role into the modules: packed, or dense again."""
@@ -510,24 +494,3 @@ def _dense_twin(base: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None
         del plain.dense_shape
         return plain
     return twin
-
-
-def encode_mask(mask: torch.Tensor) -> dict:
-    """bool [size] -> {"size", "kept", "bits"}: bits are packed little-endian, base64."""
-    bits = np.packbits(mask.cpu().numpy(), bitorder="little").tobytes()
-    return {"size": mask.numel(), "kept": int(mask.sum()), "bits": base64.b64encode(bits).decode()}
-
-
-def decode_mask(record: Mapping) -> torch.Tensor:
-    """The inverse of encode_mask; ValueError for a record that contradicts itself."""
-    try:
-        raw = np.frombuffer(base64.b64decode(record["bits"], validate=True), dtype=np.uint8)
-        size, kept = int(record["size"]), int(record["kept"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"config.gatepack holds an unreadable open set: {error!r}") from error
-    bits = np.unpackbits(raw, bitorder="little")
-    if bits.size < size or bits.size - size >= 8 or bits[size:].any() or int(bits.sum()) != kept:
-        raise ValueError(
-            f"config.gatepack holds an open set of {kept} of {size} units that its bits contradict"
-        )
-    return torch.from_numpy(bits[:size].astype(bool))

@@ -398,7 +398,7 @@ def plan_heads(
     if len(set(counts[open_groups].tolist())) > 1:
         raise ValueError(
             "open_heads: expected equally many query heads for each key/value head that stays, got "
-            f"{counts.tolist()}; gatepack.packing.physical_mask adds the missing ones"
+            f"{counts.tolist()}; gatepack.masks.physical_mask adds the missing ones"
         )
     half = head_dim // 2
     qk = []

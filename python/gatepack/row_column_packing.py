@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gatepack._ext import fold_pack, fold_pack_adjoint
 from gatepack.functional import spread_lanes, take_lanes
 from gatepack.hf import Layer, detach, layers_of
+from gatepack.masks import decode_mask, encode_mask
 from gatepack.modules import (
     PackedLinear,
     adopt,
@@ -18,7 +19,7 @@ from gatepack.modules import (
     linear_shape,
     weight_matrix,
 )
-from gatepack.packing import FORMAT_VERSION, decode_mask, encode_mask
+from gatepack.packing import FORMAT_VERSION
 from gatepack.row_column import RowColumnGateSet
 
 Mask = Tensor | None

@@ -18,17 +18,17 @@ from gatepack.data import batches
 from gatepack.files import parse_json, read_safetensors, write_safetensors
 from gatepack.gate_training import under
 from gatepack.gates import GateSet
-from gatepack.hf import GATES_NAME, gates_of, layers_of
+from gatepack.hf import GATES_NAME, gates_of, hf_model, layers_of
 from gatepack.importance import calibrate, unit_scores
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Lengths in steps and tokens, peak learning rate of Adam, LoRA rank (alpha = rank), seed.
+    """Lengths in steps and tokens, peak learning rate of AdamW, LoRA rank (alpha = rank), seed.
 
-    The rate rises linearly over warmup_steps and falls along a cosine to 0. autocast: "bfloat16"
-    runs the matmuls of training in it (torch.autocast), with weights, gradients and Adam in the
-    model's dtype; None runs all in that.
+    The rate rises linearly over warmup_steps and falls along a cosine to 0; weight_decay is taken
+    of the weights at that rate. autocast: "bfloat16" runs the matmuls of training in it
+    (torch.autocast), with weights, gradients and AdamW in the model's dtype; None runs all in that.
     """
 
     steps: int = 40
@@ -36,6 +36,7 @@ class TrainConfig:
     batch_size: int = 4
     window: int = 256
     learning_rate: float = 4e-3
+    weight_decay: float = 0.0
     lora_rank: int = 16
     calibration_batches: int = 8
     seed: int = 0
@@ -51,8 +52,8 @@ class TrainConfig:
             raise ValueError(f"window must be >= 2 tokens, got {self.window}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate}")
-        for field in ("seed", "warmup_steps"):
-            if getattr(self, field) < 0:
+        for field in ("seed", "warmup_steps", "weight_decay"):
+            if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be >= 0, got {getattr(self, field)}")
 
     def learning_rate_at(self, step: int) -> float:
@@ -115,6 +116,36 @@ def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
     return wrapped
 
 
+def tune_last_layers(model: nn.Module, count: int) -> list[nn.Parameter]:
+    """Lets only the last layers train, and what follows them: a norm, a pooler, the head.
+
+    count: of layers, 0 for the head alone. A head that is tied to the embedding stays as it is.
+    Gates keep their own state. Returns the parameters that train; raises ValueError for more layers
+    than there are, or if nothing is left to train.
+    """
+    root = hf_model(model)
+    layers = layers_of(root)
+    if not 0 <= count <= len(layers):
+        raise ValueError(f"count: expected 0 to {len(layers)} layers, got {count}")
+    inside = {id(p) for layer in layers for p in layer.module.parameters()}
+    last = {id(p) for layer in layers[len(layers) - count :] for p in layer.module.parameters()}
+    names = [name for name, _ in root.named_modules()]
+    start = names.index(layers[0].name)
+    before = {id(p) for name in names[1:start] if not layers[0].name.startswith(name + ".")
+              for p in root.get_submodule(name).parameters()}  # fmt: skip
+    gates = getattr(root, GATES_NAME, nn.Module())
+    own = {id(p) for p in gates.parameters()}
+    trained = []
+    for parameter in root.parameters():
+        if id(parameter) not in own:
+            trains = id(parameter) in last or id(parameter) not in inside | before
+            parameter.requires_grad_(trains)
+            trained += [parameter] if trains else []
+    if not trained:
+        raise ValueError("count: expected at least 1 where the head is tied to the embedding")
+    return trained
+
+
 class Beside(Protocol):
     """What steps beside an optimizer of the weights: a GateTraining, an ATPTraining."""
 
@@ -125,12 +156,12 @@ class Beside(Protocol):
 
 
 class FineTuning:
-    """A resumable run: Adam over a model's trainable parameters, next-token loss.
+    """A resumable run: AdamW over a model's trainable parameters, next-token loss.
 
     Step i's batch depends on seed and i only, so a run that is cut off and resumed goes on as if it
     had not been. folder: where a checkpoint is kept, or None; a killed run loses what it did in the
     last save_every seconds. Trainable parameters are saved by name, as safetensors. beside: steps
-    once per step, before Adam does, and is saved along. objective(model, ids [B, S]) -> scalar
+    once per step, before AdamW does, and is saved along. objective(model, ids [B, S]) -> scalar
     replaces the next-token loss in what is minimised.
     """
 
@@ -156,7 +187,9 @@ class FineTuning:
                 "model has no trainable parameter: add LoRA or unfreeze something first"
             )
         self.order = batches(windows, config.batch_size, config.steps, config.seed)
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.learning_rate)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
         self.losses: list[float] = []
         if folder is not None and (folder / "run.safetensors").is_file():
             self._load()
