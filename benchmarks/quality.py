@@ -39,6 +39,7 @@ METHODS = ("dense", "recipe", *ONE_SHOT, "FineGates", "ATP")
 # Published rates are for thousands of steps; a gate must fall by 1.55 in half of ours.
 FINE_GATES_TRAVEL = 4.0
 GENERATOR_RATE = 1e-2
+WINDOW = 512  # tokens, of scoring; windows do not overlap
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def scored(cell: Cell, options, folder: Path, log: Log) -> dict:
     model = model.to(torch_device(options.device))
     config = EvalConfig(
         texts=tuple(options.test), ood=tuple(options.ood), choices=tuple(options.choices),
-        windows=options.windows, questions=options.questions, latency=False,
+        windows=options.windows, stride=WINDOW, length=WINDOW, questions=options.questions,
+        latency=False,
     )  # fmt: skip
     report = evaluate(model, tokenizer, config, name=cell.name, log=log)
     speed = None
@@ -185,8 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--calibration-batches", type=int, default=16)
     parser.add_argument("--width-multiple", type=int, default=32)
-    parser.add_argument("--windows", type=int, default=24, help="of 512 tokens, scored per text")
-    parser.add_argument("--questions", type=int, default=100, help="of multiple choice, 0 for all")
+    parser.add_argument("--windows", type=int, default=16, help="scored per text, of 512 tokens")
+    parser.add_argument("--questions", type=int, default=60, help="of multiple choice, 0 for all")
     parser.add_argument("--train-only", action="store_true", help="score in a later call")
     parser.add_argument("--work", type=Path, default=Path("out/quality"), help="for the models")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
