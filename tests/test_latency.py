@@ -164,19 +164,21 @@ def test_a_table_of_another_device_or_shape():
         gp.attach(tiny_model("llama"), config(latency_table=table(seconds=seconds).to_dict()))
 
 
-@pytest.mark.parametrize("length", [1, 1000])
-def test_flops_are_those_of_the_packed_model(length):
-    """2 per weight and token; and 2 * head_dim per query head and earlier token, twice, half of
-    which come before it."""
+@pytest.mark.parametrize(
+    ("family", "seen"), [("llama", 0.5), ("gpt2", 0.5), ("opt", 0.5), ("bert", 1.0)]
+)
+@pytest.mark.parametrize("length", [2, 100])
+def test_flops_are_those_of_the_packed_model(family, seen, length):
+    """2 per weight and token; and 2 * head_dim per query head and token that it sees, twice."""
 
     def flops(model):
         total = 0
         for layer in layers_of(model):
             weights = sum(layer.linear(path).weight.numel() for path in layer.family.linears)
-            total += 2 * weights + layer.queries * 4 * layer.head_dim * length / 2
+            total += 2 * weights + layer.queries * 4 * layer.head_dim * length * seen
         return total
 
-    model = tiny_model("llama")
+    model = tiny_model(family)
     dense = flops(model)
     wanted = gp.GateConfig(
         target=0.7, target_of="flops", sequence_length=length, equal_layers=False,

@@ -12,7 +12,8 @@ from tiny import set_gates, tiny_model, token_ids
 import gatepack as gp
 from gatepack.families import FAMILIES
 from gatepack.hf import layers_of
-from gatepack.packing import decode_mask, encode_mask, physical_mask, shrink
+from gatepack.masks import decode_mask, encode_mask, physical_mask
+from gatepack.packing import shrink
 from gatepack.repack import pack_tensors
 
 CONFIG = gp.GateConfig(noise=0.1, target=0.5, width_multiple=4)

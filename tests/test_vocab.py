@@ -12,9 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from gatepack.vocab import (
     VocabPlan,
+    most_frequent,
     pack_vocab,
     remap_ids,
     shrink_tokenizer,
+    tokenizer_record,
     vocab_closure,
     vocab_pack,
 )
@@ -115,6 +117,10 @@ def test_what_cannot_be_packed_is_refused():
         vocab_closure({"model": {"type": "WordPiece"}}, [])
     with pytest.raises(ValueError, match=r"keep: expected ids of the tokenizer, got \[99999\]"):
         vocab_closure(RECORD, [99999])
+    with pytest.raises(ValueError, match=r"size: expected at least \d+, for bytes and added"):
+        most_frequent(RECORD, torch.ones(FULL.get_vocab_size()), 100)
+    with pytest.raises(ValueError, match="tokenizer: expected a fast one"):
+        tokenizer_record(object())
     with pytest.raises(ValueError, match="expected what vocab_closure returns"):
         shrink_tokenizer(RECORD, [5])
     for keep in ([3, 1], [1, 9], [-1]):

@@ -324,16 +324,17 @@ def _costs(
     fixed = total - sum(gate_cost(spec) for spec in specs.values())
     if config.target_of == "params":
         return Costs(specs, fixed)
-    # Multiplications and additions per token; a head also meets each earlier token's key and value.
-    keys = config.sequence_length
-    if not getattr(root.config, "is_decoder", False) and not root.can_generate():
-        keys *= 2
-    meets = {layer.heads_name: 2 * layer.head_dim * keys for layer in layers}
+    # Multiplications and additions per token; a head also meets the keys and values it attends to.
+    meets = {}
+    for layer in layers:
+        attention = layer.module.get_submodule(layer.family.attention)
+        seen = 0.5 if getattr(attention, "is_causal", root.can_generate()) else 1.0
+        meets[layer.heads_name] = round(seen * 4 * layer.head_dim * config.sequence_length)
     counted = {}
     for name, spec in specs.items():
-        attention = meets[name.rpartition(":")[0]] if spec.kind == "heads" else 0
+        own = meets[name.rpartition(":")[0]] if spec.kind == "heads" else 0
         counted[name] = replace(
-            spec, unit_cost=2 * spec.unit_cost + attention, shared_cost=2 * spec.shared_cost
+            spec, unit_cost=2 * spec.unit_cost + own, shared_cost=2 * spec.shared_cost
         )
     gated = {name.rpartition(":")[0] for name in specs}
     rest = sum(
