@@ -55,7 +55,7 @@ def write(source: Source, folder: Path, dtype: str, progress: Tell) -> list[str]
     try:
         _add_sizes(writer, source, uniform)
         writer.add_file_type(_file_type(gguf, kind))
-        add_tokenizer(writer, source.tokenizer, vocabulary_size(source.model))
+        notes = add_tokenizer(writer, source.tokenizer, vocabulary_size(source.model))
         tensors = _tensors(source)
         kinds = {name: _kind_of(gguf, tensor, kind) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
@@ -72,12 +72,12 @@ def write(source: Source, folder: Path, dtype: str, progress: Tell) -> list[str]
     finally:
         writer.close()
     odd = [name for name, tensor in tensors.items() if tensor.dim() > 1 and kinds[name] != kind]
-    if not odd:
-        return []
-    return [
-        f"q8_0 for {len(odd)} of {len(tensors)} tensors, whose rows are no multiple of 32 long: "
-        f"they are float16 (the first is {odd[0]})"
-    ]
+    if odd:
+        notes.append(
+            f"q8_0 for {len(odd)} of {len(tensors)} tensors, whose rows are no multiple of 32 "
+            f"long: they are float16 (the first is {odd[0]})"
+        )
+    return notes
 
 
 def check(source: Source, folder: Path, windows: torch.Tensor) -> dict:

@@ -13,12 +13,13 @@ _WORST = -1e6  # of tokens that no merge makes
 _SPLITS = {_LLAMA3_SPLIT: "llama-bpe", _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
 
 
-def add_tokenizer(writer, tokenizer, vocabulary: int) -> None:
+def add_tokenizer(writer, tokenizer, vocabulary: int) -> list[str]:
     """Adds tokens, kinds, merges or scores, special ids and the chat template to a GGUFWriter.
 
     vocabulary: rows of the embedding; ids that the tokenizer does not have become unused tokens.
-    Raises ValueError for a tokenizer that is not BPE, that splits or merges words in a way that
-    llama.cpp does not know, or that has more tokens than the embedding has rows.
+    Returns what is not carried. Raises ValueError for a tokenizer that is not BPE, that splits or
+    merges words in a way that llama.cpp does not know, or that has more tokens than the embedding
+    has rows.
     """
     import gguf
 
@@ -59,6 +60,10 @@ def add_tokenizer(writer, tokenizer, vocabulary: int) -> None:
         writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_token_types(types)
     _add_special_tokens(writer, tokenizer)
+    step = backend["pre_tokenizer"] or {}
+    if pieces and step.get("prepend_scheme") in ("first", "always"):
+        return ["that a text which begins with a space gets no other in front: llama.cpp adds one"]
+    return []
 
 
 def _add_special_tokens(writer, tokenizer) -> None:
