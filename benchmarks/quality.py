@@ -39,7 +39,7 @@ METHODS = ("dense", "recipe", *ONE_SHOT, "FineGates", "ATP")
 # Published rates are for thousands of steps; a gate must fall by 1.55 in half of ours.
 FINE_GATES_TRAVEL = 4.0
 GENERATOR_RATE = 1e-2
-WINDOW = 512  # tokens, of scoring; windows do not overlap
+WINDOW, STRIDE = 512, 448  # tokens of a scored window, and of it those that count
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def scored(cell: Cell, options, folder: Path, log: Log) -> dict:
     model = model.to(torch_device(options.device))
     config = EvalConfig(
         texts=tuple(options.test), ood=tuple(options.ood), choices=tuple(options.choices),
-        windows=options.windows, stride=WINDOW, length=WINDOW, questions=options.questions,
+        windows=options.windows, length=WINDOW, stride=STRIDE, questions=options.questions,
         latency=False,
     )  # fmt: skip
     report = evaluate(model, tokenizer, config, name=cell.name, log=log)
