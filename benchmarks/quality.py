@@ -5,7 +5,8 @@ python benchmarks/quality.py --domain medical --train medquad_train.jsonl \\
 
 Runs that stand in --out with the same settings are left out, and models that stand in --work are
 not trained again, so a call that was cut off goes on when it is given once more. Methods: dense
-(LoRA and nothing removed), recipe (gatepack's default one), and those of gatepack.methods.
+(LoRA and nothing removed), recipe (gatepack's default one), distilled (the same with the dense
+model as its teacher), and those of gatepack.methods.
 """
 
 import argparse
@@ -23,9 +24,10 @@ from gatepack import methods
 from gatepack.checkpoint import save_pretrained
 from gatepack.config import GateConfig
 from gatepack.data import load_documents, to_windows
+from gatepack.distillation import Distillation
 from gatepack.evaluation import EvalConfig, evaluate
 from gatepack.files import write_json
-from gatepack.hf import attach
+from gatepack.hf import attach, layers_of
 from gatepack.methods.one_shot import calibration_batches, fine_tune, run_beside_lora
 from gatepack.models import load_model, torch_device
 from gatepack.packing import pack
@@ -35,10 +37,11 @@ from gatepack.timing import measure
 from gatepack.training import TrainConfig, close_to_budget
 
 ONE_SHOT = ("Magnitude", "WandaSP", "FLAP", "Taylor", "ContextPruning")
-METHODS = ("dense", "recipe", *ONE_SHOT, "FineGates", "ATP")
+METHODS = ("dense", "recipe", "distilled", *ONE_SHOT, "FineGates", "ATP")
 # Published rates are for thousands of steps; a gate must fall by 1.55 in half of ours.
 FINE_GATES_TRAVEL = 4.0
 GENERATOR_RATE = 1e-2
+DISTILLATION = Distillation(temperature=1.0, weight=0.5, task_weight=0.5)
 WINDOW, STRIDE = 512, 448  # tokens of a scored window, and of it those that count
 
 
@@ -75,13 +78,19 @@ def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict
         def on_step(tuning) -> None:
             tell(tuning.step, loss=round(tuning.losses[-1], 3))
 
-        if cell.method in ("dense", "recipe"):
-            if cell.method == "recipe":
+        if cell.method in ("dense", "recipe", "distilled"):
+            distilling = None
+            if cell.method == "distilled":
+                distilling = DISTILLATION.start(model, keep=repaired(model))
+            if cell.method != "dense":
                 attach(model, cell.gates())
                 close_to_budget(model, windows, train)
             losses, merged = fine_tune(model, windows, train, None, on_step)
-            report = pack(merged) if cell.method == "recipe" else None
             settings = {}
+            if distilling is not None:
+                distilling.stop()
+                settings = asdict(DISTILLATION)
+            report = None if cell.method == "dense" else pack(merged)
         else:
             method = published(cell)
             if cell.method in ONE_SHOT:
@@ -97,6 +106,15 @@ def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict
         "kept_fraction": 1.0 if report is None else report.kept_fraction,
         "params": None if report is None else report.to_dict()["params"],
     }
+
+
+def repaired(model) -> list[torch.nn.Parameter]:
+    """The weights that close_to_budget writes, which the teacher keeps as they were."""
+    return [
+        layer.linear(path).weight
+        for layer in layers_of(model)
+        for path in (layer.family.out, layer.family.down)
+    ]
 
 
 def published(cell: Cell):

@@ -2,12 +2,17 @@
 
 import json
 import statistics
+import sys
+from pathlib import Path
 
-from report import RESULTS, conditions, table
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # as the page's hook loads it by path
+
+from _results import RESULTS, conditions, table
 
 LANGUAGE_METHODS = {
     "dense": "LoRA, nothing removed",
     "recipe": "gatepack's recipe",
+    "distilled": "gatepack's recipe, distilled",
     "Magnitude": "magnitude",
     "WandaSP": "Wanda-sp",
     "FLAP": "FLAP",
@@ -54,7 +59,7 @@ def language_section(domain: str, rows: list[dict]) -> str:
     tokens = train["steps"] * train["batch_size"] * train["window"]
     return "\n\n".join(
         [
-            f"## {rows[0]['model_name']}, {domain}",
+            f"## {Path(rows[0]['model']).name}, {domain}",
             f"{tokens:,} tokens of training for every row, in {train['steps']} steps; LoRA of rank "
             f"{train['lora_rank']}. Removed: of the blocks' weights, physically, by the same "
             "packer. Of dense: the perplexity of the first row over this one, that is how much is "
@@ -113,7 +118,7 @@ def encoder_section(task: str, rows: list[dict]) -> str:
     first = rows[0]
     return "\n\n".join(
         [
-            f"## {first['model_name']}, {task}",
+            f"## {Path(first['model']).name}, {task}",
             f"A new classification head, {first['epochs']} epochs of {first['batch_size']} "
             f"examples a step, at most {first['length']} tokens each; accuracy on "
             f"{first['tested']:,} held-out examples, mean (lowest-highest) over seeds. Speed is "

@@ -87,10 +87,20 @@ def _plain(match: re.Match) -> str:
 
 def performance_page() -> str:
     """What benchmarks/report.py makes of benchmarks/results."""
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
-    return report.performance_page()
+    return _benchmark("report").performance_page()
+
+
+def quality_page() -> str:
+    """What benchmarks/report_quality.py makes of benchmarks/results/quality."""
+    return _benchmark("report_quality").quality_page()
+
+
+def _benchmark(name: str):
+    """A module of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def notebook_page() -> str:
@@ -109,5 +119,6 @@ def notebook_page() -> str:
 PAGES = {
     "ops.md": ops_page,
     "performance.md": performance_page,
+    "quality.md": quality_page,
     "quickstart.md": notebook_page,
 }

@@ -5,10 +5,12 @@ import json
 import pytest
 import quality
 import quality_encoder
+import report_quality
 import torch
 from letters import letter_tokenizer
 from tiny import tiny_model
 
+MADE = ("dense", "recipe", "distilled", "FLAP", "FineGates", "ATP")
 TEXT = "The gate that stays open is worth its cost; the others go. "
 
 
@@ -34,7 +36,7 @@ def test_language_model(language_model, tmp_path, capsys):
         "--domain", "tiny", "--model", str(language_model), "--train", train, "--test", test,
         "--choices", choices, "--kept", "0.7", "--steps", "4", "--window", "16", "--windows", "1",
         "--width-multiple", "2", "--device", "cpu", "--work", str(tmp_path / "work"),
-        "--out", str(tmp_path / "out"), "--methods", "dense", "recipe", "FLAP", "FineGates", "ATP",
+        "--out", str(tmp_path / "out"), "--methods", *MADE,
     ]  # fmt: skip
     quality.main([*arguments, "--train-only"])
     assert not (tmp_path / "out").exists()
@@ -42,9 +44,7 @@ def test_language_model(language_model, tmp_path, capsys):
     quality.main(arguments)
     assert made == {path: path.stat().st_mtime_ns for path in tmp_path.glob("work/*/made.json")}
     rows = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").iterdir()}
-    assert set(rows) == {
-        "tiny-dense-1.0-0", *(f"tiny-{m}-0.7-0" for m in ("recipe", "FLAP", "FineGates", "ATP"))
-    }  # fmt: skip
+    assert set(rows) == {f"tiny-{method}-{1.0 if method == 'dense' else 0.7}-0" for method in MADE}
     for name, row in rows.items():
         assert len(row["losses"]) == 4
         kept = 1.0 if "dense" in name else 0.7
@@ -56,6 +56,29 @@ def test_language_model(language_model, tmp_path, capsys):
     capsys.readouterr()
     quality.main(arguments)
     assert capsys.readouterr().out == ""
+
+
+def test_page_sets_methods_beside_the_dense_model(tmp_path, monkeypatch):
+    stamp = {"device": "chip", "threads": 1, "torch": "2.9", "date": "2026-01-01", "commit": "abc"}
+    shared = {"bench": "quality", "domain": "law", "model": "m/tiny", "dirty": False, **stamp}
+    shared["train"] = {"steps": 10, "batch_size": 2, "window": 5, "lora_rank": 3, "seed": 0}
+    (tmp_path / "quality").mkdir()
+    for method, kept, perplexity in (("dense", 1.0, 8.0), ("FLAP", 0.6, 16.0)):
+        ratios = {"ratios": {"prefill": 1.5, "decode": 1.25}}
+        figures = {
+            "text": {"t.jsonl": {"perplexity": perplexity}},
+            "ood": {"o.txt": {"perplexity": 30.0}},
+            "choices": {"c.jsonl": {"accuracy": 0.5}},
+        }
+        row = {**shared, "method": method, "kept": kept, "kept_fraction": kept, "figures": figures}
+        row["speed"] = None if method == "dense" else ratios
+        jsonl(tmp_path / "quality" / f"{method}.json", [row])
+    monkeypatch.setattr(report_quality, "RESULTS", tmp_path)
+    page = report_quality.quality_page()
+    assert "## tiny, law\n\n100 tokens of training for every row, in 10 steps" in page
+    assert "| LoRA, nothing removed | 0 % | 8.00 | 100.0% | 50.0% | 30.00 | 1 | 1 | 1 |" in page
+    assert "| FLAP | 40.0% | 16.00 | 50.0% | 50.0% | 30.00 | 1.50 | 1.25 | 1 |" in page
+    assert "chip, 1 threads, torch 2.9, 2026-01-01, commit abc." in page
 
 
 def test_encoder(tmp_path):
@@ -105,3 +128,17 @@ def test_encoder(tmp_path):
             assert row["speed"]["model"]["decode"] is None
         else:
             assert row["removed"] is None
+
+
+def test_page_gives_the_spread_over_seeds(tmp_path, monkeypatch):
+    stamp = {"device": "chip", "threads": 1, "torch": "2.9", "date": "2026-01-01", "commit": "abc"}
+    shared = {"bench": "quality_encoder", "task": "qnli", "model": "tiny", "dirty": False, **stamp}
+    shared |= {"epochs": 2, "batch_size": 4, "length": 16, "tested": 9, "kept": 0.8}
+    (tmp_path / "quality").mkdir()
+    for seed, accuracy in enumerate((0.7, 0.8, 0.9)):
+        row = {**shared, "method": "fine_gates", "accuracy": accuracy, "removed": 0.2}
+        row["speed"] = {"ratios": {"prefill": 1.1}}
+        jsonl(tmp_path / "quality" / f"{seed}.json", [row])
+    monkeypatch.setattr(report_quality, "RESULTS", tmp_path)
+    spread = "20.0% (20.0%-20.0%) | 80.0% (70.0%-90.0%) | 1.10 (1.10-1.10)"
+    assert f"| FineGates | {spread} | 3 |" in report_quality.quality_page()

@@ -102,6 +102,22 @@ def test_the_loss_is_against_the_dense_model(units, match):
     assert torch.equal(student.loss, plain.loss)  # after stop() the loss is its own again
 
 
+def test_adapters_that_come_after_the_gates_learn_from_the_first_forward_on():
+    model = tiny_model("llama")
+    gates = gp.attach(model, gp.GateConfig(noise=0.0))
+    set_gates(gates, "mixed")
+    gates.freeze()
+    model = with_lora(model)
+    gp.Distillation().start(model, keep=[])
+    model.train()
+    ids = token_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    found = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert {name for name in found if "lora_B" in name} == {
+        name for name, _ in model.named_parameters() if "lora_B" in name
+    }
+
+
 def test_gradients_reach_the_gates_and_lora_only_through_the_student():
     model = with_lora(tiny_model("llama"))
     gates = gp.attach(model, gp.GateConfig(noise=0.0, target=0.6))

@@ -167,7 +167,7 @@ def test_packing_of_a_layer_says_into_which_memory(tmp_path, monkeypatch):
     (tmp_path / "chip").mkdir()
     text = "\n".join(json.dumps(row) for row in rows)
     (tmp_path / "chip" / "pack_tensors.jsonl").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(_results, "RESULTS", tmp_path)
     page = report.performance_page()
     assert "| pack, rows | tiny, bfloat16, 60% kept | fresh | 42.00 | 40.0 | 150% |" in page
     assert "| pack, rows | tiny, bfloat16, 60% kept | mapped | 9.00 | 40.0 | 94% |" in page

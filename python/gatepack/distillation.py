@@ -159,6 +159,7 @@ class Distilling:
         present = [parameter.data for parameter, _ in self._kept]
         with ExitStack() as stack:
             if gates is not None:
+                gates.attachment.bind()  # or the teacher's forward does, and adapters stay off
                 stack.enter_context(gates.all_open())
             stack.enter_context(_without_adapters(self.root))
             for decisions in _decisions_of(self.root):
