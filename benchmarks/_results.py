@@ -59,8 +59,11 @@ def cells_of(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
     return cells
 
 
-def goal_section() -> str:
-    """Every goal: measured on each device of which there are results, or what is predicted."""
+def goal_section(measured_only: bool = False) -> str:
+    """Every goal: measured on each device of which there are results, or what is predicted.
+
+    measured_only: the rest are counted in a sentence, and nothing is predicted.
+    """
     facts = _roofline.read_facts(RESULTS / "aot.json")
     everything = sorted(
         (row for bench in ("level", "fold_pack", "startup", "ceilings") for row in rows_of(bench)),
@@ -95,12 +98,19 @@ def goal_section() -> str:
              guess]
         )  # fmt: skip
     header = ["goal", "against", "bound", "reached", "", "ours", "of roofline"]
-    header.append("predicted, " + " / ".join(_roofline.CHIPS))
     text = (
         "Times are compared within one run, contenders in turn: a ratio is theirs over ours, so "
-        "more is better, except for peak memory (ours over theirs) and seconds. Predictions are "
-        "counted FLOPs and bytes at data-sheet rates (`benchmarks/_roofline.py`), for GPUs on "
-        "which nothing has been measured yet."
+        "more is better, except for peak memory (ours over theirs) and seconds. "
+    )
+    if measured_only:
+        found = [line[:-1] for line in lines if line[3] != "not measured"]
+        missing = len(lines) - len(found)
+        text += f"{missing} of {len(lines)} goals have not been measured."
+        return f"{text}\n\n{table(header, found)}" if found else text
+    header.append("predicted, " + " / ".join(_roofline.CHIPS))
+    text += (
+        "Predictions are counted FLOPs and bytes at data-sheet rates (`benchmarks/_roofline.py`), "
+        "for GPUs on which nothing has been measured yet."
     )
     return f"{text}\n\n{table(header, lines)}"
 

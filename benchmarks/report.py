@@ -177,7 +177,7 @@ def with_results(readme: str) -> str:
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
     lost = loss_section()
-    parts = [demo_section(), goal_section(), figure_links("docs/figures")]
+    parts = [demo_section(), goal_section(measured_only=True), figure_links("docs/figures")]
     parts += [f"Where we lose:\n\n{lost}"] if lost else []
     return before + "\n\n".join([BEGIN, *filter(None, parts), END]) + after
 
