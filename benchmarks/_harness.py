@@ -33,7 +33,10 @@ def _cpu() -> str:
 
 
 def environment(device: torch.device | str = "cpu") -> dict:
-    """What a number depends on besides the code: commit, dirty, date, device, torch, triton."""
+    """What a number depends on besides the code: commit, dirty, date, device, torch, triton.
+
+    dirty: whether anything but results has changed since the commit.
+    """
     device = torch.device(device)
     try:
         import triton
@@ -44,7 +47,7 @@ def environment(device: torch.device | str = "cpu") -> dict:
     on_gpu = device.type == "cuda"
     return {
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu(),
         "threads": None if on_gpu else torch.get_num_threads(),
