@@ -132,7 +132,7 @@ def test_model_card_and_tokenizer(tmp_path):
 class TestRefusals:
     def test_uneven_layers_are_named(self, tmp_path):
         with pytest.raises(
-            ValueError, match=r"query heads in every layer, got 3 \(layer 1\) and 6"
+            ValueError, match=r"query heads in every layer of a llama, got 3 \(layer 1\) and 6"
         ):
             gp.export(packed_model(**UNEVEN), tmp_path / "m")
         uneven = packed_model(closed=([], []), widths=(40, 16))
