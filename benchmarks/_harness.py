@@ -7,8 +7,10 @@ import datetime
 import itertools
 import json
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -54,6 +56,12 @@ def environment(device: torch.device | str = "cpu") -> dict:
         "torch": torch.__version__,
         "triton": triton_version,
     }
+
+
+def command_line() -> str:
+    """What was called, with files by their names alone."""
+    words = (Path(word).name if Path(word).exists() else word for word in sys.argv[1:])
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def interleaved(

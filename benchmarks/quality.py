@@ -11,14 +11,12 @@ model as its teacher), and those of gatepack.methods.
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from _harness import environment
+from _harness import command_line, environment
 
 from gatepack import methods
 from gatepack.checkpoint import save_pretrained
@@ -218,11 +216,15 @@ def main(arguments: list[str] | None = None) -> None:
         if settings_match(path, cell):
             continue
         folder = options.work / cell.name
-        row = {"bench": "quality", "model": options.model, **made(cell, options, folder, log)}
+        row = {
+            "bench": "quality",
+            "model": Path(options.model).name,
+            **made(cell, options, folder, log),
+        }
         if options.train_only:
             continue
         row |= scored(cell, options, folder, log)
-        write_json(path, {**row, "command": shlex.join(["python", *sys.argv]), **stamp})
+        write_json(path, {**row, "command": command_line(), **stamp})
         print(cell.name, json.dumps(row["figures"]), flush=True)
 
 

@@ -11,14 +11,12 @@ is trained with each method on the same batches; FineGates then packs. One JSON 
 import argparse
 import json
 import math
-import shlex
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from _harness import environment
+from _harness import command_line, environment
 from quality import settings_match
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -187,7 +185,7 @@ def run(cell: Cell, options, log: Log) -> dict:
         "speed": speed,
         "losses": losses,
         "train_seconds": round(seconds, 1),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
     }
 
 
