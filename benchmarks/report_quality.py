@@ -65,7 +65,8 @@ def language_section(domain: str, rows: list[dict]) -> str:
             "packer. Of dense: the perplexity of the first row over this one, that is how much is "
             "recovered. Multiple choice: accuracy on the first questions of the file named, a few "
             "dozen, so that differences of some points say nothing. Methods that train gates were "
-            "published with thousands of steps; here they get as many as the others. Speed beside the model before pruning, interleaved in one run, batch 1.",
+            "published with thousands of steps; here they get as many as the others. "
+            "Speed beside the model before pruning, interleaved in one run, batch 1.",
             table(header, lines),
             conditions(rows[-1]) + ".",
         ]
