@@ -25,20 +25,21 @@ from gatepack.data import load_documents, to_windows
 from gatepack.distillation import Distillation
 from gatepack.evaluation import EvalConfig, evaluate
 from gatepack.files import write_json
-from gatepack.hf import attach, layers_of
-from gatepack.methods.one_shot import calibration_batches, fine_tune, run_beside_lora
+from gatepack.hf import attach
+from gatepack.methods.one_shot import fine_tune, run_beside_lora
 from gatepack.models import load_model, torch_device
 from gatepack.packing import pack
 from gatepack.progress import Log
 from gatepack.recipe import plain
 from gatepack.timing import measure
-from gatepack.training import TrainConfig, close_to_budget
+from gatepack.training import TrainConfig, close_to_budget, repaired_weights
 
 ONE_SHOT = ("Magnitude", "WandaSP", "FLAP", "Taylor", "ContextPruning")
 METHODS = ("dense", "recipe", "distilled", *ONE_SHOT, "FineGates", "ATP")
-# Published rates are for thousands of steps; a gate must fall by 1.55 in half of ours.
-FINE_GATES_TRAVEL = 4.0
-GENERATOR_RATE = 1e-2
+TRAVEL = (
+    4.0  # how far FineGates may move a logit until gates freeze; it closes 1.55 below its start
+)
+GENERATOR_RATE = 1e-2  # the published one is for thousands of steps
 DISTILLATION = Distillation(temperature=1.0, weight=0.5, task_weight=0.5)
 WINDOW, STRIDE = 512, 448  # tokens of a scored window, and of it those that count
 
@@ -79,7 +80,7 @@ def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict
         if cell.method in ("dense", "recipe", "distilled"):
             distilling = None
             if cell.method == "distilled":
-                distilling = DISTILLATION.start(model, keep=repaired(model))
+                distilling = DISTILLATION.start(model, keep=repaired_weights(model).values())
             if cell.method != "dense":
                 attach(model, cell.gates())
                 close_to_budget(model, windows, train)
@@ -91,12 +92,10 @@ def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict
             report = None if cell.method == "dense" else pack(merged)
         else:
             method = published(cell)
-            if cell.method in ONE_SHOT:
-                report = method.prune(model, calibration_batches(windows, train))
-                losses, merged = fine_tune(model, windows, train, None, on_step)
-            else:
-                run = run_beside_lora(method, model, windows, train, None, on_step)
-                losses, merged, report = run.losses, run.model, run.report
+            # OneShot's own run: ContextPruning.run scores and splits texts besides.
+            train_by = methods.OneShot.run if cell.method in ONE_SHOT else run_beside_lora
+            run = train_by(method, model, windows, train, None, on_step)
+            losses, merged, report = run.losses, run.model, run.report
             settings = asdict(method)
     return merged, {
         "losses": losses,
@@ -106,22 +105,10 @@ def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict
     }
 
 
-def repaired(model) -> list[torch.nn.Parameter]:
-    """The weights that close_to_budget writes, which the teacher keeps as they were."""
-    return [
-        layer.linear(path).weight
-        for layer in layers_of(model)
-        for path in (layer.family.out, layer.family.down)
-    ]
-
-
 def published(cell: Cell):
     """The method of a cell, with its published values but for what a short run needs."""
     if cell.method == "FineGates":
-        return methods.FineGates(
-            target_sparsity=1 - cell.kept, budget=cell.kept, freeze=0.5, trains="gates",
-            learning_rate=FINE_GATES_TRAVEL / cell.train.steps * 2, seed=cell.train.seed,
-        )  # fmt: skip
+        return fine_gates(cell.kept, cell.train.steps, cell.train.seed, 0.5, trains="gates")
     if cell.method == "ATP":
         return methods.ATP(
             target=cell.kept, generator_rate=GENERATOR_RATE, seed=cell.train.seed,
@@ -130,6 +117,14 @@ def published(cell: Cell):
     if cell.method == "ContextPruning":
         return methods.ContextPruning(gates=cell.gates(), rule="budget")
     return getattr(methods, cell.method)(gates=cell.gates())
+
+
+def fine_gates(kept: float, steps: int, seed: int, freeze: float, **fields) -> methods.FineGates:
+    """FineGates down to a kept fraction in few steps, at the rate that this takes."""
+    return methods.FineGates(
+        target_sparsity=1 - kept, budget=kept, freeze=freeze, seed=seed,
+        learning_rate=TRAVEL / (freeze * steps), **fields,
+    )  # fmt: skip
 
 
 def figures(report: dict) -> dict:

@@ -10,27 +10,24 @@ is trained with each method on the same batches; FineGates then packs. One JSON 
 
 import argparse
 import json
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from _harness import command_line, environment
-from quality import settings_match
+from quality import fine_gates, settings_match
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from gatepack import methods
 from gatepack.data import batches, json_lines, read_text
 from gatepack.files import write_json
-from gatepack.hf import layers_of
 from gatepack.packing import pack
 from gatepack.progress import Log
 from gatepack.quality import evaluating
 from gatepack.recipe import plain
 from gatepack.scoring import wilson_interval
 from gatepack.timing import measure
-from gatepack.training import TrainConfig, add_lora
+from gatepack.training import TrainConfig, add_lora, tune_last_layers
 
 METHODS = ("full", "lora", "last_layers", "fine_gates", "fine_gates_lora")
 RATES = {
@@ -42,9 +39,6 @@ RATES = {
 }
 LAST = 2  # layers that "last_layers" trains
 RANK = 16
-TRAVEL = (
-    4.0  # how far a gate's logit may move until gates freeze; it closes at 1.55 below its start
-)
 
 
 @dataclass(frozen=True)
@@ -85,40 +79,35 @@ class Examples:
         return dict(self.tokenizer.pad(chosen, return_tensors="pt"), labels=self.labels[rows])
 
 
-def prepared(cell: Cell, model, steps: int):
+def prepared(cell: Cell, model, train: TrainConfig):
     """(model with what the method trains left trainable, what steps beside its optimizer)."""
     if cell.method in ("lora", "fine_gates_lora"):
-        model = add_lora(model, TrainConfig(lora_rank=RANK, seed=cell.seed))
+        model = add_lora(model, train)
         model.base_model.model.classifier.requires_grad_(True)
     elif cell.method == "last_layers":
-        model.requires_grad_(False)
-        for layer in layers_of(model)[-LAST:]:
-            layer.module.requires_grad_(True)
-        model.classifier.requires_grad_(True)
+        tune_last_layers(model, LAST)
     if not cell.method.startswith("fine_gates"):
         return model, None
-    freeze = 0.6
-    method = methods.FineGates(
-        target_sparsity=1 - cell.kept, budget=cell.kept, freeze=freeze, seed=cell.seed,
-        learning_rate=TRAVEL / (freeze * steps),
-    )  # fmt: skip
-    return model, method.start(model, steps)
+    return model, fine_gates(cell.kept, train.steps, cell.seed, 0.6).start(model, train.steps)
 
 
 def trained(cell: Cell, model, examples: Examples, log: Log) -> tuple[torch.nn.Module, list[float]]:
     """The model with adapters merged and closed units removed, and its losses."""
     steps = cell.epochs * (len(examples.labels) // cell.batch_size)
+    train = TrainConfig(
+        steps=steps, warmup_steps=round(0.06 * steps), learning_rate=RATES[cell.method],
+        lora_rank=RANK, seed=cell.seed,
+    )  # fmt: skip
     order = batches(examples.labels, cell.batch_size, steps, cell.seed)
-    model, beside = prepared(cell, model, steps)
-    weights = (
-        [p for p in model.parameters() if p.requires_grad] if beside is None else beside.weights()
-    )
-    optimizer = torch.optim.AdamW(weights, lr=RATES[cell.method], weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+    model, beside = prepared(cell, model, train)
+    weights = model.parameters() if beside is None else beside.weights()
+    weights = [p for p in weights if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.01)
     losses = []
     model.train()
     with log.bar(cell.name, "step", steps) as tell:
         for rows in order:
+            optimizer.param_groups[0]["lr"] = train.learning_rate_at(len(losses))
             loss = model(**examples.batch(rows)).loss
             loss.backward()
             if beside is not None:
@@ -126,7 +115,6 @@ def trained(cell: Cell, model, examples: Examples, log: Log) -> tuple[torch.nn.M
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
             losses.append(loss.item())
             tell(len(losses), loss=round(losses[-1], 3))
     if beside is not None:
@@ -134,13 +122,6 @@ def trained(cell: Cell, model, examples: Examples, log: Log) -> tuple[torch.nn.M
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     return model.eval(), losses
-
-
-def rate(step: int, steps: int) -> float:
-    """The learning rate's share of its peak: up over 6 % of the steps, then down a cosine to 0."""
-    rise = max(1, round(0.06 * steps))
-    fall = 0.5 * (1 + math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
-    return min(1.0, (step + 1) / rise) * fall
 
 
 @torch.no_grad()

@@ -312,11 +312,21 @@ def load_gated_base(gates: GateSet, folder: Path) -> bool:
 
 
 def _gated_base(gates: GateSet) -> dict[str, torch.Tensor]:
-    tensors = {"gates.logits": gates.logits.data, "gates.closed": gates.closed}
-    for layer in layers_of(gates.attachment.root):
-        for path in (layer.family.out, layer.family.down):
-            tensors[f"{layer.name}.{path}"] = layer.linear(path).weight.data
-    return tensors
+    weights = repaired_weights(gates.attachment.root)
+    return {
+        "gates.logits": gates.logits.data,
+        "gates.closed": gates.closed,
+        **{name: weight.data for name, weight in weights.items()},
+    }
+
+
+def repaired_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base weights that close_to_budget writes, by the names of their linears."""
+    return {
+        f"{layer.name}.{path}": layer.linear(path).weight
+        for layer in layers_of(model)
+        for path in (layer.family.out, layer.family.down)
+    }
 
 
 @contextmanager
