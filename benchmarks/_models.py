@@ -6,6 +6,7 @@ device together with what it is compared with.
 
 import copy
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from _suite import Case, ModelShape
@@ -212,3 +213,20 @@ def widths(case: Case, units: tuple[str, ...]) -> dict[str, int]:
         "heads": kept_groups(shape, case.kept) * (shape.heads // shape.kv_heads),
         "channels": kept_channels(shape, case.kept, units),
     }
+
+
+def optimizer_step(leaves) -> Callable | None:
+    """f(gradients), which gives those of the parameters among the leaves to an AdamW of learning
+    rate 0; None without parameters."""
+    trained = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
+    if not trained:
+        return None
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+
+    def after(gradients):
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return after

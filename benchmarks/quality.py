@@ -24,13 +24,12 @@ from gatepack.config import GateConfig
 from gatepack.data import load_documents, to_windows
 from gatepack.distillation import Distillation
 from gatepack.evaluation import EvalConfig, evaluate
-from gatepack.files import write_json
+from gatepack.files import plain, write_json
 from gatepack.hf import attach
 from gatepack.methods.one_shot import fine_tune, run_beside_lora
 from gatepack.models import load_model, torch_device
 from gatepack.packing import pack
 from gatepack.progress import Log
-from gatepack.recipe import plain
 from gatepack.timing import measure
 from gatepack.training import TrainConfig, close_to_budget, repaired_weights
 

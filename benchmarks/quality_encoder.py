@@ -20,11 +20,10 @@ from quality import fine_gates, settings_match
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gatepack.data import batches, json_lines, read_text
-from gatepack.files import write_json
+from gatepack.files import plain, write_json
 from gatepack.packing import pack
 from gatepack.progress import Log
 from gatepack.quality import evaluating
-from gatepack.recipe import plain
 from gatepack.scoring import wilson_interval
 from gatepack.timing import measure
 from gatepack.training import TrainConfig, add_lora, tune_last_layers

@@ -9,6 +9,7 @@ whether both are current. The page is made when the documentation is built (docs
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as the pages' hook loads it by path
@@ -105,22 +106,17 @@ def fold_pack_sections() -> list[str]:
     rows = newest(
         rows_of("fold_pack"), "device", "along", "shape", "dtype", "kept", "backend", "op"
     )
-    sections = []
-    for device in sorted({row["device"] for row in rows}):
-        own = [row for row in rows if row["device"] == device]
-        lines = [
-            [
-                f"{row['op']}, {row['kept']:.0%} of the {row['along']}",
-                f"{row['shape'][0]} x {row['shape'][1]}, {row['dtype']}",
-                f"{row['ms']:.3f}",
-                f"{row['GB/s']:.1f}",
-                f"{row['of_copy']:.0%}",
-            ]
-            for row in own
-        ]
-        header = ["op", "matrix", "ms", "GB/s", "of copy"]
-        sections.append(f"{table(header, lines)}\n\n{conditions(own[-1])}.")
-    return sections
+    return sections_by_device(
+        rows,
+        ["op", "matrix", "ms", "GB/s", "of copy"],
+        lambda row: [
+            f"{row['op']}, {row['kept']:.0%} of the {row['along']}",
+            f"{row['shape'][0]} x {row['shape'][1]}, {row['dtype']}",
+            f"{row['ms']:.3f}",
+            f"{row['GB/s']:.1f}",
+            f"{row['of_copy']:.0%}",
+        ],
+    )
 
 
 def pack_tensors_sections() -> list[str]:
@@ -128,21 +124,28 @@ def pack_tensors_sections() -> list[str]:
     that it writes, both into fresh memory or both into memory that is already mapped."""
     rows = [row for row in rows_of("pack_tensors") if "memory" in row]  # older lines mix the two
     rows = newest(rows, "device", "along", "memory", "shape", "dtype", "kept", "backend", "op")
+    return sections_by_device(
+        rows,
+        ["op", "layer", "memory", "ms", "GB/s", "of copy"],
+        lambda row: [
+            f"{row['op']}, {row['along']}",
+            f"{row['shape']}, {row['dtype']}, {row['kept']:.0%} kept",
+            row["memory"],
+            f"{row['ms']:.2f}",
+            f"{row['GB/s']:.1f}",
+            f"{row['of_copy']:.0%}",
+        ],
+    )
+
+
+def sections_by_device(
+    rows: list[dict], header: list[str], line: Callable[[dict], list[str]]
+) -> list[str]:
+    """A table for each device, a line of it for each row."""
     sections = []
     for device in sorted({row["device"] for row in rows}):
         own = [row for row in rows if row["device"] == device]
-        lines = [
-            [
-                f"{row['op']}, {row['along']}",
-                f"{row['shape']}, {row['dtype']}, {row['kept']:.0%} kept",
-                row["memory"],
-                f"{row['ms']:.2f}",
-                f"{row['GB/s']:.1f}",
-                f"{row['of_copy']:.0%}",
-            ]
-            for row in own
-        ]
-        header = ["op", "layer", "memory", "ms", "GB/s", "of copy"]
+        lines = [line(row) for row in own]
         sections.append(f"{table(header, lines)}\n\n{conditions(own[-1])}.")
     return sections
 

@@ -1,8 +1,8 @@
 """finegates_step: a training step of RoBERTa-base with gates on the rows and columns of linears.
 
 ours is gatepack.methods.FineGates; masked multiplies the same gates in unfused; finegates is the
-published code, whose row and column gates draw their own samples. Gates, biases of gated linears
-and the classifier train; AdamW has a learning rate of 0.
+published code, whose row and column gates draw their own samples. The gates' logits train; AdamW
+has a learning rate of 0.
 """
 
 import copy
@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 from _contenders import with_fine_gates
-from _models import build, shared_copy
+from _models import build, optimizer_step, shared_copy
 from _suite import Case, Contender, Work
 
 from gatepack.hf import gates_of, layers_of
@@ -60,9 +60,9 @@ def work(case: Case) -> Work:
         return loss(fine) + 50.0 * penalty
 
     contenders = {
-        "ours": Contender(ours, (gates.logits,), _optimizer([gates.logits])),
-        "masked": Contender(lambda _: masked(loss), (logits,), _optimizer([logits])),
-        "finegates": Contender(published, tuple(fine_logits), _optimizer(fine_logits)),
+        "ours": Contender(ours, (gates.logits,), optimizer_step([gates.logits])),
+        "masked": Contender(lambda _: masked(loss), (logits,), optimizer_step([logits])),
+        "finegates": Contender(published, tuple(fine_logits), optimizer_step(fine_logits)),
     }
     return Work(
         contenders=contenders,
@@ -99,18 +99,6 @@ def _masked(model, gates):
 
 def _multiply(values, name, lanes):
     return lambda x: x * lane_values(values[name], lanes).to(x.dtype)
-
-
-def _optimizer(leaves):
-    optimizer = torch.optim.AdamW(list(leaves), lr=0.0, weight_decay=0.0)
-
-    def after(gradients):
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return after
 
 
 def least(case: Case, base, ids) -> dict[str, float]:

@@ -15,6 +15,7 @@ from _models import (
     adapters_of,
     build,
     gate,
+    optimizer_step,
     packed_copy,
     plain,
     shared_copy,
@@ -76,22 +77,6 @@ def _loss(model, ids, leaves) -> torch.Tensor:
     return model(inputs_embeds=leaves[0], labels=ids).loss
 
 
-def _optimizer(leaves):
-    """Puts gradients into an AdamW of learning rate 0."""
-    trained = [t for t in leaves if isinstance(t, torch.nn.Parameter)]
-    if not trained:
-        return None
-    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
-
-    def after(gradients):
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return after
-
-
 def _gated(model, gates, ids) -> Contender:
     leaves = _embedded(model, ids)
 
@@ -99,7 +84,7 @@ def _gated(model, gates, ids) -> Contender:
         return _loss(model, ids, leaves) + 0.0 * gates.penalty()
 
     inputs = (gates.logits, *leaves)
-    return Contender(forward, inputs, _optimizer(inputs))
+    return Contender(forward, inputs, optimizer_step(inputs))
 
 
 def _masked(masked: MaskedModel, ids) -> Contender:
@@ -110,12 +95,12 @@ def _masked(masked: MaskedModel, ids) -> Contender:
         return _loss(masked.model, ids, leaves)
 
     inputs = (masked.logits, *leaves)
-    return Contender(forward, inputs, _optimizer(inputs))
+    return Contender(forward, inputs, optimizer_step(inputs))
 
 
 def _plain(model, ids) -> Contender:
     leaves = _embedded(model, ids)
-    return Contender(lambda *leaves: _loss(model, ids, leaves), leaves, _optimizer(leaves))
+    return Contender(lambda *leaves: _loss(model, ids, leaves), leaves, optimizer_step(leaves))
 
 
 def least(case: Case, root, small, ids) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gatepack.bench import BenchConfig
-from gatepack.files import write_json
+from gatepack.files import plain, write_json
 from gatepack.hf import hf_model, layers_of
 from gatepack.latency import PHASES, LatencyTable, device_label
 from gatepack.masks import encode_mask
@@ -21,7 +21,6 @@ from gatepack.modules import linear_shape
 from gatepack.packing import shrink
 from gatepack.progress import Log
 from gatepack.quality import forward_arguments
-from gatepack.recipe import plain
 from gatepack.resume import State
 from gatepack.timing import environment, now
 
