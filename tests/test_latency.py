@@ -1,5 +1,6 @@
 """Budgets of measured latency and of FLOPs: tables, what units cost, and landing on them."""
 
+import copy
 import dataclasses
 import json
 
@@ -16,7 +17,7 @@ from gatepack.bench import BenchConfig
 from gatepack.budget import TOLERANCE
 from gatepack.cli import app
 from gatepack.hf import layers_of
-from gatepack.latency import LatencyCosts, LatencyTable
+from gatepack.latency import PHASES, LatencyCosts, LatencyTable
 from gatepack.modules import linear_shape
 from gatepack.progress import Log
 
@@ -203,18 +204,36 @@ def test_flops_of_layers_without_gates_are_fixed():
 
 @pytest.mark.parametrize("model_type", ["llama", "bert", "gpt2"])
 def test_collects_a_table_that_the_model_can_use(model_type, monkeypatch):
+    """By a clock that ticks once a weight: each entry is the size of a layer packed to its shape."""
+
+    def ticks(probe):
+        weights = float(sum(parameter.numel() for parameter in probe.model.parameters()))
+        return {"prefill": weights, **({"decode": 2 * weights} if probe.caches else {})}
+
+    def weights_of(layer):
+        return float(sum(parameter.numel() for parameter in layer.module.parameters()))
+
     monkeypatch.setattr(latency_bench, "WIDTHS", 3)
     monkeypatch.setattr(latency_bench, "COUNTS", 2)
+    monkeypatch.setattr(latency_bench._Probe, "times", ticks)
     model = tiny_model(model_type, torch.float32)
     settings = BenchConfig(model="tiny", device="cpu", prompt_tokens=6, new_tokens=2, repeats=1)
     found = latency_bench.collect(model, torch.device("cpu"), settings, Log("quiet"))
     assert found.widths == (14, 28, 40) and found.device == HERE
-    assert (found.seconds["decode"] is None) == (model_type == "bert")
-    phase = "prefill" if model_type == "bert" else "decode"
-    gates = gp.attach(
-        model, config(latency_table=found.to_dict(), latency_phase=phase, target=0.99)
-    )
-    assert gates.costs.kept_fraction(gates.open_masks()) == pytest.approx(1.0)
+    dense = weights_of(layers_of(model)[0])
+    phases = {"prefill": 1} if model_type == "bert" else {"prefill": 1, "decode": 2}
+    assert [phase for phase in PHASES if found.seconds[phase] is not None] == [*phases]
+    for phase, tick in phases.items():
+        student = copy.deepcopy(model)
+        budget = config(
+            latency_table=found.to_dict(), latency_phase=phase, target=0.8, equal_layers=False
+        )
+        gates = gp.attach(student, budget)
+        assert gates.costs.total == pytest.approx(2 * tick * dense)
+        gates.snap()
+        gp.pack(student)
+        total = tick * sum(weights_of(layer) for layer in layers_of(student))
+        assert seconds_of(student, found, phase) == pytest.approx(total)
 
 
 def test_command_writes_the_table_and_goes_on_where_it_was_cut(tmp_path, monkeypatch):
