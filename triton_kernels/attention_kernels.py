@@ -57,6 +57,23 @@ def _open_head(slot, open_ptr):
 
 
 @triton.jit
+def _query_program(tiles_q, H, open_ptr, z_ptr):
+    """What this program computes: a block of queries, a head and a sequence; whether the head is
+    open, and its gate. Slots past the last open head have programs too, with nothing to do."""
+    pid = tl.program_id(0)
+    # Under causal the last block of queries sees the most keys: it starts first.
+    tile = tiles_q - 1 - pid % tiles_q
+    slot = pid // tiles_q % H
+    head = _open_head(slot, open_ptr)
+    is_open = slot >= 0
+    z = 1.0
+    if open_ptr is not None:
+        is_open = slot < tl.load(open_ptr + H)
+        z = tl.load(z_ptr + head)
+    return tile, head, pid // tiles_q // H, is_open, z
+
+
+@triton.jit
 def _open_group(head0, z_ptr, H, GROUP: tl.constexpr, BLOCK_H: tl.constexpr):
     """Heads head0 .. head0 + GROUP - 1: where they begin in the open set, how many are open, and
     their largest gate (1 if none is open)."""
@@ -195,17 +212,7 @@ def _gated_attention_fwd_kernel(
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    # Under causal the last block of queries sees the most keys: it starts first.
-    tile = tiles_q - 1 - pid % tiles_q
-    slot = pid // tiles_q % H
-    b = pid // tiles_q // H
-    head = _open_head(slot, open_ptr)
-    is_open = slot >= 0
-    z = 1.0
-    if open_ptr is not None:
-        is_open = slot < tl.load(open_ptr + H)
-        z = tl.load(z_ptr + head)
+    tile, head, b, is_open, z = _query_program(tiles_q, H, open_ptr, z_ptr)
     batch = b.to(tl.int64)
     q_start, q_len = _sequence(b, cu_q_ptr, S)
     k_start, k_len = _sequence(b, cu_k_ptr, SKV)
@@ -304,16 +311,7 @@ def _gated_attention_bwd_dq_kernel(
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, H_IS_O: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    tile = tiles_q - 1 - pid % tiles_q
-    slot = pid // tiles_q % H
-    b = pid // tiles_q // H
-    head = _open_head(slot, open_ptr)
-    is_open = slot >= 0
-    z = 1.0
-    if open_ptr is not None:
-        is_open = slot < tl.load(open_ptr + H)
-        z = tl.load(z_ptr + head)
+    tile, head, b, is_open, z = _query_program(tiles_q, H, open_ptr, z_ptr)
     batch = b.to(tl.int64)
     q_start, q_len = _sequence(b, cu_q_ptr, S)
     k_start, k_len = _sequence(b, cu_k_ptr, SKV)
