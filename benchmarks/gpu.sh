@@ -1,22 +1,27 @@
 #!/usr/bin/env bash
 # One self-contained run on a bare CUDA machine: extension, gpu tests, benchmarks in order of importance.
 #   benchmarks/gpu.sh --out DIR [--minutes N] [--wheels DIR] [--parts "build tests goals levels curves tune"]
+#       [--quality "--domain NAME --train FILE... --test FILE... --steps N ..."]
+# --quality takes the options of quality.py; with it, or in a later run with --parts quality, methods are
+# trained at length. Models that were trained stay in DIR/models, and a run that was cut off goes on there.
 # Results are written as they come; a step that does not fit in the time left is cut off or skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-out="" minutes=9 wheels="" parts="build tests goals levels curves tune"
+out="" minutes=9 wheels="" quality="" parts=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --out) out=$2 ;;
         --minutes) minutes=$2 ;;
         --wheels) wheels=$2 ;;
         --parts) parts=$2 ;;
-        *) echo "unknown option $1; known: --out --minutes --wheels --parts" >&2; exit 2 ;;
+        --quality) quality=$2 ;;
+        *) echo "unknown option $1; known: --out --minutes --wheels --parts --quality" >&2; exit 2 ;;
     esac
     shift 2
 done
 [ -n "$out" ] || { echo "--out DIR is required" >&2; exit 2; }
+[ -n "$parts" ] || parts="build tests goals levels curves tune${quality:+ quality}"
 mkdir -p "$out"
 deadline=$((SECONDS + minutes * 60))
 
@@ -74,6 +79,12 @@ for part in $parts; do
             tune gated_attention 120
             tune gated_linear 120
             tune packed_linear 60
+            ;;
+        quality)
+            [ -n "$quality" ] || { echo "part quality: --quality OPTIONS is required" >&2; exit 2; }
+            # shellcheck disable=SC2086 # a list of options
+            step $((minutes * 60)) quality python3 benchmarks/quality.py --device cuda \
+                --work "$out/models" --out "$out/quality" $quality
             ;;
         *) echo "unknown part $part" >&2; exit 2 ;;
     esac
