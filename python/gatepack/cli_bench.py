@@ -17,6 +17,7 @@ from gatepack.cli_common import (
     PromptTokens,
     Quiet,
     Repeats,
+    Restart,
     command,
 )
 
@@ -43,6 +44,7 @@ def bench(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    restart: Restart = False,
     dry_run: DryRun = False,
     config: Config = None,
     log: LogForm = "text",

@@ -20,7 +20,7 @@ from gatepack.optional import require
 from gatepack.progress import Log
 from gatepack.quality import TokenScores, input_device
 from gatepack.regression import FORMAT_VERSION
-from gatepack.resume import STATE, State
+from gatepack.resume import State, fingerprint, state_of
 from gatepack.scoring import (
     ChoiceScores,
     Question,
@@ -103,7 +103,7 @@ def _evaluate(model, tokenizer, config, name, base, base_name, log, out: Path | 
         models = [model] if base is None else [model, base[0]]
         inputs = {
             "settings": plain(asdict(config)),
-            "models": [_fingerprint(each) for each in models],
+            "models": [fingerprint(each) for each in models],
             "inputs": sha256_of([*_documents(texts), *map(repr, questions.values())]),
             "version": gatepack.__version__,
         }
@@ -130,25 +130,10 @@ def _evaluate(model, tokenizer, config, name, base, base_name, log, out: Path | 
     return report
 
 
-def state_of(out: Path) -> Path:
-    """Where run keeps what it has scored so far."""
-    return out.with_name(f"{out.name}{STATE}")
-
-
 def _documents(texts: dict[str, dict[str, list[str]]]) -> Iterator[str]:
     for kind, named in texts.items():
         for name, documents in named.items():
             yield f"{kind} {name} {sha256_of(documents)}"
-
-
-@torch.no_grad()
-def _fingerprint(model: nn.Module) -> str:
-    """A digest of a model's class and of the sums of its tensors."""
-    sums = (
-        f"{name} {list(tensor.shape)} {tensor.sum(dtype=torch.float64).item()!r}"
-        for name, tensor in model.state_dict().items()
-    )
-    return sha256_of([type(model).__name__, *sums])
 
 
 def _once(state: State | None, name: str, compute: Callable[[], object]):

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import shutil
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from gatepack.modules import linear_shape
 from gatepack.packing import shrink
 from gatepack.progress import Log
 from gatepack.quality import forward_arguments
-from gatepack.resume import State
+from gatepack.resume import State, state_of
 from gatepack.timing import environment, now
 
 WIDTHS = 24
@@ -52,11 +51,10 @@ def run(config: BenchConfig, path: Path, log: Log) -> dict:
     if "kept" in (getattr(root.config, "gatepack", None) or {}):
         raise ValueError(f"model: expected a dense one, whose layers are cut, got {config.model}")
     settings = {**plain(asdict(config)), "device": device_label(device)}
-    parts = path.with_name(f"{path.name}.parts")
-    state = State.open(parts, settings)
+    state = State.open(state_of(path), settings)
     table = collect(root, device, config, log, state.once).to_dict()
     write_json(path, table)
-    shutil.rmtree(parts)
+    state.clear()
     return table
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from gatepack.bench import beside
 from gatepack.latency import LatencyTable
+from gatepack.packing import PackReport
 from gatepack.timing import Measurement
 
 
@@ -76,6 +77,12 @@ def print_packing(report: dict, out: Path) -> None:
         },
     )
     Console().print(_parity(report["parity"]))
+
+
+def print_packing_plan(report: PackReport, seconds: float) -> None:
+    """Prints what gatepack.recipe.plan_packing returned."""
+    print(report)
+    print(f"seconds of scoring {seconds:,.1f}")
 
 
 def print_bench(report: dict, out: Path) -> None:
