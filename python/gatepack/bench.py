@@ -17,7 +17,7 @@ from gatepack.packing import pack
 from gatepack.plots import draw_bench
 from gatepack.progress import Log
 from gatepack.resume import STATE, State
-from gatepack.timing import Measurement, Speed, environment, measure
+from gatepack.timing import Measurement, environment, measure
 
 FORMAT_VERSION = 1
 _KINDS = ("heads", "kv_heads", "channels")
@@ -79,10 +79,9 @@ def plan(config: BenchConfig, log: Log) -> dict:
     """What run would time, and how long it would take, from one repeat; writes nothing."""
     model, dense = _load(config, log)
     measured = _measure(model, dense, config, 1)
-    speeds = [speed for speed in (measured.model, measured.dense) if speed is not None]
     return {
         **_identities(model, dense, config),
-        "seconds": config.repeats * sum(_seconds(speed, config) for speed in speeds),
+        "seconds": config.repeats * measured.seconds,
         "environment": environment(torch_device(config.device)),
     }
 
@@ -191,9 +190,3 @@ def _layers(model: nn.Module, dense: nn.Module | None) -> list[dict]:
         for kind in _KINDS
         for i, (was, now) in enumerate(zip(before.get(kind, ()), kept.get(kind, ()), strict=False))
     ]
-
-
-def _seconds(speed: Speed, config: BenchConfig) -> float:
-    """Of one repeat."""
-    decode = 0.0 if speed.decode is None else config.new_tokens / speed.decode.median
-    return config.batch_size * (config.prompt_tokens / speed.prefill.median + decode)

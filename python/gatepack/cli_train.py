@@ -136,6 +136,7 @@ def demo(
     ] = Path("out/demo"),
     device: Device = "auto",
     restart: Restart = False,
+    dry_run: DryRun = False,
     config: Config = None,
     log: LogForm = "text",
     quiet: Quiet = False,
@@ -143,11 +144,14 @@ def demo(
     """Fine-tune a language model with gates and LoRA, pack it, check it and measure it."""
     options = locals()
     with command(log, quiet) as shown:
-        from gatepack.demo import DemoConfig, run
-        from gatepack.report import print_report
+        from gatepack.demo import DemoConfig, plan, run
+        from gatepack.report import print_report, print_training_plan
         from gatepack.resume import STATE, State
 
         settings = _settings(DemoConfig, options)
+        if dry_run:
+            shown.result(plan(settings, shown), print_training_plan)
+            return
         if restart:
             State.drop(out / STATE)
         shown.result(run(settings, shown), lambda report: print_report(report, out))

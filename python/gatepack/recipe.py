@@ -175,6 +175,7 @@ def plan_training(config: RecipeConfig, log: Log) -> dict:
         },
         "seconds": {
             "step": step,
+            "scoring": scoring,
             "total": (steps + config.train.calibration_batches) * step + 2 * scoring,
         },
         "bytes": {

@@ -126,11 +126,13 @@ def print_latency_table(record: dict, path: Path) -> None:
 
 
 def print_bench_plan(plan: dict) -> None:
-    """Prints what gatepack.bench.plan returned."""
+    """Prints what plan of gatepack.bench or gatepack.latency_bench returned."""
     facts = {}
     for role in ("model", "dense"):
-        if plan[role] is not None:
+        if plan.get(role) is not None:
             facts[f"parameters, {role}"] = f"{plan[role]['parameters']:,}"
+    if "shapes" in plan:
+        facts["shapes of a layer"] = f"{plan['shapes']:,}"
     _facts(plan["model"]["name"], {**facts, "seconds": f"{plan['seconds']:,.1f}"})
 
 
@@ -214,6 +216,20 @@ def print_evaluation(report: dict) -> None:
     for entry in entries:
         if entry["kind"] == "latency":
             console.print(_latency_line(entry), highlight=False, markup=False)
+
+
+def print_evaluation_plan(plan: dict) -> None:
+    """Prints what gatepack.evaluation.plan returned."""
+    facts = {
+        f"parameters, {role}": f"{plan[role]['parameters']:,}"
+        for role in ("model", "base")
+        if plan[role] is not None
+    }
+    facts |= {f"windows, {name}": f"{count:,}" for name, count in plan["texts"].items()}
+    facts |= {f"questions, {name}": f"{count:,}" for name, count in plan["questions"].items()}
+    if plan["tasks"]:
+        facts["tasks, not timed"] = ", ".join(plan["tasks"])
+    _facts(plan["model"]["name"], {**facts, "seconds": f"{plan['seconds']:,.1f}"})
 
 
 def _metrics_table(entries: list[dict], count: str, metrics: tuple[str, ...]) -> Table:

@@ -88,6 +88,16 @@ class Measurement:
         model, dense = getattr(self.model, phase), getattr(self.dense, phase)
         return None if model is None or dense is None else model.median / dense.median
 
+    @property
+    def seconds(self) -> float:
+        """What one repeat takes, of all models, at their median rates."""
+        total = 0.0
+        for speed in filter(None, (self.model, self.dense)):
+            total += self.batch_size * self.prompt_tokens / speed.prefill.median
+            if speed.decode is not None:
+                total += self.batch_size * self.new_tokens / speed.decode.median
+        return total
+
     def to_dict(self) -> dict:
         return {**asdict(self), "ratios": self.ratios}
 
