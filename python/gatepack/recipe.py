@@ -19,8 +19,9 @@ from gatepack.optional import require
 from gatepack.packing import PackReport, pack
 from gatepack.plots import draw_gate_map, draw_training
 from gatepack.progress import Log
-from gatepack.quality import ParityError, max_logit_difference, perplexity, rounding_bound
+from gatepack.quality import ParityError, max_logit_difference, perplexity
 from gatepack.resume import STATE, State, fingerprint
+from gatepack.rounding import compare
 from gatepack.texts import sha256_of
 from gatepack.timing import environment
 from gatepack.training import (
@@ -327,15 +328,7 @@ def pack_and_check(gated: nn.Module, held_out: torch.Tensor) -> tuple[nn.Module,
     report = pack(packed)
     packed.eval()
     sample = held_out[:4]
-    difference = max_logit_difference(gated, packed, sample)
-    bound, largest = rounding_bound(packed, sample[:1])
-    parity = {"max_abs_difference": difference, "bound": bound, "largest_logit": largest}
-    if not difference <= bound:
-        raise ParityError(
-            f"packed and gated logits differ by {difference:.3g}, "
-            f"more than rounding explains ({bound:.3g})"
-        )
-    return packed, report.to_dict(), parity
+    return packed, report.to_dict(), compare(packed, gated, sample, "the gated model")
 
 
 def check_reload(model: nn.Module, folder: Path, held_out: torch.Tensor) -> None:

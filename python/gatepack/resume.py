@@ -55,9 +55,7 @@ class State:
             write_json(path, results)
         return results[name]
 
-    def folder_once(
-        self, name: str, write: Callable[[Path], object]
-    ) -> tuple[Path, object, str]:
+    def folder_once(self, name: str, write: Callable[[Path], object]) -> tuple[Path, object, str]:
         """(folder, what write(folder) returned for it, a digest of its files).
 
         write fills it, whole or not at all, unless it was filled and no file was changed since.
