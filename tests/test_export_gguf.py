@@ -235,9 +235,8 @@ class TestLlamaCpp:
         assert figures["export"] == pytest.approx(figures["model"], rel=parity.PERPLEXITY_BOUND - 1)
         assert figures["stored"] == pytest.approx(figures["model"], rel=parity.PERPLEXITY_BOUND - 1)
         assert found["greedy"]["same_stored"] + found["greedy"]["ties"] == 5
-        for level, alone in zip(
-            *(found["rounding"][n] for n in ("found", "rounding")), strict=True
-        ):
+        measured = found["rounding"]
+        for level, alone in zip(measured["found"], measured["rounding"], strict=True):
             assert alone / LEEWAY < level < LEEWAY * alone
 
     @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -40,9 +40,7 @@ def test_sound_models_are_within_the_bound():
     figures = compare(model, copy.deepcopy(model).double(), IDS, "torch in double")
     assert 0 < figures["max_abs_difference"] <= figures["bound"] and "rounding" not in figures
     assert figures["bound"] == rounding_bound(model, IDS[:1])[0]
-    with pytest.raises(
-        ParityError, match="it gives logits that differ from the model's by .* wher"
-    ):
+    with pytest.raises(ParityError, match="it gives logits that differ from the model's by"):
         compare(model, spoil(copy.deepcopy(model)), IDS, "it")
 
 

@@ -142,15 +142,19 @@ def print_export(report: dict, out: Path) -> None:
     facts = {
         "parameters": f"{model['parameters']:,}",
         "MB": f"{sum(report['files'].values()) / 1e6:,.1f}",
-        "loaded by": parity.get("consumer", f"not checked: {parity.get('skipped')}"),
+        "loaded by": parity.get("consumer", f"not run: {parity.get('skipped')}"),
     }
     if "max_abs_difference" in parity:
         facts["logits differ by at most"] = f"{parity['max_abs_difference']:.2g}"
     if "perplexity" in parity:
         figures = parity["perplexity"]
-        facts["perplexity"] = f"{figures['model']:.4f} -> {figures['export']:.4f}"
+        facts["perplexity"] = " -> ".join(
+            f"{figures[name]:.4f}" for name in ("model", "stored", "export") if name in figures
+        )
     if "greedy" in parity:
         facts["equal greedy continuations"] = "{same} of {prompts}".format(**parity["greedy"])
+        if parity["greedy"].get("ties"):
+            facts["parted where rounding decides"] = str(parity["greedy"]["ties"])
     if "tokenized" in parity:
         facts["equal tokens of texts"] = "{same} of {texts}".format(**parity["tokenized"])
     if report["notes"]:
