@@ -15,8 +15,8 @@ _TITLES = {
     "gguf": "Loads with llama.cpp and what is built on it.",
     "decilm": "Loads with engines that have DeciLM (`nemotron-nas`), and with transformers and "
     "`trust_remote_code=True`.",
-    "onnx": "Loads with onnxruntime: `input_ids`, `attention_mask` and the `past_key_values` of each "
-    "layer in, `logits` and the `present` of each layer out.",
+    "onnx": "Loads with onnxruntime: `input_ids`, `attention_mask` and each layer's "
+    "`past_key_values` in, `logits` and each layer's `present` out.",
 }
 
 

@@ -1,5 +1,6 @@
 """Stage 7, command line: export by name, with a text to compare on and a timing for the card."""
 
+import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from gatepack.inspection import identify
 from gatepack.models import load_model, torch_dtype
 from gatepack.packing import pack
 from gatepack.progress import Log
-from gatepack.quality import input_device
+from gatepack.quality import ParityError, input_device
 from gatepack.resume import STATE, State, fingerprint
 from gatepack.texts import sha256_of
 from gatepack.timing import environment, measure
@@ -76,19 +77,25 @@ def run(config: ExportConfig, log: Log) -> dict:
                 progress=tell,
                 once=state.once,
             )
-    report = export(
-        model,
-        config.out,
-        config.format,
-        tokenizer=tokenizer,
-        dtype=config.dtype,
-        windows=windows,
-        base=config.base,
-        data=config.data,
-        speed=speed,
-        log=log,
-        state=state,
-    )
+    try:
+        report = export(
+            model,
+            config.out,
+            config.format,
+            tokenizer=tokenizer,
+            dtype=config.dtype,
+            windows=windows,
+            base=config.base,
+            data=config.data,
+            speed=speed,
+            log=log,
+            state=state,
+        )
+    except ParityError:
+        state.clear()  # what was written is wrong
+        with contextlib.suppress(OSError):
+            config.out.rmdir()
+        raise
     state.clear()
     return report
 
