@@ -7,12 +7,14 @@ import signal
 
 import pytest
 from checkpoints import save_tiny, write_documents
+from packed import spoil
 from typer.testing import CliRunner
 
 import gatepack as gp
 from gatepack import demo, recipe, training
 from gatepack.cli import app
 from gatepack.demo import DemoConfig
+from gatepack.packing import pack
 from gatepack.progress import Log
 from gatepack.recipe import ParityError, open_state
 from gatepack.resume import STATE
@@ -99,8 +101,8 @@ def test_other_settings_do_not_resume(config):
 
 
 def test_parity_failure_is_an_error(config, monkeypatch):
-    monkeypatch.setattr(recipe, "max_logit_difference", lambda *args: 1.0)
-    with pytest.raises(ParityError, match="differ by 1"):
+    monkeypatch.setattr(recipe, "pack", lambda model: (pack(model), spoil(model))[0])
+    with pytest.raises(ParityError, match="the gated model gives logits that differ"):
         demo.run(config, QUIET)
     assert not (config.out / "config.json").exists()
 
@@ -108,7 +110,7 @@ def test_parity_failure_is_an_error(config, monkeypatch):
 def test_failed_run_leaves_an_earlier_result(config, monkeypatch):
     demo.run(config, QUIET)
     before = (config.out / "model.safetensors").read_bytes()
-    monkeypatch.setattr(recipe, "max_logit_difference", lambda *args: float("nan"))
+    monkeypatch.setattr(recipe, "pack", lambda model: (pack(model), spoil(model, float("nan")))[0])
     with pytest.raises(ParityError):
         demo.run(config, QUIET)
     assert (config.out / "model.safetensors").read_bytes() == before

@@ -1,16 +1,18 @@
 """export(format="uniform"): stock checkpoints that plain transformers loads, and refusals."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from letters import letter_tokenizer
-from packed import CHANNELS, EVEN, UNEVEN, packed_model
+from packed import CHANNELS, EVEN, UNEVEN, packed_model, spoil
 from tiny import tiny_model, token_ids
 
 import gatepack as gp
-from gatepack.exporters import parity
+from gatepack.exporters import uniform
 from gatepack.quality import ParityError
 
 FIVE_HEADS = {"num_key_value_heads": 6, "closed": ([1], [4]), "widths": (24, 24)}
@@ -186,8 +188,13 @@ def test_a_difference_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     model = packed_model(**EVEN)
     gp.export(model, tmp_path / "m")
     before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
-    monkeypatch.setattr(parity, "max_logit_difference", lambda *args: 1.0)
-    with pytest.raises(ParityError, match="logits that differ from the model's by 1,"):
+    write = uniform.write
+
+    def wrong(source, folder):
+        return write(replace(source, model=spoil(copy.deepcopy(source.model), 1.0)), folder)
+
+    monkeypatch.setattr(uniform, "write", wrong)
+    with pytest.raises(ParityError, match="logits that differ from the model's by"):
         gp.export(model, tmp_path / "m", dtype="bfloat16")
     assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["m"]

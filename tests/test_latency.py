@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -204,7 +205,7 @@ def test_flops_of_layers_without_gates_are_fixed():
 
 @pytest.mark.parametrize("model_type", ["llama", "bert", "gpt2"])
 def test_collects_a_table_that_the_model_can_use(model_type, monkeypatch):
-    """By a clock that ticks once a weight: each entry is the size of a layer packed to its shape."""
+    """By a clock that ticks once a weight: each entry is the size of a layer cut to its shape."""
 
     def ticks(probe):
         weights = float(sum(parameter.numel() for parameter in probe.model.parameters()))
@@ -260,6 +261,8 @@ def test_command_writes_the_table_and_goes_on_where_it_was_cut(tmp_path, monkeyp
     shapes = [dataclasses.astuple(point) for point in timed if point]
     assert shapes == [(2, 3, 40), (2, 3, 20), (2, 3, 40)]  # heads, then both widths: once each
     assert "channels" in done.output and "decode, ms" in done.output
-    assert LatencyTable.read(path).channels == 40 and not list(tmp_path.glob("*.parts"))
+    assert LatencyTable.read(path).channels == 40 and not list(tmp_path.glob("*.resume"))
+    path.unlink()
     done = CliRunner().invoke(app, [*arguments, "--dry-run"], env=wide)
-    assert done.exit_code == 1 and "--dry-run" in done.output
+    assert done.exit_code == 0 and "seconds" in done.output and not path.exists()
+    assert re.search(r"shapes of a layer\W+4 ", done.output)

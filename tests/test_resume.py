@@ -1,17 +1,27 @@
 """Commands that are killed half-way and given again: the same result, and no work twice."""
 
+import copy
+import importlib
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
+from bpe import byte_tokenizer
 from checkpoints import save_tiny, write_documents
+from kills import contents
+from letters import letter_tokenizer
+from packed import EVEN, packed_model, spoil
+from tiny import tiny_model
 from typer.testing import CliRunner
 
 import gatepack as gp
-from gatepack import evaluation, exporters, training
+from gatepack import bench, evaluation, exporters, files, recipe, timing, training
 from gatepack.cli import app
+from gatepack.exporters import uniform
+from gatepack.files import read_json
 from gatepack.resume import STATE
 
 pytest.importorskip("peft")
@@ -96,15 +106,153 @@ def test_eval(tmp_path, text, monkeypatch):
     assert not (tmp_path / f"r.json{STATE}").exists()
 
 
-def test_export(tmp_path, text, monkeypatch):
+def events(monkeypatch, *places):
+    """Notes the calls of owner.name; returns the list of their names."""
+    noted = []
+    for owner, name in places:
+        original = getattr(owner, name)
+
+        def noting(*args, original=original, name=name, **kwargs):
+            noted.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noting)
+    return noted
+
+
+@pytest.fixture
+def steady_clock(monkeypatch):
+    """Every repeat takes as long as it has a number, so that two runs can be compared."""
+
+    def run(runner, prompts, new_tokens):
+        repeat = len(runner.records) + 1
+        return 0.5 * repeat, 0.25 * repeat
+
+    monkeypatch.setattr(timing._Runner, "run", run)
+    monkeypatch.setattr(timing, "WARMUP_SECONDS", -1.0)
+
+
+def without(report, *names):
+    return {name: value for name, value in report.items() if name not in names}
+
+
+@pytest.mark.usefixtures("steady_clock")
+def test_bench(tmp_path, monkeypatch):
     model = save_tiny(tmp_path / "tiny")
-    command = ["export", model, "--text", text, "--window", 16, "--windows", 2, "--no-speed", "-q"]
-    command += ["--out", tmp_path / "out"]
+    command = ["bench", model, "--dense", model, "--prompt-tokens", 8, "--new-tokens", 2, "-q"]
+    command += ["--repeats", 4, "--device", "cpu", "--out"]
+    invoke(*command, tmp_path / "whole")
+    out = tmp_path / "out"
+    for done in (1, 2, 3):  # within the second repeat of each process
+        with monkeypatch.context() as patch:
+            die_at(patch, timing._Runner, "timed", 3)
+            killed(*command, out)
+        assert len(read_json(out / STATE / "results.json")) == done
+    refused = CliRunner().invoke(app, [str(each) for each in (*command, out, "--repeats", 2)])
+    assert refused.exit_code == 1 and "unfinished run with another settings" in refused.output
+    with monkeypatch.context() as patch:
+        die_at(patch, bench, "page", 1)
+        killed(*command, out)
+    noted = events(monkeypatch, (timing._Runner, "timed"), (timing, "_warm_up"))
+    invoke(*command, out)
+    assert noted == []
+    whole, resumed = (read_json(path / "bench.json") for path in (tmp_path / "whole", out))
+    assert without(resumed, "settings") == without(whole, "settings")
+    assert sorted(path.name for path in out.iterdir()) == ["bench.html", "bench.json", "bench.png"]
+    with monkeypatch.context() as patch:
+        die_at(patch, timing._Runner, "timed", 3)
+        killed(*command, out)
+    noted.clear()
+    invoke(*command, out, "--restart")
+    assert noted.count("timed") == 2 * 4
+
+
+def save_gated(folder):
+    model = tiny_model("llama", torch.float32)
+    gates = gp.attach(model, gp.GateConfig(target=0.5, noise=0.0))
+    gates.close("model.layers.0.mlp:channels", [0, 1])
+    gates.close("model.layers.1.mlp:channels", [3])
+    gp.save_pretrained(model, folder, letter_tokenizer())
+    return folder
+
+
+def test_pack(tmp_path, text, monkeypatch):
+    gated, out = save_gated(tmp_path / "gated"), tmp_path / "out"
+    command = ["pack", gated, "--text", text, "--window", 16, "--windows", 3, "-q", "--out"]
+    invoke(*command, tmp_path / "whole")
+    # Within the first score, the second, before it is written, and after that.
+    for name, call in (("score", 1), ("score", 2), ("saving", 1), ("check_reload", 1)):
+        with monkeypatch.context() as patch:
+            die_at(patch, recipe, name, call)
+            killed(*command, out)
+        assert not (out / "config.json").exists()
+    noted = events(monkeypatch, (recipe, "score"))
+    invoke(*command, out)
+    assert noted == []
+    whole, resumed = (read_json(path / "pack.json") for path in (tmp_path / "whole", out))
+    assert without(resumed, "settings") == without(whole, "settings")
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def files_of(folder):
+    """name -> bytes, or those of the tensors; without the report, which names its folder."""
+    paths = (path for path in folder.iterdir() if path.name != "pack.json")
+    return {path.name: contents(path) for path in paths if path.is_file()}
+
+
+@pytest.mark.usefixtures("steady_clock")
+@pytest.mark.parametrize("form", ["uniform", "gguf"])
+def test_export(tmp_path, text, monkeypatch, form):
+    if form == "gguf":
+        pytest.importorskip("gguf")
+    model, out = packed_model(**EVEN, vocab_size=300), tmp_path / "out"
+    gp.save_pretrained(model, tmp_path / "packed", byte_tokenizer())
+    command = ["export", tmp_path / "packed", "--text", text, "--window", 16, "--windows", 2, "-q"]
+    command += ["--format", form, "--prompt-tokens", 4, "--new-tokens", 2, "--out"]
+    invoke(*command, tmp_path / "whole")
+    writer = importlib.import_module(f"gatepack.exporters.{form}")
+    for owner, name, call in (
+        (timing._Runner, "timed", 2),
+        (writer, "write", 1),
+        (writer, "check", 1),
+        (exporters, "write_card", 1),
+        (files, "_carry_over", 1),
+    ):
+        with monkeypatch.context() as patch:
+            die_at(patch, owner, name, call)
+            killed(*command, out)
+        assert not (out / "README.md").exists()
+    noted = events(monkeypatch, (timing._Runner, "timed"), (writer, "write"), (writer, "check"))
+    invoke(*command, out)
+    assert noted == []
+    assert files_of(out) == files_of(tmp_path / "whole")
+    assert list(tmp_path.rglob(".*")) == []
+
+
+SMALL = ["--window", 16, "--windows", 2, "--no-speed"]
+
+
+def test_export_writes_again_what_was_changed_since(tmp_path, text, monkeypatch):
+    out = tmp_path / "out"
+    command = ["export", save_tiny(tmp_path / "tiny"), "--text", text, *SMALL, "-q", "--out", out]
     with monkeypatch.context() as patch:
         die_at(patch, exporters, "write_card", 1)
         killed(*command)
-    assert not (tmp_path / "out").exists()
-    assert [path for path in tmp_path.iterdir() if path.name.startswith(".out.")]
+    kept = out / STATE / "files" / "config.json"
+    kept.write_text(kept.read_text() + " ")
+    noted = events(monkeypatch, (uniform, "write"), (uniform, "check"))
     invoke(*command)
-    assert (tmp_path / "out" / "README.md").is_file()
-    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert noted == ["write"]  # to the same bytes, which have been compared
+
+
+def test_an_export_that_is_refused_keeps_nothing(tmp_path, text, monkeypatch):
+    out, write = tmp_path / "out", uniform.write
+
+    def wrong(source, folder):
+        return write(replace(source, model=spoil(copy.deepcopy(source.model))), folder)
+
+    monkeypatch.setattr(uniform, "write", wrong)
+    command = ["export", save_tiny(tmp_path / "tiny"), "--text", text, *SMALL, "--out", out]
+    done = CliRunner().invoke(app, [str(each) for each in command])
+    assert done.exit_code == 1 and "gives logits that differ" in done.output
+    assert not out.exists()

@@ -16,7 +16,8 @@ from gatepack.optional import require
 from gatepack.packing import pack
 from gatepack.plots import draw_bench
 from gatepack.progress import Log
-from gatepack.timing import Measurement, Speed, environment, measure
+from gatepack.resume import STATE, State
+from gatepack.timing import Measurement, environment, measure
 
 FORMAT_VERSION = 1
 _KINDS = ("heads", "kv_heads", "channels")
@@ -46,25 +47,31 @@ def run(config: BenchConfig, log: Log) -> dict:
     """Times config.model and the dense one in turn; returns the report.
 
     config.out gets bench.json (the report), bench.png, and bench.html, which holds both and reads
-    nothing else. The runs alternate within one process, so a run that was cut off starts again.
-    Raises ValueError as load_model and measure do, and ImportError where matplotlib is missing.
+    nothing else. The models take turns within each repeat; a run that was cut off goes on from its
+    last repeat when run again with the same settings, on the same machine. Raises ValueError as
+    load_model and measure do, and ImportError where matplotlib is missing.
     """
     require("the picture", "matplotlib")
     model, dense = _load(config, log)
-    with log.bar("timing", "repeat", config.repeats) as tell:
-        speed = _measure(model, dense, config, config.repeats, tell)
-    report = {
-        "format": FORMAT_VERSION,
+    facts = {
         **_identities(model, dense, config),
-        "layers": _layers(model, dense),
-        "speed": speed.to_dict(),
         "settings": plain(asdict(config)),
         "environment": environment(torch_device(config.device)),
+    }
+    state = State.open(config.out / STATE, plain(facts))
+    with log.bar("timing", "repeat", config.repeats) as tell:
+        speed = _measure(model, dense, config, config.repeats, tell, state.once)
+    report = {
+        "format": FORMAT_VERSION,
+        **facts,
+        "layers": _layers(model, dense),
+        "speed": speed.to_dict(),
     }
     write_json(config.out / "bench.json", report)
     draw_bench(report, config.out / "bench.png")
     with replacing(config.out / "bench.html") as path:
         path.write_text(page(report, (config.out / "bench.png").read_bytes()), encoding="utf-8")
+    state.clear()
     return report
 
 
@@ -72,10 +79,9 @@ def plan(config: BenchConfig, log: Log) -> dict:
     """What run would time, and how long it would take, from one repeat; writes nothing."""
     model, dense = _load(config, log)
     measured = _measure(model, dense, config, 1)
-    speeds = [speed for speed in (measured.model, measured.dense) if speed is not None]
     return {
         **_identities(model, dense, config),
-        "seconds": config.repeats * sum(_seconds(speed, config) for speed in speeds),
+        "seconds": config.repeats * measured.seconds,
         "environment": environment(torch_device(config.device)),
     }
 
@@ -151,7 +157,9 @@ def _dense_twin(root: nn.Module) -> nn.Module:
     return type(root)(config).to(root.dtype)
 
 
-def _measure(model, dense, config: BenchConfig, repeats: int, progress=None) -> Measurement:
+def _measure(
+    model, dense, config: BenchConfig, repeats: int, progress=None, once=None
+) -> Measurement:
     return measure(
         model,
         dense=dense,
@@ -160,6 +168,7 @@ def _measure(model, dense, config: BenchConfig, repeats: int, progress=None) -> 
         batch_size=config.batch_size,
         repeats=repeats,
         progress=progress,
+        once=once,
     )
 
 
@@ -181,9 +190,3 @@ def _layers(model: nn.Module, dense: nn.Module | None) -> list[dict]:
         for kind in _KINDS
         for i, (was, now) in enumerate(zip(before.get(kind, ()), kept.get(kind, ()), strict=False))
     ]
-
-
-def _seconds(speed: Speed, config: BenchConfig) -> float:
-    """Of one repeat."""
-    decode = 0.0 if speed.decode is None else config.new_tokens / speed.decode.median
-    return config.batch_size * (config.prompt_tokens / speed.prefill.median + decode)

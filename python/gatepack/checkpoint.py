@@ -78,14 +78,15 @@ def refuse_adapters(root: nn.Module) -> None:
 def write_manifest(directory: Path) -> None:
     """Writes gatepack.json: size and SHA-256 of every safetensors file of a folder."""
     files = {
-        path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
         for path in sorted(directory.glob("*.safetensors"))
     }
     text = json.dumps({"format": FORMAT_VERSION, "files": files}, indent=2)
     (directory / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while chunk := handle.read(1 << 20):
@@ -340,7 +341,7 @@ def _verify_manifest(directory: Path) -> None:
             raise ValueError(f"{file} is missing")
         if file.stat().st_size != size:
             raise ValueError(f"{file} has {file.stat().st_size} bytes, {path} says {size}{hint}")
-        if _sha256(file) != digest:
+        if file_sha256(file) != digest:
             raise ValueError(
                 f"{file} was altered after saving: its SHA-256 is not that of {path}{hint}"
             )

@@ -17,6 +17,7 @@ from gatepack.cli_common import (
     PromptTokens,
     Quiet,
     Repeats,
+    Restart,
     command,
 )
 
@@ -43,6 +44,7 @@ def bench(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    restart: Restart = False,
     dry_run: DryRun = False,
     config: Config = None,
     log: LogForm = "text",
@@ -52,6 +54,7 @@ def bench(
     with command(log, quiet) as shown:
         from gatepack.bench import BenchConfig, plan, run
         from gatepack.report import print_bench, print_bench_plan, print_latency_table
+        from gatepack.resume import STATE, State, state_of
 
         settings = BenchConfig(
             model=model,
@@ -68,12 +71,18 @@ def bench(
             from gatepack import latency_bench
 
             if dry_run:
-                raise ValueError("--dry-run: cannot be had with --latency-table")
+                shown.result(latency_bench.plan(settings, shown), print_bench_plan)
+                return
+            if restart:
+                State.drop(state_of(latency_table))
             shown.result(
                 latency_bench.run(settings, latency_table, shown),
                 lambda table: print_latency_table(table, latency_table),
             )
-        elif dry_run:
+            return
+        if dry_run:
             shown.result(plan(settings, shown), print_bench_plan)
-        else:
-            shown.result(run(settings, shown), lambda report: print_bench(report, out))
+            return
+        if restart:
+            State.drop(out / STATE)
+        shown.result(run(settings, shown), lambda report: print_bench(report, out))

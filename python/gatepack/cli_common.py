@@ -65,7 +65,7 @@ Text = Annotated[
     Path | None,
     typer.Option(help="File or folder of .txt or .jsonl ('text' field). Default: Python's manual."),
 ]
-Restart = Annotated[bool, typer.Option("--restart", help="Drop an unfinished run in --out.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Drop an unfinished run.")]
 Window = Annotated[int, typer.Option(help="Tokens per window.")]
 PackedModel = Annotated[
     str, typer.Argument(help="Packed model, or a gated one, which is packed in memory first.")

@@ -9,6 +9,7 @@ from gatepack.cli_common import (
     MODEL_HELP,
     Config,
     Device,
+    DryRun,
     Dtype,
     LogForm,
     NewTokens,
@@ -80,15 +81,17 @@ def evaluate(
         float, typer.Option(help="New / old, of milliseconds per token.")
     ] = 1.05,
     restart: Restart = False,
+    dry_run: DryRun = False,
     config: Config = None,
     log: LogForm = "text",
     quiet: Quiet = False,
 ) -> None:
     """Score a language model on texts and questions, time it, compare with an earlier report."""
     with command(log, quiet) as shown:
-        from gatepack.evaluation import EvalConfig, run, state_of
+        from gatepack.evaluation import EvalConfig, plan, run
         from gatepack.regression import Bounds, compare, load_report
-        from gatepack.resume import State
+        from gatepack.report import print_evaluation, print_evaluation_plan
+        from gatepack.resume import State, state_of
 
         bounds = Bounds(
             max_perplexity_ratio,
@@ -115,11 +118,13 @@ def evaluate(
             new_tokens=new_tokens,
             repeats=repeats,
         )
+        if dry_run:
+            found = plan(model, settings, base=base, device=device, dtype=dtype)
+            shown.result(found, print_evaluation_plan)
+            return
         if restart and out is not None:
             State.drop(state_of(out))
         report = run(model, settings, base=base, device=device, dtype=dtype, out=out, log=shown)
-        from gatepack.report import print_evaluation
-
         shown.result(report, print_evaluation)
         if out is not None:
             shown.say(f"written: {out}")

@@ -14,6 +14,7 @@ from gatepack.cli_common import (
     PromptTokens,
     Quiet,
     Repeats,
+    Restart,
     Text,
     Window,
     command,
@@ -46,6 +47,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder for the export and its model card.")] = Path(
         "out/export"
     ),
+    restart: Restart = False,
     dry_run: DryRun = False,
     config: Config = None,
     log: LogForm = "text",
@@ -55,6 +57,7 @@ def export(
     with command(log, quiet) as shown:
         from gatepack.exporters import run as exporting
         from gatepack.report import print_export, print_export_plan
+        from gatepack.resume import STATE, State
 
         settings = exporting.ExportConfig(
             model=model,
@@ -73,6 +76,8 @@ def export(
         )
         if dry_run:
             shown.result(exporting.dry_run(settings, shown), print_export_plan)
-        else:
-            report = exporting.run(settings, shown)
-            shown.result(report, lambda report: print_export(report, out))
+            return
+        if restart:
+            State.drop(out / STATE)
+        report = exporting.run(settings, shown)
+        shown.result(report, lambda report: print_export(report, out))

@@ -92,6 +92,7 @@ def pack(
     ),
     device: Device = "auto",
     dtype: Dtype = "auto",
+    restart: Restart = False,
     dry_run: DryRun = False,
     config: Config = None,
     log: LogForm = "text",
@@ -100,13 +101,17 @@ def pack(
     """Remove a gated model's closed units physically, compare the logits, and save the rest."""
     with command(log, quiet) as shown:
         from gatepack.recipe import PackConfig, pack_checkpoint, plan_packing
-        from gatepack.report import print_packing
+        from gatepack.report import print_packing, print_packing_plan
+        from gatepack.resume import STATE, State
 
         settings = PackConfig(model, text, out, window, windows, device, dtype)
         if dry_run:
-            report = plan_packing(settings, shown)
-            shown.result(report.to_dict(), lambda _: typer.echo(report))
+            report, seconds = plan_packing(settings, shown)
+            plan = {**report.to_dict(), "seconds": seconds}
+            shown.result(plan, lambda _: print_packing_plan(report, seconds))
             return
+        if restart:
+            State.drop(out / STATE)
         report = pack_checkpoint(settings, shown)
         shown.result(report, lambda report: print_packing(report, out))
 
@@ -131,6 +136,7 @@ def demo(
     ] = Path("out/demo"),
     device: Device = "auto",
     restart: Restart = False,
+    dry_run: DryRun = False,
     config: Config = None,
     log: LogForm = "text",
     quiet: Quiet = False,
@@ -138,11 +144,14 @@ def demo(
     """Fine-tune a language model with gates and LoRA, pack it, check it and measure it."""
     options = locals()
     with command(log, quiet) as shown:
-        from gatepack.demo import DemoConfig, run
-        from gatepack.report import print_report
+        from gatepack.demo import DemoConfig, plan, run
+        from gatepack.report import print_report, print_training_plan
         from gatepack.resume import STATE, State
 
         settings = _settings(DemoConfig, options)
+        if dry_run:
+            shown.result(plan(settings, shown), print_training_plan)
+            return
         if restart:
             State.drop(out / STATE)
         shown.result(run(settings, shown), lambda report: print_report(report, out))

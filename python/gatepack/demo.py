@@ -22,6 +22,7 @@ from gatepack.recipe import (
     load_inputs,
     open_state,
     pack_and_check,
+    plan_training,
     score,
     train_gated,
 )
@@ -94,6 +95,17 @@ def run(config: DemoConfig, log: Log, known: dict[str, float] | None = None) -> 
     draw_report(report, config.out / "report.png")
     state.clear()
     return report
+
+
+def plan(config: DemoConfig, log: Log) -> dict:
+    """What run would do and cost, as plan_training says it; the timing at the end comes on top.
+
+    The fine-tuning without gates is counted in.
+    """
+    found = plan_training(config, log)
+    seconds = found["seconds"]
+    seconds["total"] += config.train.steps * seconds["step"] + seconds["scoring"]
+    return {**found, "tokens": 2 * found["tokens"]}
 
 
 def _lora_only(inputs: Inputs, config: DemoConfig, state: State, log: Log) -> float:

@@ -4,11 +4,11 @@ import contextlib
 import functools
 import json
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import gatepack
@@ -18,9 +18,9 @@ from gatepack.inspection import identify
 from gatepack.models import load_model, torch_device, torch_dtype
 from gatepack.optional import require
 from gatepack.progress import Log
-from gatepack.quality import TokenScores, input_device
+from gatepack.quality import TokenScores, input_device, token_scores
 from gatepack.regression import FORMAT_VERSION
-from gatepack.resume import STATE, State
+from gatepack.resume import State, fingerprint, state_of
 from gatepack.scoring import (
     ChoiceScores,
     Question,
@@ -28,7 +28,7 @@ from gatepack.scoring import (
     score_questions,
     wilson_interval,
 )
-from gatepack.texts import TextScore, check_windows, score_text, sha256_of
+from gatepack.texts import TextScore, check_windows, score_text, sha256_of, windows_of
 from gatepack.timing import Measurement, environment, measure
 
 DEFAULT_TEXT = "Python's manual, held out"
@@ -103,8 +103,9 @@ def _evaluate(model, tokenizer, config, name, base, base_name, log, out: Path | 
         models = [model] if base is None else [model, base[0]]
         inputs = {
             "settings": plain(asdict(config)),
-            "models": [_fingerprint(each) for each in models],
+            "models": [fingerprint(each) for each in models],
             "inputs": sha256_of([*_documents(texts), *map(repr, questions.values())]),
+            "environment": environment(input_device(model)),
             "version": gatepack.__version__,
         }
         state = State.open(state_of(out), inputs)
@@ -115,7 +116,8 @@ def _evaluate(model, tokenizer, config, name, base, base_name, log, out: Path | 
             _set_beside(entry, other)
     entries += _once(state, "tasks", lambda: _tasks(model, tokenizer, config))
     if config.latency:
-        entries.append(_latency(model, config, None if base is None else base[0]))
+        once = None if state is None else state.once
+        entries.append(_latency(model, config, None if base is None else base[0], once))
     report = {
         "format": FORMAT_VERSION,
         "model": identify(model, name),
@@ -130,25 +132,10 @@ def _evaluate(model, tokenizer, config, name, base, base_name, log, out: Path | 
     return report
 
 
-def state_of(out: Path) -> Path:
-    """Where run keeps what it has scored so far."""
-    return out.with_name(f"{out.name}{STATE}")
-
-
 def _documents(texts: dict[str, dict[str, list[str]]]) -> Iterator[str]:
     for kind, named in texts.items():
         for name, documents in named.items():
             yield f"{kind} {name} {sha256_of(documents)}"
-
-
-@torch.no_grad()
-def _fingerprint(model: nn.Module) -> str:
-    """A digest of a model's class and of the sums of its tensors."""
-    sums = (
-        f"{name} {list(tensor.shape)} {tensor.sum(dtype=torch.float64).item()!r}"
-        for name, tensor in model.state_dict().items()
-    )
-    return sha256_of([type(model).__name__, *sums])
 
 
 def _once(state: State | None, name: str, compute: Callable[[], object]):
@@ -186,17 +173,69 @@ def run(
     Raises ValueError for an unknown dtype or device, and for an unfinished run with other settings.
     """
     _require_lm_eval(config)
-    place, precision = torch_device(device), torch_dtype(dtype)
-    scored, tokenizer = load_model(model, precision)
-    beside = None
-    if base is not None:
-        other, other_tokenizer = load_model(base, precision)
-        beside = other.to(place), other_tokenizer
+    (scored, tokenizer), beside = _load(model, base, device, dtype)
     out = None if out is None else Path(out)
-    report = _evaluate(
-        scored.to(place), tokenizer, config, model, beside, base or "", log or Log(), out
-    )
-    return report
+    return _evaluate(scored, tokenizer, config, model, beside, base or "", log or Log(), out)
+
+
+def plan(
+    model: str,
+    config: EvalConfig,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+) -> dict:
+    """What run would score and how long it would take; writes nothing.
+
+    texts: windows of each. questions: of each file. seconds: of texts, questions and timing, from
+    one window, one question of each file and one repeat; lm-eval's tasks come on top. Raises as run
+    does.
+    """
+    _require_lm_eval(config)
+    texts, questions = _load_texts(config), _load_choices(config)
+    loaded, beside = _load(model, base, device, dtype)
+    models = [loaded] if beside is None else [loaded, beside]
+    counts = {}
+    seconds = 0.0
+    for scored, tokenizer in models:
+        for kind, named in texts.items():
+            for name, documents in named.items():
+                with _naming(name):
+                    ids, mask, _ = windows_of(
+                        scored, tokenizer, documents, config.length, config.stride, config.windows
+                    )
+                counts[f"{kind} {name}"] = len(ids)
+                seconds += len(ids) * _seconds(token_scores, scored, ids[:1], mask[:1])
+        for asked in questions.values():
+            seconds += len(asked) * _seconds(score_questions, scored, tokenizer, asked[:1])
+    if config.latency:
+        other = None if beside is None else beside[0]
+        seconds += config.repeats * _measure(loaded[0], config, other, 1).seconds
+    return {
+        "model": identify(loaded[0], model),
+        "base": None if beside is None else identify(beside[0], base),
+        "texts": counts,
+        "questions": {name: len(asked) for name, asked in questions.items()},
+        "tasks": list(config.tasks),
+        "seconds": seconds,
+        "environment": environment(input_device(loaded[0])),
+    }
+
+
+def _seconds(work: Callable, *arguments) -> float:
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
+
+
+def _load(model: str, base: str | None, device: str, dtype: str) -> tuple[tuple, tuple | None]:
+    """(model, tokenizer) on the device, and the same of base, where there is one."""
+    place, precision = torch_device(device), torch_dtype(dtype)
+    names = [model] if base is None else [model, base]
+    pairs = [load_model(name, precision) for name in names]
+    first, *others = [(each.to(place), tokenizer) for each, tokenizer in pairs]
+    return first, others[0] if others else None
 
 
 def _load_texts(config: EvalConfig) -> dict[str, dict[str, list[str]]]:
@@ -365,14 +404,10 @@ def _task_entry(name: str, values: dict, found: dict) -> dict:
     }
 
 
-def _latency(model: nn.Module, config: EvalConfig, base: nn.Module | None) -> dict:
-    measured = measure(
-        model,
-        dense=base,
-        prompt_tokens=config.prompt_tokens,
-        new_tokens=config.new_tokens,
-        repeats=config.repeats,
-    )
+def _latency(
+    model: nn.Module, config: EvalConfig, base: nn.Module | None, once: Callable | None
+) -> dict:
+    measured = _measure(model, config, base, config.repeats, once)
     return {
         "kind": "latency",
         "name": "random prompts",
@@ -387,6 +422,17 @@ def _latency(model: nn.Module, config: EvalConfig, base: nn.Module | None) -> di
         "metrics": _milliseconds(measured),
         "measurement": measured.to_dict(),
     }
+
+
+def _measure(model, config: EvalConfig, base, repeats: int, once=None) -> Measurement:
+    return measure(
+        model,
+        dense=base,
+        prompt_tokens=config.prompt_tokens,
+        new_tokens=config.new_tokens,
+        repeats=repeats,
+        once=once,
+    )
 
 
 def _milliseconds(measured: Measurement) -> dict[str, float]:

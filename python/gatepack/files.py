@@ -236,12 +236,13 @@ def _carry_over(directory: Path, staging: Path, superseded: re.Pattern) -> None:
         if superseded.fullmatch(path.name) or target.exists():
             continue
         if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, target, symlinks=True, copy_function=_link)
+            shutil.copytree(path, target, symlinks=True, copy_function=link)
         else:
-            _link(path, target)
+            link(path, target)
 
 
-def _link(source: str | Path, target: str | Path) -> None:
+def link(source: str | Path, target: str | Path) -> None:
+    """A hard link where the file system has them, else a copy."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import shutil
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from torch import nn
 from gatepack.bench import BenchConfig
 from gatepack.files import plain, write_json
 from gatepack.hf import hf_model, layers_of
+from gatepack.inspection import identify
 from gatepack.latency import PHASES, LatencyTable, device_label
 from gatepack.masks import encode_mask
 from gatepack.models import load_model, torch_device, torch_dtype
@@ -21,7 +21,7 @@ from gatepack.modules import linear_shape
 from gatepack.packing import shrink
 from gatepack.progress import Log
 from gatepack.quality import forward_arguments
-from gatepack.resume import State
+from gatepack.resume import State, state_of
 from gatepack.timing import environment, now
 
 WIDTHS = 24
@@ -45,19 +45,41 @@ def run(config: BenchConfig, path: Path, log: Log) -> dict:
     turn, and the median of the ratios counts, so that a device that slows down meanwhile slows both
     down. A run that was cut off goes on from its last shape. Raises ValueError for a packed model.
     """
-    device, dtype = torch_device(config.device), torch_dtype(config.dtype)
+    device = torch_device(config.device)
+    root = _load(config, log)
+    settings = {**plain(asdict(config)), "device": device_label(device)}
+    state = State.open(state_of(path), settings)
+    table = collect(root, device, config, log, state.once).to_dict()
+    write_json(path, table)
+    state.clear()
+    return table
+
+
+def plan(config: BenchConfig, log: Log) -> dict:
+    """How many shapes run would time, and how long, from one dense probe; writes nothing."""
+    device = torch_device(config.device)
+    root = _load(config, log)
+    probe = _Probe(root, device, config)
+    probe.times()
+    start = now(device)
+    probe.times()
+    shapes = 1 + len(_grid(root).points)
+    return {
+        "model": identify(root, config.model),
+        "shapes": shapes,
+        "seconds": 2 * (config.repeats + 1) * shapes * (now(device) - start),
+        "environment": environment(device),
+    }
+
+
+def _load(config: BenchConfig, log: Log) -> nn.Module:
+    """The dense transformers model; ValueError for a packed one."""
     log.say(f"loading {config.model}")
-    model, _ = load_model(config.model, dtype)
+    model, _ = load_model(config.model, torch_dtype(config.dtype))
     root = hf_model(model)
     if "kept" in (getattr(root.config, "gatepack", None) or {}):
         raise ValueError(f"model: expected a dense one, whose layers are cut, got {config.model}")
-    settings = {**plain(asdict(config)), "device": device_label(device)}
-    parts = path.with_name(f"{path.name}.parts")
-    state = State.open(parts, settings)
-    table = collect(root, device, config, log, state.once).to_dict()
-    write_json(path, table)
-    shutil.rmtree(parts)
-    return table
+    return root
 
 
 def collect(
@@ -68,14 +90,8 @@ def collect(
     once: Callable[[str, Callable], object] = lambda name, compute: compute(),
 ) -> LatencyTable:
     """The table of a dense transformers model's layers; once(name, compute) may know a result."""
-    layer = layers_of(root)[0]
-    queries, kv_heads = layer.queries, layer.kv_heads
-    channels = linear_shape(layer.linear(layer.family.down))[1]
-    per_kv = queries // kv_heads
-    kv_counts, each = _counts(kv_heads, COUNTS), _counts(per_kv, COUNTS)
-    widths = _counts(channels, WIDTHS, 64 if channels >= 512 else 1)
-    points = [_Point(k, q, channels) for k in kv_counts for q in each]
-    points += [_Point(kv_heads, per_kv, width) for width in widths]
+    layer, grid = layers_of(root)[0], _grid(root)
+    points = grid.points
     dense = _Probe(root, device, config)
     with log.bar("timing layers", "shape", 1 + len(points)) as tell:
         base = once("dense", lambda: _dense_layer(root, dense, device, config))
@@ -92,23 +108,48 @@ def collect(
         whole, layer_seconds = base[phase]
         rest = whole - dense.layers * layer_seconds
         found = [max((r[phase] * whole - rest) / dense.layers, 1e-9) for r in ratios]
-        heads = [found[i * len(each) : (i + 1) * len(each)] for i in range(len(kv_counts))]
-        seconds[phase] = {"heads": heads, "channels": found[len(kv_counts) * len(each) :]}
+        each, counts = len(grid.per_kv), len(grid.kv_counts)
+        heads = [found[i * each : (i + 1) * each] for i in range(counts)]
+        seconds[phase] = {"heads": heads, "channels": found[counts * each :]}
     return LatencyTable(
         device=device_label(device),
         dtype=str(root.dtype).removeprefix("torch."),
         hidden_size=root.config.hidden_size,
         head_dim=layer.head_dim,
-        query_heads=queries,
-        kv_heads=kv_heads,
-        channels=channels,
+        query_heads=layer.queries,
+        kv_heads=layer.kv_heads,
+        channels=grid.widths[-1],
         batch_size=config.batch_size,
         prompt_tokens=config.prompt_tokens,
-        kv_counts=tuple(kv_counts),
-        per_kv=tuple(each),
-        widths=tuple(widths),
+        kv_counts=tuple(grid.kv_counts),
+        per_kv=tuple(grid.per_kv),
+        widths=tuple(grid.widths),
         seconds=seconds,
         environment=environment(device),
+    )
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Counts of heads and channels, ascending up to the dense ones, and the shapes to time."""
+
+    kv_counts: list[int]
+    per_kv: list[int]
+    widths: list[int]
+
+    @property
+    def points(self) -> list[_Point]:
+        points = [_Point(k, q, self.widths[-1]) for k in self.kv_counts for q in self.per_kv]
+        return points + [_Point(self.kv_counts[-1], self.per_kv[-1], w) for w in self.widths]
+
+
+def _grid(root: nn.Module) -> _Grid:
+    layer = layers_of(root)[0]
+    channels = linear_shape(layer.linear(layer.family.down))[1]
+    return _Grid(
+        _counts(layer.kv_heads, COUNTS),
+        _counts(layer.queries // layer.kv_heads, COUNTS),
+        _counts(channels, WIDTHS, 64 if channels >= 512 else 1),
     )
 
 

@@ -19,8 +19,9 @@ from gatepack.optional import require
 from gatepack.packing import PackReport, pack
 from gatepack.plots import draw_gate_map, draw_training
 from gatepack.progress import Log
-from gatepack.quality import ParityError, max_logit_difference, perplexity, rounding_bound
-from gatepack.resume import STATE, State
+from gatepack.quality import ParityError, max_logit_difference, perplexity
+from gatepack.resume import STATE, State, fingerprint
+from gatepack.rounding import compare
 from gatepack.texts import sha256_of
 from gatepack.timing import environment
 from gatepack.training import (
@@ -175,6 +176,7 @@ def plan_training(config: RecipeConfig, log: Log) -> dict:
         },
         "seconds": {
             "step": step,
+            "scoring": scoring,
             "total": (steps + config.train.calibration_batches) * step + 2 * scoring,
         },
         "bytes": {
@@ -196,46 +198,58 @@ def _timed(model, inputs: Inputs, config: TrainConfig, log: Log) -> tuple[float,
             tell(run.step)
 
         FineTuning(model, inputs.windows, short).run(on_step)
+    return marks[1] - marks[0], _seconds_of_scoring(model, inputs.held_out)
+
+
+def _seconds_of_scoring(model: nn.Module, windows: torch.Tensor) -> float:
+    """Of all windows, from one."""
     start = time.perf_counter()
-    perplexity(model, inputs.held_out[:1])
-    return marks[1] - marks[0], len(inputs.held_out) * (time.perf_counter() - start)
+    perplexity(model, windows[:1])
+    return len(windows) * (time.perf_counter() - start)
 
 
 def pack_checkpoint(config: PackConfig, log: Log) -> dict:
     """Packs a gated checkpoint into config.out, after comparing its logits; returns the report.
 
-    config.out is written whole or not at all, with pack.json beside the weights. Raises
-    ParityError if the packed or the reloaded model gives other logits, and ValueError for a
+    config.out is written whole or not at all, with pack.json beside the weights. Cut off, it goes
+    on from the last perplexity when run again with the same settings; packing itself takes seconds.
+    Raises ParityError if the packed or the reloaded model gives other logits, and ValueError for a
     checkpoint without gates.
     """
-    gated, tokenizer = _load_gated(config, log)
-    documents = split_documents(load_documents(config.text))[1]
-    held_out = to_windows(documents, tokenizer, config.window)[: config.windows]
-    held_out = held_out.to(torch_device(config.device))
+    gated, held_out, tokenizer, documents = _load_gated(config, log)
     packed, packing, parity = pack_and_check(gated, held_out)
+    state = open_state(config, documents, gated=fingerprint(gated))
+    quality = {
+        name: state.once(name, lambda name=name, m=m: score(m, held_out, f"{name} model", log))
+        for name, m in (("gated", gated), ("packed", packed))
+    }
     report = {
         "model": config.model,
         "pack": packing,
         "parity": parity,
-        "perplexity": {
-            "gated": score(gated, held_out, "gated model", log),
-            "packed": score(packed, held_out, "packed model", log),
-        },
+        "perplexity": quality,
         "settings": plain(asdict(config)),
         "environment": environment(held_out.device),
     }
     with saving(packed, config.out, tokenizer) as folder:
         check_reload(packed, folder, held_out)
         write_json(folder / "pack.json", report)
+    state.clear()
     return report
 
 
-def plan_packing(config: PackConfig, log: Log) -> PackReport:
-    """What pack_checkpoint would keep; packs in memory and writes nothing."""
-    return pack(_load_gated(config, log)[0])
+def plan_packing(config: PackConfig, log: Log) -> tuple[PackReport, float]:
+    """What pack_checkpoint would keep, and the seconds of scoring both models, from one window.
+
+    Packs in memory and writes nothing.
+    """
+    model, held_out, _, _ = _load_gated(config, log)
+    seconds = 2 * _seconds_of_scoring(model, held_out)
+    return pack(model), seconds
 
 
-def _load_gated(config: PackConfig, log: Log) -> tuple[nn.Module, object]:
+def _load_gated(config: PackConfig, log: Log) -> tuple[nn.Module, torch.Tensor, object, list[str]]:
+    """(model, held-out windows, tokenizer, documents)."""
     device = torch_device(config.device)
     log.say(f"loading {config.model}")
     model, tokenizer = load_model(config.model, torch_dtype(config.dtype))
@@ -245,12 +259,14 @@ def _load_gated(config: PackConfig, log: Log) -> tuple[nn.Module, object]:
         raise ValueError(
             f"{config.model} has no gates to pack: name a folder that gatepack train has written"
         ) from error
-    return model.to(device), tokenizer
+    documents = load_documents(config.text)
+    held_out = to_windows(split_documents(documents)[1], tokenizer, config.window)[: config.windows]
+    return model.to(device), held_out.to(device), tokenizer, documents
 
 
-def open_state(config: RecipeConfig, documents: list[str]) -> State:
-    """What an earlier run with the same settings, text and version has finished."""
-    settings = {**plain(asdict(config)), "text_sha256": sha256_of(documents)}
+def open_state(config: RecipeConfig | PackConfig, documents: list[str], **inputs: str) -> State:
+    """What an earlier run with the same settings, text, inputs and version has finished."""
+    settings = {**plain(asdict(config)), "text_sha256": sha256_of(documents), **inputs}
     return State.open(Path(config.out) / STATE, {**settings, "version": gatepack.__version__})
 
 
@@ -312,15 +328,7 @@ def pack_and_check(gated: nn.Module, held_out: torch.Tensor) -> tuple[nn.Module,
     report = pack(packed)
     packed.eval()
     sample = held_out[:4]
-    difference = max_logit_difference(gated, packed, sample)
-    bound, largest = rounding_bound(packed, sample[:1])
-    parity = {"max_abs_difference": difference, "bound": bound, "largest_logit": largest}
-    if not difference <= bound:
-        raise ParityError(
-            f"packed and gated logits differ by {difference:.3g}, "
-            f"more than rounding explains ({bound:.3g})"
-        )
-    return packed, report.to_dict(), parity
+    return packed, report.to_dict(), compare(packed, gated, sample, "the gated model")
 
 
 def check_reload(model: nn.Module, folder: Path, held_out: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from gatepack.bench import beside
 from gatepack.latency import LatencyTable
+from gatepack.packing import PackReport
 from gatepack.timing import Measurement
 
 
@@ -78,6 +79,12 @@ def print_packing(report: dict, out: Path) -> None:
     Console().print(_parity(report["parity"]))
 
 
+def print_packing_plan(report: PackReport, seconds: float) -> None:
+    """Prints what gatepack.recipe.plan_packing returned."""
+    print(report)
+    print(f"seconds of scoring {seconds:,.1f}")
+
+
 def print_bench(report: dict, out: Path) -> None:
     """Prints what gatepack.bench.run returned; out is where its files are."""
     speed = Measurement.from_dict(report["speed"])
@@ -119,11 +126,13 @@ def print_latency_table(record: dict, path: Path) -> None:
 
 
 def print_bench_plan(plan: dict) -> None:
-    """Prints what gatepack.bench.plan returned."""
+    """Prints what plan of gatepack.bench or gatepack.latency_bench returned."""
     facts = {}
     for role in ("model", "dense"):
-        if plan[role] is not None:
+        if plan.get(role) is not None:
             facts[f"parameters, {role}"] = f"{plan[role]['parameters']:,}"
+    if "shapes" in plan:
+        facts["shapes of a layer"] = f"{plan['shapes']:,}"
     _facts(plan["model"]["name"], {**facts, "seconds": f"{plan['seconds']:,.1f}"})
 
 
@@ -133,15 +142,19 @@ def print_export(report: dict, out: Path) -> None:
     facts = {
         "parameters": f"{model['parameters']:,}",
         "MB": f"{sum(report['files'].values()) / 1e6:,.1f}",
-        "loaded by": parity.get("consumer", f"not checked: {parity.get('skipped')}"),
+        "loaded by": parity.get("consumer", f"not run: {parity.get('skipped')}"),
     }
     if "max_abs_difference" in parity:
         facts["logits differ by at most"] = f"{parity['max_abs_difference']:.2g}"
     if "perplexity" in parity:
         figures = parity["perplexity"]
-        facts["perplexity"] = f"{figures['model']:.4f} -> {figures['export']:.4f}"
+        facts["perplexity"] = " -> ".join(
+            f"{figures[name]:.4f}" for name in ("model", "stored", "export") if name in figures
+        )
     if "greedy" in parity:
         facts["equal greedy continuations"] = "{same} of {prompts}".format(**parity["greedy"])
+        if parity["greedy"].get("ties"):
+            facts["parted where rounding decides"] = str(parity["greedy"]["ties"])
     if "tokenized" in parity:
         facts["equal tokens of texts"] = "{same} of {texts}".format(**parity["tokenized"])
     if report["notes"]:
@@ -207,6 +220,20 @@ def print_evaluation(report: dict) -> None:
     for entry in entries:
         if entry["kind"] == "latency":
             console.print(_latency_line(entry), highlight=False, markup=False)
+
+
+def print_evaluation_plan(plan: dict) -> None:
+    """Prints what gatepack.evaluation.plan returned."""
+    facts = {
+        f"parameters, {role}": f"{plan[role]['parameters']:,}"
+        for role in ("model", "base")
+        if plan[role] is not None
+    }
+    facts |= {f"windows, {name}": f"{count:,}" for name, count in plan["texts"].items()}
+    facts |= {f"questions, {name}": f"{count:,}" for name, count in plan["questions"].items()}
+    if plan["tasks"]:
+        facts["tasks, not timed"] = ", ".join(plan["tasks"])
+    _facts(plan["model"]["name"], {**facts, "seconds": f"{plan['seconds']:,.1f}"})
 
 
 def _metrics_table(entries: list[dict], count: str, metrics: tuple[str, ...]) -> Table:

@@ -1,11 +1,17 @@
 """Stage 7, command line: what a run that was cut off has finished."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gatepack.files import read_json, write_json
+import torch
+from torch import nn
+
+from gatepack.checkpoint import file_sha256
+from gatepack.files import read_json, replaced_folder, write_json
+from gatepack.texts import sha256_of
 
 STATE = ".resume"
 
@@ -49,8 +55,43 @@ class State:
             write_json(path, results)
         return results[name]
 
+    def folder_once(self, name: str, write: Callable[[Path], object]) -> tuple[Path, object, str]:
+        """(folder, what write(folder) returned for it, a digest of its files).
+
+        write fills it, whole or not at all, unless it was filled and no file was changed since.
+        """
+        folder, path = self.folder / name, self.folder / f"{name}.json"
+        record = _read(path) if path.is_file() else {}
+        if record.get("sha256") != _digest(folder):
+            with replaced_folder(folder, re.compile(".*")) as staging:
+                result = write(staging)
+            record = {"sha256": _digest(folder), "result": result}
+            write_json(path, record)
+        return folder, record["result"], record["sha256"]
+
     def clear(self) -> None:
         shutil.rmtree(self.folder)
+
+
+def state_of(out: Path) -> Path:
+    """Where a command that writes one file keeps what it has finished so far."""
+    return out.with_name(f"{out.name}{STATE}")
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """A digest of a model's class and of the sums of its tensors."""
+    sums = (
+        f"{name} {list(tensor.shape)} {tensor.sum(dtype=torch.float64).item()!r}"
+        for name, tensor in model.state_dict().items()
+    )
+    return sha256_of([type(model).__name__, *sums])
+
+
+def _digest(folder: Path) -> str:
+    """Of the names and bytes of a folder's files."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return sha256_of(f"{path.name} {file_sha256(path)}" for path in files)
 
 
 def _read(path: Path) -> dict:

@@ -64,6 +64,22 @@ def score_text(
     progress is called with (windows done, of how many). Raises ValueError for a text without two
     tokens, token ids that the model has no embedding for, or windows longer than its positions.
     """
+    ids, scored, documents = windows_of(model, tokenizer, documents, length, stride, windows)
+    tell = None if progress is None else lambda done: progress(done, len(ids))
+    scores = token_scores(model, ids, scored, batch_size, tell)
+    size = sum(len(document.encode()) for document in documents)
+    return TextScore(scores, size, sha256_of(documents))
+
+
+def windows_of(
+    model: nn.Module,
+    tokenizer,
+    documents: Sequence[str],
+    length: int,
+    stride: int | None,
+    windows: int,
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """(token ids [n, length], which of them are scored, the documents as cut), as of score_text."""
     stride = check_windows(length, stride, windows)
     positions = getattr(hf_model(model).config, "max_position_embeddings", None)
     if positions is not None and length > positions:
@@ -75,11 +91,7 @@ def score_text(
             f"the tokenizer gives token {max(stream.ids)}, the model has embeddings for "
             f"{vocabulary_size(model)}: they do not belong together"
         )
-    ids, scored = _strided(stream, length, stride)
-    tell = None if progress is None else lambda done: progress(done, len(ids))
-    scores = token_scores(model, ids, scored, batch_size, tell)
-    size = sum(len(document.encode()) for document in stream.documents)
-    return TextScore(scores, size, sha256_of(stream.documents))
+    return *_strided(stream, length, stride), stream.documents
 
 
 @dataclass

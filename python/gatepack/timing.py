@@ -1,5 +1,6 @@
 """Stage 5, pack: how fast a model is and what memory it takes, with the dense model beside it."""
 
+import functools
 import platform
 import time
 from collections.abc import Callable
@@ -87,6 +88,16 @@ class Measurement:
         model, dense = getattr(self.model, phase), getattr(self.dense, phase)
         return None if model is None or dense is None else model.median / dense.median
 
+    @property
+    def seconds(self) -> float:
+        """What one repeat takes, of all models, at their median rates."""
+        total = 0.0
+        for speed in filter(None, (self.model, self.dense)):
+            total += self.batch_size * self.prompt_tokens / speed.prefill.median
+            if speed.decode is not None:
+                total += self.batch_size * self.new_tokens / speed.decode.median
+        return total
+
     def to_dict(self) -> dict:
         return {**asdict(self), "ratios": self.ratios}
 
@@ -138,6 +149,7 @@ def measure(
     repeats: int = 5,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    once: Callable[[str, Callable[[], list]], list] | None = None,
 ) -> Measurement:
     """Times prefill and decode of a transformers model on random prompts, in eval mode.
 
@@ -147,19 +159,18 @@ def measure(
     decode then takes new_tokens greedy steps, whatever they say. A model without a key/value cache
     (an encoder) is timed on the forward alone and has decode None. Training modes are restored;
     on CUDA the peak memory statistics are reset. progress is called with the number of repeats
-    done. Raises ValueError for sizes below 1, prompts
-    longer than the model's positions, or models on different devices.
+    done. once(name, compute) may know what a repeat has measured, which is plain JSON, or calls
+    compute: so a run that was cut off goes on, after untimed ones. Raises ValueError for sizes
+    below 1, prompts longer than the model's positions, or models on different devices.
     """
     runners = [_Runner(each) for each in (model, dense) if each is not None]
     _check(runners, prompt_tokens, new_tokens, batch_size, repeats)
     prompts = _prompts(runners, batch_size, prompt_tokens, seed)
-    for runner in runners:
-        with evaluating(runner.model):
-            _warm_up(runner, prompts, new_tokens)
     for repeat in range(repeats):
-        for runner in runners if repeat % 2 else runners[::-1]:
-            with evaluating(runner.model):
-                runner.record(prompts, new_tokens)
+        timed = functools.partial(_repeat, runners, prompts, new_tokens, repeat)
+        found = timed() if once is None else once(f"repeat {repeat}", timed)
+        for runner, record in zip(runners, found, strict=True):
+            runner.records.append(record)
         if progress is not None:
             progress(repeat + 1)
     speeds = [runner.speed(prompts.numel(), batch_size * new_tokens) for runner in runners]
@@ -187,21 +198,18 @@ class _Runner:
         self.arguments = {name: value for name, value in wanted.items() if name in accepted}
         self.may_cache = "past_key_values" in accepted
         self.device = input_device(model)
-        self.prefill: list[float] = []
-        self.decode: list[float] = []
-        self.extra_bytes: list[int] = []
+        self.warm = False
+        self.records: list[dict] = []
 
-    def record(self, prompts: torch.Tensor, new_tokens: int) -> None:
+    def timed(self, prompts: torch.Tensor, new_tokens: int) -> dict:
+        """Seconds of prefill and decode, and CUDA's extra bytes, of one repeat; None for none."""
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
             held = torch.cuda.memory_allocated(self.device)
         prefill, decode = self.run(prompts, new_tokens)
-        self.prefill.append(prefill)
-        if decode is not None:
-            self.decode.append(decode)
-        if cuda:
-            self.extra_bytes.append(torch.cuda.max_memory_allocated(self.device) - held)
+        extra = torch.cuda.max_memory_allocated(self.device) - held if cuda else None
+        return {"prefill": prefill, "decode": decode, "extra_bytes": extra}
 
     def run(self, prompts: torch.Tensor, new_tokens: int) -> tuple[float, float | None]:
         """(prefill, decode) seconds of one repeat; decode None if the model returns no cache."""
@@ -219,13 +227,31 @@ class _Runner:
     def speed(self, prompt_tokens: int, new_tokens: int) -> Speed:
         parameters = list(self.model.parameters())
         size = sum(p.numel() * p.element_size() for p in parameters)
+        prefill, decode, extra = (
+            [record[what] for record in self.records if record[what] is not None]
+            for what in ("prefill", "decode", "extra_bytes")
+        )
         return Speed(
-            Rate.of(prompt_tokens, self.prefill),
-            Rate.of(new_tokens, self.decode) if self.decode else None,
+            Rate.of(prompt_tokens, prefill),
+            Rate.of(new_tokens, decode) if decode else None,
             size,
-            size + max(self.extra_bytes) if self.extra_bytes else None,
+            size + max(extra) if extra else None,
             str(self.root.dtype).removeprefix("torch."),
         )
+
+
+def _repeat(runners: list[_Runner], prompts, new_tokens: int, repeat: int) -> list[dict]:
+    """What each runner takes for one repeat, after untimed ones where there were none yet."""
+    for runner in runners:
+        if not runner.warm:
+            with evaluating(runner.model):
+                _warm_up(runner, prompts, new_tokens)
+            runner.warm = True
+    found = {}
+    for runner in runners if repeat % 2 else runners[::-1]:
+        with evaluating(runner.model):
+            found[runner] = runner.timed(prompts, new_tokens)
+    return [found[runner] for runner in runners]
 
 
 def _warm_up(runner: _Runner, prompts: torch.Tensor, new_tokens: int) -> None:

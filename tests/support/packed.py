@@ -31,6 +31,14 @@ def packed_model(model_type="llama", closed=((), ()), widths=(40, 40), **overrid
     return model
 
 
+def spoil(model, size=1e-3):
+    """Moves the weights of one channel by a fraction of the largest, in place; the model."""
+    with torch.no_grad():
+        weight = next(p for name, p in model.named_parameters() if "0.mlp.down_proj" in name)
+        weight[:, 0] += size * weight.abs().max()
+    return model
+
+
 @pytest.fixture
 def modules_cache(tmp_path, monkeypatch):
     """Keeps the code that transformers copies out of folders out of the home directory."""

@@ -12,10 +12,11 @@ from gatepack.checkpoint import SUPERSEDED
 from gatepack.exporters.card import write_card
 from gatepack.exporters.parity import default_windows
 from gatepack.exporters.source import Source, read_model
-from gatepack.files import replaced_folder
+from gatepack.files import link, replaced_folder
 from gatepack.inspection import identify
 from gatepack.models import DTYPES
 from gatepack.progress import Log
+from gatepack.resume import State
 from gatepack.timing import Measurement
 
 FORMATS = ("uniform", "hf", "gguf", "decilm", "onnx")
@@ -35,6 +36,7 @@ def export(
     data: str = "",
     speed: Measurement | None = None,
     log: Log | None = None,
+    state: State | None = None,
 ) -> dict:
     """Writes a packed (or dense) model for other programs, runs one of them on it, and reports.
 
@@ -45,6 +47,9 @@ def export(
     compared with the model; None for random ones. For the model card, README.md: base, the dense
     model; data, what it was pruned or trained on; speed, of gatepack.measure.
 
+    state: where the files and the comparison are kept until all is done, so that a run that was
+    cut off goes on; None keeps nothing.
+
     The folder is written whole or not at all, after the comparison. Returns format, model, files
     (name -> bytes), parity, and notes, what the format does not carry. Raises ValueError for a
     model that the format cannot hold, naming what to change; ParityError if what was written does
@@ -53,7 +58,8 @@ def export(
     source, writer = plan(model, format, tokenizer=tokenizer, dtype=dtype)
     windows = default_windows(source.model) if windows is None else windows
     log = log or Log()
-    with replaced_folder(directory, SUPERSEDED) as folder:
+
+    def write(folder: Path) -> list[str]:
         log.say(f"writing {format}")
         if format in _QUANTIZED:
             with log.bar("converting", "tensor") as tell:
@@ -62,8 +68,20 @@ def export(
             notes = writer.write(source, folder)
         if tokenizer is not None and format != "gguf":
             tokenizer.save_pretrained(folder)
+        return notes
+
+    def check(folder: Path) -> dict:
         log.say("comparing what was written with the model")
-        parity = {**writer.check(source, folder, windows), "windows": list(windows[:4].shape)}
+        return {**writer.check(source, folder, windows), "windows": list(windows[:4].shape)}
+
+    with replaced_folder(directory, SUPERSEDED) as folder:
+        if state is None:
+            notes, parity = write(folder), check(folder)
+        else:
+            kept, notes, digest = state.folder_once("files", write)
+            for path in kept.iterdir():
+                link(path, folder / path.name)
+            parity = state.once(f"parity of {digest}", lambda: check(folder))
         report = {
             "format": format,
             "model": identify(source.model, base),

@@ -15,7 +15,8 @@ _TITLES = {
     "gguf": "Loads with llama.cpp and what is built on it.",
     "decilm": "Loads with engines that have DeciLM (`nemotron-nas`), and with transformers and "
     "`trust_remote_code=True`.",
-    "onnx": "Loads with onnxruntime: `input_ids` [batch, tokens] in, `logits` out, no cache.",
+    "onnx": "Loads with onnxruntime: `input_ids`, `attention_mask` and each layer's "
+    "`past_key_values` in, `logits` and each layer's `present` out.",
 }
 
 
@@ -79,9 +80,17 @@ def _dense_sizes(source: Source) -> list[tuple[int, int, int]]:
 
 
 def _parity(parity: dict) -> Sequence[str]:
-    if "skipped" in parity:
-        return [f"Not checked: {parity['skipped']}."]
     count, length = parity["windows"]
+    if "skipped" in parity:
+        lines = [f"Not run: {parity['skipped']}."]
+        if "perplexity" in parity:
+            lines += [
+                "",
+                f"The weights were read back, and scored on {count} x {length} tokens:",
+                "",
+            ]
+            lines += _perplexity(parity["perplexity"])
+        return lines
     lines = [
         f"Loaded and run by {parity['consumer']}, against the packed model in torch, on {count} x "
         f"{length} tokens:",
@@ -89,17 +98,42 @@ def _parity(parity: dict) -> Sequence[str]:
     ]
     if "max_abs_difference" in parity:
         bound = f" (rounding bound {parity['bound']:.3g})" if "bound" in parity else ""
-        lines.append(f"- logits differ by at most {parity['max_abs_difference']:.3g}{bound}")
-    if "perplexity" in parity:
-        figures = parity["perplexity"]
-        lines.append(f"- perplexity {figures['export']:.4f}, the model's {figures['model']:.4f}")
+        weights = (
+            " from the same weights in torch" if "stored" in parity.get("perplexity", ()) else ""
+        )
+        lines.append(
+            f"- logits differ by at most {parity['max_abs_difference']:.3g}{weights}{bound}"
+        )
+    if "rounding" in parity:
+        found, alone = (parity["rounding"][name] for name in ("found", "rounding"))
+        lines.append(
+            f"- half of the tokens' logits differ by no more than {found[0]:.3g}, nine in ten by "
+            f"{found[1]:.3g}; rounding as this program does, torch moves its own by {alone[0]:.3g} "
+            f"and {alone[1]:.3g}"
+        )
+    lines += _perplexity(parity.get("perplexity", {}))
     if "greedy" in parity:
-        form = "- {same} of {prompts} greedy continuations of {tokens} tokens are equal"
-        lines.append(form.format(**parity["greedy"]))
+        greedy = parity["greedy"]
+        form = "- {same} of {prompts} greedy continuations of {tokens} tokens are the model's"
+        if greedy.get("ties"):
+            form += (
+                "; {same_stored} are those of the weights as stored, and {ties} part from these "
+                "where two tokens are closer than rounding"
+            )
+        lines.append(form.format(**greedy))
     if "tokenized" in parity:
         form = "- {same} of {texts} texts give the same tokens"
         lines.append(form.format(**parity["tokenized"]))
     return lines
+
+
+def _perplexity(figures: dict[str, float]) -> Sequence[str]:
+    labels = {
+        "export": "perplexity",
+        "model": "perplexity of the model",
+        "stored": "perplexity of the weights as stored, in torch",
+    }
+    return [f"- {labels[name]} {figures[name]:.4f}" for name in labels if name in figures]
 
 
 def _speed(speed) -> Sequence[str]:

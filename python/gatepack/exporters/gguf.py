@@ -6,21 +6,21 @@ are permuted from halves to pairs, as llama.cpp's own converter does. Qwen3, whi
 k, has an architecture of its own, which rotates halves and has one size for all layers.
 """
 
+import importlib.util
 import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from gatepack.exporters.gguf_check import compare_llama_cpp, read_back
 from gatepack.exporters.gguf_tokenizer import add_tokenizer
-from gatepack.exporters.parity import greedy_tokens, refuse_perplexity
 from gatepack.exporters.source import Source
 from gatepack.optional import require
 from gatepack.progress import Tell
-from gatepack.quality import perplexity, token_logits, vocabulary_size
+from gatepack.quality import perplexity, vocabulary_size
 
 FILE = "model.gguf"
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 5, 8, 16
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3")
 _NAMES = {
@@ -81,75 +81,18 @@ def write(source: Source, folder: Path, dtype: str, progress: Tell) -> list[str]
 
 
 def check(source: Source, folder: Path, windows: torch.Tensor) -> dict:
-    """Figures of llama.cpp on windows; ParityError if perplexity differs by more than 1 %."""
-    try:
-        import llama_cpp
-    except ImportError:
-        return {"skipped": "it needs llama-cpp-python: pip install llama-cpp-python"}
-    sample = windows[:4].cpu()
-    runner = llama_cpp.Llama(
-        str(folder / FILE),
-        n_ctx=max(sample.shape[1], PROMPT_TOKENS + NEW_TOKENS),
-        logits_all=True,
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
-        verbose=False,
-    )
-
-    def logits_of(ids: list[int]) -> torch.Tensor:
-        done = runner.n_tokens
-        if ids[:done] != runner.input_ids[:done].tolist() or done >= len(ids):
-            runner.reset()
-        runner.eval(ids[runner.n_tokens :])
-        return torch.from_numpy(runner.scores[: len(ids)].copy())
-
-    what = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
-    try:
-        tokenized = sum(_same_tokens(runner, source.tokenizer, row) for row in sample)
-        theirs = [logits_of(row.tolist()) for row in sample]
-        same = 0
-        for prompt in _prompts(windows):
-            ours = greedy_tokens(lambda ids: _torch_logits(source.model, ids), prompt, NEW_TOKENS)
-            same += ours == greedy_tokens(logits_of, prompt, NEW_TOKENS)
-    finally:
-        runner.close()
-    difference = max(
-        (_torch_logits(source.model, row.tolist()) - logits).abs().max().item()
-        for row, logits in zip(sample, theirs, strict=True)
-    )
-    nats = [
-        torch.nn.functional.cross_entropy(logits[:-1], row[1:].long(), reduction="none")
-        for row, logits in zip(sample, theirs, strict=True)
-    ]
-    figures = {
-        "model": perplexity(source.model, sample),
-        "export": torch.cat(nats).double().mean().exp().item(),
-    }
-    refuse_perplexity(figures["model"], figures["export"], what)
-    return {
-        "consumer": what,
-        "max_abs_difference": difference,
-        "perplexity": figures,
-        "greedy": {"same": same, "prompts": PROMPTS, "tokens": NEW_TOKENS},
-        "tokenized": {"same": tokenized, "texts": len(sample)},
-    }
-
-
-def _same_tokens(runner, tokenizer, ids: torch.Tensor) -> bool:
-    text = tokenizer.decode(ids)
-    return runner.tokenize(text.encode(), special=True) == tokenizer(text).input_ids
-
-
-def _torch_logits(model, ids: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        return token_logits(model, torch.tensor([ids]))[0].float().cpu()
-
-
-def _prompts(windows: torch.Tensor) -> list[list[int]]:
-    """Five pieces of the windows, spread over all of them."""
-    flat = windows.reshape(-1)
-    starts = torch.linspace(0, max(len(flat) - PROMPT_TOKENS, 0), PROMPTS).long().tolist()
-    return [flat[start : start + PROMPT_TOKENS].tolist() for start in starts]
+    """Figures of llama.cpp on windows; ParityError as read_back and compare_llama_cpp raise it."""
+    path = folder / FILE
+    stored, kinds = read_back(source, path, _places(source))
+    if importlib.util.find_spec("llama_cpp") is None:
+        return {
+            "skipped": "it needs llama-cpp-python: pip install llama-cpp-python",
+            "perplexity": {
+                "model": perplexity(source.model, windows[:4]),
+                "stored": perplexity(stored, windows[:4]),
+            },
+        }
+    return compare_llama_cpp(source, stored, kinds, path, windows)
 
 
 def refuse(source: Source) -> None:
@@ -215,27 +158,37 @@ def _tensors(source: Source) -> dict[str, torch.Tensor]:
     found = {}
     if source.config.rope_parameters["rope_type"] != "default":
         found["rope_freqs.weight"] = _rope_factors(source)
+    weights = source.model.state_dict()
+    for name, (place, order) in _places(source).items():
+        found[name] = weights[place] if order is None else weights[place][order]
+    return found
+
+
+def _places(source: Source) -> dict[str, tuple[str, torch.Tensor | None]]:
+    """GGUF name -> (name in the state dict, order of its rows, or None for as they are)."""
+    found = {}
     tied = source.config.tie_word_embeddings
-    for name, tensor in source.model.state_dict().items():
+    for name in source.model.state_dict():
         match = _LAYER.fullmatch(name)
         if match is None:
             module, _, what = name.rpartition(".")
             if not (tied and module == "lm_head"):
-                found[f"{_GLOBAL[module]}.{what}"] = tensor
+                found[f"{_GLOBAL[module]}.{what}"] = name, None
             continue
         index, path, what = match.groups()
         sizes = source.sizes[int(index)]
         heads = {"self_attn.q_proj": sizes.queries, "self_attn.k_proj": sizes.kv_heads}.get(path)
+        order = None
         if heads is not None and source.config.model_type != "qwen3":
-            tensor = _halves_to_pairs(tensor, heads)
-        found[f"blk.{index}.{_NAMES[path]}.{what}"] = tensor
+            order = _halves_to_pairs(heads, source.head_dim)
+        found[f"blk.{index}.{_NAMES[path]}.{what}"] = name, order
     return found
 
 
-def _halves_to_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows [heads, 2, D / 2] -> [heads, D / 2, 2]: lane i beside lane i + D / 2 of each head."""
-    split = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
-    return split.transpose(1, 2).reshape(tensor.shape)
+def _halves_to_pairs(heads: int, head_dim: int) -> torch.Tensor:
+    """The order of rows in which lane i of each head stands beside lane i + D / 2, [heads * D]."""
+    lanes = torch.arange(heads * head_dim).reshape(heads, 2, -1)
+    return lanes.transpose(1, 2).reshape(-1)
 
 
 def _rope_factors(source: Source) -> torch.Tensor:

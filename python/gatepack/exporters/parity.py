@@ -10,12 +10,13 @@ from gatepack.models import without_bars
 from gatepack.quality import (
     ParityError,
     input_device,
-    max_logit_difference,
     perplexity,
-    rounding_bound,
+    token_logits,
     vocabulary_size,
 )
+from gatepack.rounding import LEEWAY, Apart, compare
 
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 5, 8, 16
 # Perplexity of a file with other arithmetic (llama.cpp's, or 8-bit weights) over the model's own.
 PERPLEXITY_BOUND = 1.01
 
@@ -31,18 +32,9 @@ def compare_logits(model: nn.Module, other: nn.Module, windows: torch.Tensor, wh
     sample = windows[:4]
     if hasattr(other, "to"):
         other = other.to(input_device(model))
-    difference = max_logit_difference(model, other, sample)
-    bound, largest = rounding_bound(model, sample[:1])
-    if not difference <= bound:
-        raise ParityError(
-            f"{what} gives logits that differ from the model's by {difference:.3g}, more than "
-            f"rounding explains ({bound:.3g})"
-        )
     return {
         "consumer": what,
-        "max_abs_difference": difference,
-        "bound": bound,
-        "largest_logit": largest,
+        **compare(model, other, sample, what),
         "perplexity": {"model": perplexity(model, sample), "export": perplexity(other, sample)},
     }
 
@@ -89,14 +81,34 @@ def _compare_outputs(model, other, windows, what: str) -> dict:
     return {"consumer": what, "max_abs_difference": difference, "bound": 0.0}
 
 
-def refuse_perplexity(ours: float, theirs: float, what: str) -> None:
-    """ParityError if the ratio of two perplexities is outside of [1 / 1.01, 1.01]."""
-    ratio = theirs / ours
-    if not 1 / PERPLEXITY_BOUND <= ratio <= PERPLEXITY_BOUND or math.isnan(ratio):
+def refuse_perplexity(ours: float, theirs: float, what: str, effect: Apart | None = None) -> None:
+    """ParityError if two perplexities are more than 1 % apart, and further than rounding explains.
+
+    effect: of rounding on n tokens, whose mean is uncertain by its spread / sqrt(n).
+    """
+    apart = abs(math.log(theirs / ours))
+    allowed = math.log(PERPLEXITY_BOUND)
+    if effect is not None:
+        spread = effect.nats.square().mean().sqrt().item()
+        allowed = max(allowed, LEEWAY * spread / math.sqrt(len(effect.nats)))
+    if not apart <= allowed:
         raise ParityError(
             f"{what} has perplexity {theirs:.4g} where the model has {ours:.4g}: more than "
-            f"{PERPLEXITY_BOUND - 1:.0%} apart"
+            f"{math.expm1(allowed):.2g} apart"
         )
+
+
+def torch_logits(model: nn.Module, ids: list[int]) -> torch.Tensor:
+    """Logits of one text, fp32 [n, vocabulary], on the CPU."""
+    with torch.no_grad():
+        return token_logits(model, torch.tensor([ids]))[0].float().cpu()
+
+
+def prompts_of(windows: torch.Tensor) -> list[list[int]]:
+    """PROMPTS pieces of the windows, spread over all of them."""
+    flat = windows.reshape(-1)
+    starts = torch.linspace(0, max(len(flat) - PROMPT_TOKENS, 0), PROMPTS).long().tolist()
+    return [flat[start : start + PROMPT_TOKENS].tolist() for start in starts]
 
 
 def greedy_tokens(

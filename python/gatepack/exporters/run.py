@@ -1,17 +1,23 @@
 """Stage 7, command line: export by name, with a text to compare on and a timing for the card."""
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from gatepack.data import load_documents, split_documents, to_windows
 from gatepack.exporters import check_options, export, plan
+from gatepack.files import plain
 from gatepack.inspection import identify
 from gatepack.models import load_model, torch_dtype
 from gatepack.packing import pack
 from gatepack.progress import Log
-from gatepack.timing import measure
+from gatepack.quality import ParityError, input_device
+from gatepack.resume import STATE, State, fingerprint
+from gatepack.texts import sha256_of
+from gatepack.timing import environment, measure
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,20 @@ class ExportConfig:
 
 
 def run(config: ExportConfig, log: Log) -> dict:
-    """Loads config.model, exports it to config.out, and returns export's report."""
+    """Loads config.model, exports it to config.out, and returns export's report.
+
+    Cut off, it goes on from its last finished repeat, conversion or comparison when run again with
+    the same settings, on the same machine.
+    """
     model, tokenizer = _load(config, log)
-    documents = split_documents(load_documents(config.text))[1]
-    windows = to_windows(documents, tokenizer, config.window)[: config.windows]
+    windows = _windows(config, tokenizer)
+    facts = {
+        "settings": plain(asdict(config)),
+        "model": fingerprint(model),
+        "windows": sha256_of([str(windows.tolist())]),
+        "environment": environment(input_device(model)),
+    }
+    state = State.open(config.out / STATE, facts)
     speed = None
     if config.speed:
         with log.bar("timing", "repeat", config.repeats) as tell:
@@ -59,25 +75,40 @@ def run(config: ExportConfig, log: Log) -> dict:
                 new_tokens=config.new_tokens,
                 repeats=config.repeats,
                 progress=tell,
+                once=state.once,
             )
-    return export(
-        model,
-        config.out,
-        config.format,
-        tokenizer=tokenizer,
-        dtype=config.dtype,
-        windows=windows,
-        base=config.base,
-        data=config.data,
-        speed=speed,
-        log=log,
-    )
+    try:
+        report = export(
+            model,
+            config.out,
+            config.format,
+            tokenizer=tokenizer,
+            dtype=config.dtype,
+            windows=windows,
+            base=config.base,
+            data=config.data,
+            speed=speed,
+            log=log,
+            state=state,
+        )
+    except ParityError:
+        state.clear()  # what was written is wrong
+        with contextlib.suppress(OSError):
+            config.out.rmdir()
+        raise
+    state.clear()
+    return report
 
 
 def dry_run(config: ExportConfig, log: Log) -> dict:
     """Whether the format holds the model (else ValueError), and what it is; writes nothing."""
     model, _ = _load(config, log)
     return {"format": config.format, "model": identify(model, config.model)}
+
+
+def _windows(config: ExportConfig, tokenizer) -> torch.Tensor:
+    documents = split_documents(load_documents(config.text))[1]
+    return to_windows(documents, tokenizer, config.window)[: config.windows]
 
 
 def _load(config: ExportConfig, log: Log) -> tuple[nn.Module, object]:
