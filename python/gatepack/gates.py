@@ -61,6 +61,13 @@ class Gate:
         """The open set of the current sample; the first one of a sample waits for the host."""
         return self._set.sample().open(self)
 
+    def open_fraction(self, noise: bool = True) -> float:
+        """Fraction of units open in the current sample, which may wait for a GPU, or without noise.
+        """
+        if not noise:
+            return self._set.open_fraction(self.name)
+        return self._set.sample().open_fraction(self)
+
     def running(self) -> torch.Tensor:
         """1 for open units and 0 for closed ones, fp32 [size], without gradient."""
         return self._set.sample().running(self)
@@ -77,7 +84,7 @@ class Gate:
     @property
     def path(self) -> str | None:
         """The path of this forward, if the model has decided on one (gatepack.paths)."""
-        return self._set.path
+        return self._set.paths.get(self.name)
 
     def __repr__(self):
         return f"Gate({self.name!r}, {self.kind}, size={self.size}, lanes={self.lanes})"
@@ -89,8 +96,8 @@ class GateSet(nn.Module):
     config: GateConfig. specs: name -> GateSpec, in model order. fixed_cost: parameters that the
     budget counts and no gate can remove. Logits are one fp32 parameter [N]; a forward of the model
     draws one sample (values, open sets) that all its modules read, also when gradient checkpointing
-    runs them again. An attached model sets `path`, the path of the present forward, `width`, its
-    residual width, and `sampler`, which draws the values where kernels run (None: plain torch).
+    runs them again. An attached model sets `paths`, gate name -> path of the present forward,
+    `width`, its residual width, and `sampler`, which draws the values where kernels run (None: plain torch).
     """
 
     def __init__(self, config: GateConfig, specs: Mapping[str, GateSpec], fixed_cost: int = 0):
@@ -111,7 +118,7 @@ class GateSet(nn.Module):
         self.controller = BudgetController(config.target)
         self.frozen = False
         self.width: int | None = None
-        self.path: str | None = None
+        self.paths: dict[str, str] = {}
         self.sampler: Callable[[GateSet], torch.Tensor] | None = None
         self._draws = 0
         self._all_open = False
