@@ -11,8 +11,8 @@ namespace {
 constexpr int64_t kGrain = 1 << 16;  // bytes of the input for one piece of work
 constexpr int kRows = 4;             // rows of w read side by side: one stream each
 constexpr int kSums = 2;             // sums per row, so that additions overlap
-constexpr int64_t kRun = 64;          // tokens in a sum of its own
-constexpr int64_t kGatedLanes = 128;  // lanes of a gated pass for one thread at a time
+constexpr int64_t kRun = 64;         // tokens in a sum of its own
+constexpr int64_t kGatedLanes = 128; // lanes of a gated pass for one thread at a time
 
 template <class T>
 struct Linear {
@@ -278,8 +278,8 @@ void over_gated_lanes(Gated& job, const Tensor& a, const Tensor& z, const Run& r
   job.n = z.numel();
   job.tokens = job.n ? a.numel() / job.n : 0;
   const int64_t pieces = (job.n + kGatedLanes - 1) / kGatedLanes;
-  const int64_t grain = std::max<int64_t>(1, kGrain / 4 / (kGatedLanes * std::max<int64_t>(
-                                                              1, job.tokens)));
+  const int64_t each = kGatedLanes * std::max<int64_t>(1, job.tokens);
+  const int64_t grain = std::max<int64_t>(1, kGrain / 2 / each);
   torch::stable::parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       run(i * kGatedLanes, std::min(job.n, (i + 1) * kGatedLanes));

@@ -169,9 +169,7 @@ class Attachment:
                 for name, site in self.gated.items()
             }
         else:
-            gates.paths = dict.fromkeys(
-                self.gated, choose_path(tokens, gates.width, device).path
-            )
+            gates.paths = dict.fromkeys(self.gated, choose_path(tokens, gates.width, device).path)
         if cache is not None and cache.get_seq_length() > 0:
             for _, _, gate in self.attentions:
                 gates.paths[gate.name] = before.get(gate.name, gates.paths[gate.name])

@@ -45,9 +45,10 @@ RULES = (
 
 
 # Writing a weight once more and reading it again takes a CPU as long as multiplying it with this
-# many tokens. fp32, 576 x 1536 to 1024 x 4096, 2 threads of an AMD EPYC: 8 to 13
-# (benchmarks/run.py --parts curves shows the crossing).
-PACKING = 10
+# many tokens. An MLP of 576 x 1536 in fp32, 2 threads of an AMD EPYC: a training step packs faster
+# than it multiplies in full from 25 tokens on with 60 % open, from 50 on with 80 %
+# (benchmarks/run.py --parts curves).
+PACKING = 12
 
 
 def few_tokens(width: int, device: torch.device, kept: float = 1.0) -> float:

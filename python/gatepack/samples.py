@@ -81,6 +81,7 @@ class Sample:
         self.gates = list(gates.gates.values())
         parts = torch.split(flat, [gate.size for gate in self.gates])
         self.values = dict(zip(gates.gates, parts, strict=True))
+        self._segments = gates.segments
         self._shared_running: dict[str, torch.Tensor] = {}
 
     def open(self, gate: "Gate") -> Open:
@@ -95,9 +96,8 @@ class Sample:
         flat = self.flat.detach()
         is_open = flat > 0
         # Two counts per gate cross to the host in one copy.
-        sizes = torch.tensor([gate.size for gate in self.gates], device=flat.device)
-        segments = torch.repeat_interleave(torch.arange(len(sizes), device=flat.device), sizes)
-        counts = torch.zeros(2, len(sizes), dtype=torch.int64, device=flat.device)
+        segments = self._segments()
+        counts = torch.zeros(2, len(self.gates), dtype=torch.int64, device=flat.device)
         counts[0].index_add_(0, segments, is_open.long())
         counts[1].index_add_(0, segments, (is_open & (flat == 1)).long())
         names = (gate.name for gate in self.gates)
