@@ -117,7 +117,9 @@ def test_gated_swiglu_and_its_gradients_are_as_close_as_torch(tokens, n):
     closed = z == 0
     assert not ours[3][closed].any()
     terms = (dh.double() * exact[0].detach() / z.double())[:, ~closed].abs().sum(0)
-    for name, mine, their, true in zip(("h", "da", "du"), ours, theirs, exact):
+    for name, mine, their, true in zip(
+        ("h", "da", "du"), ours[:3], theirs[:3], exact[:3], strict=True
+    ):
         assert_close_to_fp64(name, mine, their, true, factor=3.0)
     mine, their, true = (grads[3][~closed] for grads in (ours, theirs, exact))
     most = terms.max().item() if terms.numel() else 0.0

@@ -96,7 +96,8 @@ class GateSet(nn.Module):
     budget counts and no gate can remove. Logits are one fp32 parameter [N]; a forward of the model
     draws one sample (values, open sets) that all its modules read, also when gradient checkpointing
     runs them again. An attached model sets `paths`, gate name -> path of the present forward,
-    `width`, its residual width, and `sampler`, which draws the values where kernels run (None: plain torch).
+    `width`, its residual width, and `sampler`, which draws the values where kernels run (None:
+    plain torch).
     """
 
     def __init__(self, config: GateConfig, specs: Mapping[str, GateSpec], fixed_cost: int = 0):

@@ -11,7 +11,6 @@ from torch import nn
 from gatepack.functional import (
     FoldedLinear,
     gate_lanes,
-    lane_values,
     linear,
     low_rank,
     spread_lanes,
