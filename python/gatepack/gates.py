@@ -62,7 +62,7 @@ class Gate:
         return self._set.sample().open(self)
 
     def open_fraction(self, noise: bool = True) -> float:
-        """Fraction of units open in the current sample, which may wait for a GPU, or without noise."""
+        """Fraction of units open in the current sample, which waits for a GPU, or without noise."""
         if not noise:
             return self._set.open_fraction(self.name)
         return self._set.sample().open_fraction(self)
@@ -279,7 +279,7 @@ class GateSet(nn.Module):
         return self._offsets
 
     def segments(self) -> torch.Tensor:
-        """The gate that each unit of the flat vectors is of, by number: int64 [N], on their device."""
+        """The number of the gate that each unit belongs to, int64 [N], on the device of gates."""
         if self._segments is None or self._segments.device != self.logits.device:
             device = self.logits.device
             sizes = torch.tensor([gate.size for gate in self.gates.values()], device=device)
