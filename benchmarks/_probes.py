@@ -95,22 +95,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--count", help="run this probe once between two switches of callgrind")
     options = parser.parse_args()
     if options.list:
         print("\n".join(PROBES))
         return
     torch.set_num_threads(options.threads)
     made = functools.cache(lambda name: PROBES[name](options.small))
-    if options.count:
-        if not torch._C._valgrind_supported_platform():
-            sys.exit("this torch cannot switch callgrind")
-        run = made(options.count)
-        run(), run()
-        torch._C._valgrind_toggle()
-        run()
-        torch._C._valgrind_toggle()
-        return
     for name in map(str.strip, sys.stdin):
         try:
             run = made(name)

@@ -4,9 +4,11 @@
 
 The base is checked out into a worktree of its own, with an extension cache of its own. One process
 per tree runs the same probes; they take turns, run by run, and the table gives the median of the
-paired ratios, base / this tree (more than 1: faster now), with its 20th and 80th percentile. Wall
-time is noisy: --instructions counts instructions too, with valgrind's callgrind on one thread,
-AVX2 (valgrind knows no AVX-512), where valgrind is installed and this torch can switch it.
+paired ratios, base / this tree (more than 1: faster now), with its 20th and 80th percentile.
+
+Wall time is noisy. --instructions also counts the instructions of every CPU op of gatepack._C, in
+about half a minute: one thread, AVX2 (valgrind knows no AVX-512), where valgrind is installed.
+--only without names leaves the timing out.
 """
 
 import argparse
@@ -18,12 +20,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from _harness import ROOT
 
 WORKER = Path(__file__).resolve().parent / "_probes.py"
+COUNTED = WORKER.with_name("_counted.py")
+LONGEST = 300.0  # seconds for the counts of a tree; 30 on an idle machine
 
 
 @contextlib.contextmanager
@@ -93,27 +99,61 @@ def paired(
     return pairs[1:]
 
 
-def instructions(tree: Path, cache: Path, name: str, small: bool) -> int | str:
-    """Instructions of one run under callgrind, or why they cannot be counted."""
-    if shutil.which("valgrind") is None:
-        return "valgrind is not installed"
+def instructions(tree: Path, cache: Path) -> tuple[dict[str, int], list[str]]:
+    """({op: instructions of one call of it in a tree, under callgrind}, what could not be counted).
+
+    callgrind is switched on when the ops are ready: to import torch under it takes minutes.
+    """
+    for tool in ("valgrind", "callgrind_control"):
+        if shutil.which(tool) is None:
+            return {}, [f"{tool} is not installed (Debian, Ubuntu: apt-get install valgrind)"]
+    more = {"GATEPACK_SIMD": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
+    env = environment_of(tree, cache, **more)
+    build = "from gatepack import _ext; _ext.backend()"
+    subprocess.run([sys.executable, "-c", build], env=env, check=True)
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "callgrind.out"
-        command = ["valgrind", "--tool=callgrind", "--collect-atstart=no"]
-        command += [f"--callgrind-out-file={out}", sys.executable, str(WORKER), "--threads", "1"]
-        more = {"GATEPACK_SIMD": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}
-        more |= {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, *(["--small"] if small else []), "--count", name],
-            env=environment_of(tree, cache, **more), capture_output=True, text=True,
+        out = Path(scratch) / "out"
+        command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--collect-atstart=no"]
+        command += [f"--callgrind-out-file={out}", sys.executable, str(COUNTED)]
+        process = subprocess.Popen(
+            command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )  # fmt: skip
-        found = re.search(r"^(?:summary|totals): (\d+)", out.read_text(), re.MULTILINE) if (
-            out.is_file()
-        ) else None  # fmt: skip
-        if done.returncode or found is None:
-            last = (done.stdout + done.stderr).strip().splitlines()[-1:] or ["no output"]
-            return last[0]
-        return int(found[1])
+        guard = threading.Timer(LONGEST, process.kill)
+        guard.start()
+        try:
+            left_out = []
+            for line in map(str.strip, process.stdout):
+                if line == "ready":
+                    switch = ["callgrind_control", "--instr=on", str(process.pid)]
+                    subprocess.run(switch, check=True, capture_output=True)
+                    break
+                left_out.append(line)
+            names, errors = process.communicate("go\n")
+        finally:
+            guard.cancel()
+            process.kill()
+        if process.returncode:
+            last = errors.strip().splitlines()[-1:] or [f"ended with {process.returncode}"]
+            return {}, [*left_out, *last]
+        dumps = (out.with_name(f"out.{i}") for i, _ in enumerate(names.splitlines(), 1))
+        counts = (re.search(r"^totals: (\d+)", d.read_text(), re.MULTILINE)[1] for d in dumps)
+        return dict(zip(names.splitlines(), map(int, counts), strict=True)), left_out
+
+
+def print_instructions(caches: dict[Path, Path]) -> None:
+    """Both trees' counts and their ratios; the trees are counted side by side."""
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(instructions, caches, caches.values()))
+    (base, base_left), (head, head_left) = found
+    print(f"{'op, one call':26}{'base':>14}{'now':>14}{'ratio':>8}  instructions")
+    for name in [*head, *(name for name in base if name not in head)]:
+        if name in base and name in head:
+            ratio = base[name] / max(head[name], 1)
+            print(f"{name:26}{base[name]:14,}{head[name]:14,}{ratio:8.3f}")
+    for where, texts in (("base", base_left), ("this tree", head_left)):
+        for text in texts:
+            print(f"not counted in {where}: {text}")
 
 
 def main() -> None:
@@ -121,9 +161,9 @@ def main() -> None:
     parser.add_argument("--base", required=True, help="commit, branch or tag")
     parser.add_argument("--seconds", type=float, default=10.0, help="per probe")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--only", nargs="+", help="probes; default all")
+    parser.add_argument("--only", nargs="*", help="probes, or none; default all")
     parser.add_argument("--small", action="store_true", help="tiny shapes: tries the machinery")
-    parser.add_argument("--instructions", action="store_true", help="count them, too: minutes")
+    parser.add_argument("--instructions", action="store_true", help="count them, too")
     options = parser.parse_args()
     listed = subprocess.run(
         [sys.executable, str(WORKER), "--list"], capture_output=True, text=True, check=True
@@ -140,7 +180,7 @@ def main() -> None:
         print(
             f"{'probe':20}{'base ms':>10}{'now ms':>10}{'ratio':>8}{'p20':>7}{'p80':>7}{'runs':>6}"
         )
-        for name in options.only or listed:
+        for name in listed if options.only is None else options.only:
             pairs = paired(base, head, name, options.seconds)
             if isinstance(pairs, str):
                 print(f"{name:20}skipped: {pairs}")
@@ -155,13 +195,8 @@ def main() -> None:
             )
         for worker in (base, head):
             worker.close()
-        for name in (options.only or listed) if options.instructions else ():
-            counts = [instructions(t, c, name, options.small) for t, c in caches.items()]
-            if all(isinstance(count, int) for count in counts):
-                ratio = counts[0] / max(counts[1], 1)
-                print(f"{name:20}{counts[0]:>14,} {counts[1]:>14,} instructions{ratio:8.3f}")
-            else:
-                print(f"{name:20}instructions skipped: {counts}")
+        if options.instructions:
+            print_instructions(caches)
 
 
 if __name__ == "__main__":

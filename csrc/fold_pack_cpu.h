@@ -10,7 +10,7 @@ namespace gatepack {
 
 Tensor fold_pack_cpu(const Tensor& w, const OptTensor& rows, const OptTensor& cols,
                      const OptTensor& z_out, const OptTensor& z_in,
-                     std::optional<ScalarType> dtype);
+                     std::optional<ScalarType> dtype, bool stream);
 
 Tensor fold_pack_adjoint_cpu(const Tensor& g, const OptTensor& rows, const OptTensor& cols,
                              const OptTensor& z_out, const OptTensor& z_in, int64_t O, int64_t I,

@@ -421,7 +421,7 @@ std::tuple<Tensors, Tensors> run(const char* op, bool adjoint, const std::vector
 
 Tensor fold_pack_cuda(const Tensor& w, const OptTensor& rows, const OptTensor& cols,
                       const OptTensor& z_out, const OptTensor& z_in,
-                      std::optional<ScalarType> dtype) {
+                      std::optional<ScalarType> dtype, bool /*stream*/) {
   const Where where{"fold_pack", ""};
   const Call call = describe_pack(where, w, rows, cols, z_out, z_in, dtype);
   return std::get<0>(run(where.op, false, {call}, {w}, dtype))[0];

@@ -1,7 +1,7 @@
 // Passes over activations and thin products on the CPU, where torch's own leave bandwidth unused:
 //
 //   linear_few_tokens  y[t, n] = sum_k x[t, k] * w[n, k] + bias[n], each row of w read once for all t
-//   swiglu             h = silu(a) * u, and its two gradients, in one pass each
+//   swiglu             h = silu(a) * u * z, and its gradients, in one pass each; z [n] or none
 //   column_products    y[n] = sum_t a[t, n] * b[t, n]
 //
 // Sixteen fp32 lanes at a time, whatever the registers are: every instruction set adds in the same
@@ -73,8 +73,9 @@ GATEPACK_INLINE void store_some(float* to, const Floats& from, int64_t count) {
 #endif
 
 Tensor linear_few_tokens_cpu(const Tensor& x, const Tensor& w, const OptTensor& bias);
-Tensor swiglu_cpu(const Tensor& a, const Tensor& u);
-std::tuple<Tensor, Tensor> swiglu_backward_cpu(const Tensor& dh, const Tensor& a, const Tensor& u);
+Tensor swiglu_cpu(const Tensor& a, const Tensor& u, const OptTensor& z);
+std::tuple<Tensor, Tensor, Tensor> swiglu_backward_cpu(const Tensor& dh, const Tensor& a,
+                                                       const Tensor& u, const OptTensor& z);
 Tensor column_products_cpu(const Tensor& a, const Tensor& b);
 
 }  // namespace gatepack

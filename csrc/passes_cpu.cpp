@@ -11,6 +11,8 @@ namespace {
 constexpr int64_t kGrain = 1 << 16;  // bytes of the input for one piece of work
 constexpr int kRows = 4;             // rows of w read side by side: one stream each
 constexpr int kSums = 2;             // sums per row, so that additions overlap
+constexpr int64_t kRun = 64;         // tokens in a sum of its own
+constexpr int64_t kGatedLanes = 128; // lanes of a gated pass for one thread at a time
 
 template <class T>
 struct Linear {
@@ -100,6 +102,10 @@ GATEPACK_INLINE void sigmoid(Floats& out, const Floats& a) {
 struct Gated {
   const float *dh, *a, *u;
   float *first, *second;  // h, or da and du
+  // With gates, one for each of n lanes, closed lanes give 0 whatever a and u hold.
+  const float* z;
+  float* dz;
+  int64_t tokens, n;
 };
 
 template <class T>
@@ -131,6 +137,58 @@ GATEPACK_INLINE void swiglu_gradients(const Gated& job, int64_t begin, int64_t e
   }
 }
 
+// Lanes begin .. end - 1 of every token.
+template <class T>
+GATEPACK_INLINE void gated_lanes(const Gated& job, int64_t begin, int64_t end) {
+  for (int64_t t = 0; t < job.tokens; ++t) {
+    for (int64_t n = begin; n < end; n += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, end - n), i = t * job.n + n;
+      Floats a, u, s, z;
+      load_some(a, job.a + i, count);
+      load_some(u, job.u + i, count);
+      load_some(z, job.z + n, count);
+      sigmoid(s, a);
+      const Floats h = z == 0.0f ? Floats{} : a * s * u * z;
+      store_some(job.first + i, h, count);
+    }
+  }
+}
+
+// The same, and dz as column_sums adds: runs of kRun tokens, and a sum of those.
+template <class T>
+GATEPACK_INLINE void gated_gradients(const Gated& job, int64_t begin, int64_t end) {
+  Floats run[kGatedLanes / kLanes];
+  for (int64_t first = 0; first < job.tokens; first += kRun) {
+    const int64_t last = std::min(first + kRun, job.tokens);
+    std::fill(std::begin(run), std::end(run), Floats{});
+    for (int64_t t = first; t < last; ++t) {
+      Floats* sum = run;
+      for (int64_t n = begin; n < end; n += kLanes, ++sum) {
+        const int64_t count = std::min<int64_t>(kLanes, end - n), i = t * job.n + n;
+        Floats dh, a, u, s, z;
+        load_some(dh, job.dh + i, count);
+        load_some(a, job.a + i, count);
+        load_some(u, job.u + i, count);
+        load_some(z, job.z + n, count);
+        sigmoid(s, a);
+        *sum += z == 0.0f ? Floats{} : dh * (a * s * u);
+        const Floats da = z == 0.0f ? Floats{} : dh * z * u * (s * (1.0f + a * (1.0f - s)));
+        const Floats du = z == 0.0f ? Floats{} : dh * z * (a * s);
+        store_some(job.first + i, da, count);
+        store_some(job.second + i, du, count);
+      }
+    }
+    Floats* sum = run;
+    for (int64_t n = begin; n < end; n += kLanes, ++sum) {
+      const int64_t count = std::min<int64_t>(kLanes, end - n);
+      Floats total;
+      load_some(total, job.dz + n, count);
+      total += *sum;
+      store_some(job.dz + n, total, count);
+    }
+  }
+}
+
 template <class T>
 struct Columns {
   const T *a, *b;
@@ -138,10 +196,9 @@ struct Columns {
   int64_t tokens, n;
 };
 
-// Tokens in runs of kRun: a short sum each, and a sum of those.
+// A short sum for each run of kRun tokens, and a sum of those.
 template <class T>
 GATEPACK_INLINE void column_sums(const Columns<T>& job, int64_t begin, int64_t end) {
-  constexpr int64_t kRun = 64;
   for (int64_t t = 0; t < job.tokens; t += kRun) {
     const int64_t last = std::min(t + kRun, job.tokens);
     for (int64_t n = begin; n < end; n += kLanes) {
@@ -163,6 +220,8 @@ GATEPACK_INLINE void column_sums(const Columns<T>& job, int64_t begin, int64_t e
 GATEPACK_COMPILE(run_linear, linear_rows)
 GATEPACK_COMPILE(run_swiglu, swiglu_lanes)
 GATEPACK_COMPILE(run_gradients, swiglu_gradients)
+GATEPACK_COMPILE(run_gated, gated_lanes)
+GATEPACK_COMPILE(run_gated_gradients, gated_gradients)
 GATEPACK_COMPILE(run_columns, column_sums)
 
 template <class T>
@@ -206,6 +265,28 @@ void require_fp32(const char* op, const Tensor& a) {
           dtype_name(a.scalar_type()));
 }
 
+void require_gates(const char* op, const Tensor& z, const Tensor& a) {
+  require_dense(op, "z", z, a);
+  require(a.dim() > 0 && z.dim() == 1 && z.size(0) == a.size(a.dim() - 1), op,
+          ": z must have one value for each of the last dimension of a");
+}
+
+// run(begin, end) for all lanes of a job whose tokens and gates are filled in here.
+template <class Run>
+void over_gated_lanes(Gated& job, const Tensor& a, const Tensor& z, const Run& run) {
+  job.z = data<float>(z);
+  job.n = z.numel();
+  job.tokens = job.n ? a.numel() / job.n : 0;
+  const int64_t pieces = (job.n + kGatedLanes - 1) / kGatedLanes;
+  const int64_t each = kGatedLanes * std::max<int64_t>(1, job.tokens);
+  const int64_t grain = std::max<int64_t>(1, kGrain / 2 / each);
+  torch::stable::parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      run(i * kGatedLanes, std::min(job.n, (i + 1) * kGatedLanes));
+    }
+  });
+}
+
 }  // namespace
 
 Tensor linear_few_tokens_cpu(const Tensor& x, const Tensor& w, const OptTensor& bias) {
@@ -232,36 +313,54 @@ Tensor linear_few_tokens_cpu(const Tensor& x, const Tensor& w, const OptTensor& 
   return y;
 }
 
-Tensor swiglu_cpu(const Tensor& a, const Tensor& u) {
+Tensor swiglu_cpu(const Tensor& a, const Tensor& u, const OptTensor& z) {
   require_fp32("swiglu", a);
   require_dense("swiglu", "a", a, a);
   require_like("swiglu", "u", u, a);
+  if (z) require_gates("swiglu", *z, a);
   Tensor h = torch::stable::new_empty(a, a.sizes(), ScalarType::Float);
-  const Gated job{nullptr, data<float>(a), data<float>(u),
-                  static_cast<float*>(h.mutable_data_ptr()), nullptr};
+  Gated job{};
+  job.a = data<float>(a), job.u = data<float>(u);
+  job.first = static_cast<float*>(h.mutable_data_ptr());
   const char* const level = simd_level();
-  torch::stable::parallel_for(0, a.numel(), kGrain / 4, [&](int64_t begin, int64_t end) {
-    run_swiglu<float>(level, job, begin, end);
-  });
+  if (z) {
+    over_gated_lanes(job, a, *z, [&](int64_t begin, int64_t end) {
+      run_gated<float>(level, job, begin, end);
+    });
+  } else {
+    torch::stable::parallel_for(0, a.numel(), kGrain / 4, [&](int64_t begin, int64_t end) {
+      run_swiglu<float>(level, job, begin, end);
+    });
+  }
   return h;
 }
 
-std::tuple<Tensor, Tensor> swiglu_backward_cpu(const Tensor& dh, const Tensor& a,
-                                               const Tensor& u) {
+std::tuple<Tensor, Tensor, Tensor> swiglu_backward_cpu(const Tensor& dh, const Tensor& a,
+                                                       const Tensor& u, const OptTensor& z) {
   require_fp32("swiglu_backward", a);
   require_dense("swiglu_backward", "a", a, a);
   require_like("swiglu_backward", "dh", dh, a);
   require_like("swiglu_backward", "u", u, a);
+  if (z) require_gates("swiglu_backward", *z, a);
   Tensor da = torch::stable::new_empty(a, a.sizes(), ScalarType::Float);
   Tensor du = torch::stable::new_empty(a, a.sizes(), ScalarType::Float);
-  const Gated job{data<float>(dh), data<float>(a), data<float>(u),
-                  static_cast<float*>(da.mutable_data_ptr()),
-                  static_cast<float*>(du.mutable_data_ptr())};
+  Tensor dz = torch::stable::new_zeros(a, {z ? z->numel() : 0}, ScalarType::Float);
+  Gated job{};
+  job.dh = data<float>(dh), job.a = data<float>(a), job.u = data<float>(u);
+  job.first = static_cast<float*>(da.mutable_data_ptr());
+  job.second = static_cast<float*>(du.mutable_data_ptr());
+  job.dz = static_cast<float*>(dz.mutable_data_ptr());
   const char* const level = simd_level();
-  torch::stable::parallel_for(0, a.numel(), kGrain / 4, [&](int64_t begin, int64_t end) {
-    run_gradients<float>(level, job, begin, end);
-  });
-  return {da, du};
+  if (z) {
+    over_gated_lanes(job, a, *z, [&](int64_t begin, int64_t end) {
+      run_gated_gradients<float>(level, job, begin, end);
+    });
+  } else {
+    torch::stable::parallel_for(0, a.numel(), kGrain / 4, [&](int64_t begin, int64_t end) {
+      run_gradients<float>(level, job, begin, end);
+    });
+  }
+  return {da, du, dz};
 }
 
 Tensor column_products_cpu(const Tensor& a, const Tensor& b) {

@@ -2,7 +2,7 @@
 // reads the quoted texts where the extension is absent and plain torch takes its place.
 
 GATEPACK_SCHEMA("fold_pack(Tensor w, Tensor? rows, Tensor? cols, Tensor? z_out, Tensor? z_in, "
-                "ScalarType? dtype) -> Tensor")
+                "ScalarType? dtype, bool stream=False) -> Tensor")
 GATEPACK_SCHEMA("fold_pack_adjoint(Tensor g, Tensor? rows, Tensor? cols, Tensor? z_out, "
                 "Tensor? z_in, SymInt O, SymInt I, ScalarType? dtype) -> Tensor")
 GATEPACK_SCHEMA("pack_tensors(Tensor[] w, Tensor?[] rows, Tensor?[] cols, Tensor?[] z_out, "
@@ -20,6 +20,7 @@ GATEPACK_SCHEMA("unpack_tensors_out(Tensor[] g, Tensor?[] rows, Tensor?[] cols, 
 GATEPACK_SCHEMA("open_sets(Tensor[] masks) -> Tensor[]")
 GATEPACK_SCHEMA("remap_ids(Tensor ids, Tensor table) -> Tensor")
 GATEPACK_SCHEMA("linear_few_tokens(Tensor x, Tensor w, Tensor? bias) -> Tensor")
-GATEPACK_SCHEMA("swiglu(Tensor a, Tensor u) -> Tensor")
-GATEPACK_SCHEMA("swiglu_backward(Tensor dh, Tensor a, Tensor u) -> (Tensor, Tensor)")
+GATEPACK_SCHEMA("swiglu(Tensor a, Tensor u, Tensor? z=None) -> Tensor")
+GATEPACK_SCHEMA("swiglu_backward(Tensor dh, Tensor a, Tensor u, Tensor? z=None) "
+                "-> (Tensor, Tensor, Tensor)")
 GATEPACK_SCHEMA("column_products(Tensor a, Tensor b) -> Tensor")

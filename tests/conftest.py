@@ -65,6 +65,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.fixture
+def folded(monkeypatch):
+    """Gated modules pack their weights for the few tokens of a test, too."""
+    monkeypatch.setenv("GATEPACK_BACKEND", "folded")
+
+
 @pytest.fixture(scope="session")
 def device():
     """Where kernels run: the GPU, or the CPU under Triton's interpreter."""

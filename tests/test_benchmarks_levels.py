@@ -5,6 +5,7 @@ import dataclasses
 import json
 import xml.etree.ElementTree as ElementTree
 
+import _counted
 import _figures
 import _harness
 import _measure
@@ -265,10 +266,24 @@ def test_compare_refuses_what_it_does_not_know():
             pass
 
 
-def test_instructions_without_valgrind_say_so(monkeypatch, tmp_path):
+def test_instructions_without_valgrind_say_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compare.shutil, "which", lambda _: None)
-    found = compare.instructions(tmp_path, tmp_path, "decode", True)
-    assert found == "valgrind is not installed"
+    counts, left_out = compare.instructions(tmp_path, tmp_path)
+    assert counts == {} and left_out == [
+        "valgrind is not installed (Debian, Ubuntu: apt-get install valgrind)"
+    ]
+    compare.print_instructions({tmp_path / "base": tmp_path, tmp_path: tmp_path})
+    said = capsys.readouterr().out
+    assert "not counted in base: valgrind is not installed" in said
+    assert "not counted in this tree: valgrind is not installed" in said
+
+
+def test_every_op_is_counted():
+    """What runs under callgrind runs without it."""
+    calls = _counted.calls()
+    assert len(calls) == 14
+    for call in calls.values():
+        call()
 
 
 def test_import_costs_little_beyond_torch():

@@ -113,6 +113,24 @@ def test_fp64_gates_with_an_fp64_matrix(implementation):
     assert_same_bytes(pack(w, None, None, None, z), naive(w, None, None, None, z, None))
 
 
+@pytest.mark.parametrize("column_major", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_past_the_caches_the_bytes_are_the_same(dtype, column_major):
+    """From 256 KiB on, on several threads; lines that end inside a cache line."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        w = matrix(700, 501, dtype, column_major)
+        rows, cols = subset("mixed", 700, 0), subset("mixed", 501, 1)
+        some = (rows, None), (None, cols, None, gate(len(cols), 1)), (rows, cols), (None, None)
+        for chosen in some:
+            for out in (None, torch.float64):
+                expected = fold_pack(w, *chosen, dtype=out)
+                assert_same_bytes(fold_pack(w, *chosen, dtype=out, stream=True), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_round_trip_is_exact(dtype):
     w = matrix(30, 70, dtype)

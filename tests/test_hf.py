@@ -12,6 +12,7 @@ from gatepack.families import FAMILIES
 from gatepack.mlp import GatedMLP
 from gatepack.modules import is_gated
 
+pytestmark = pytest.mark.usefixtures("folded")
 CONFIG = gp.GateConfig(noise=0.0, target=0.5, width_multiple=4)
 PATTERNS = ("open", "closed", "single", "mixed", "ragged")
 
@@ -28,9 +29,11 @@ def inputs_for(model, padded: bool = False):
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@pytest.mark.parametrize("path", ["folded", "dense"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_equals_masked_dense_model(model_type, pattern):
+def test_equals_masked_dense_model(model_type, pattern, path, monkeypatch):
+    monkeypatch.setenv("GATEPACK_BACKEND", path)
     model = tiny_model(model_type)
     reference = copy.deepcopy(model)
     gates = gp.attach(model, CONFIG)

@@ -34,21 +34,22 @@ def row_of(model, ending):
 
 
 def test_gated_model_on_cpu():
-    explanation = gp.explain(gated())
+    explanation = gp.explain(gated(pattern="closed"))
     assert [row.module for row in explanation.rows] == [
         f"model.layers.{layer}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}"
         for layer in (0, 1)
         for name in LINEARS
     ]
+    why = "at most 6 tokens with 0% open; folded: more than 6 tokens with 0% open"
     assert explanation.rows[0] == Explained(
-        "model.layers.0.self_attn.q_proj", "rows heads", "folded", "folded", "on cpu"
+        "model.layers.0.self_attn.q_proj", "rows heads", "dense", "folded", f"dense: {why}"
     )
     roles = [row.role for row in explanation.rows[:7]]
     assert roles == ["rows heads"] * 3 + ["in heads"] + ["rows channels"] * 2 + ["in channels"]
 
 
 def test_prints_as_a_table_with_the_fold_pack_backend():
-    explanation = gp.explain(gated())
+    explanation = gp.explain(gated(pattern="open"))
     lines = str(explanation).splitlines()
     assert lines[0].split() == ["module", "role", "few", "tokens", "more", "why"]
     assert len(lines) == 16
@@ -56,10 +57,11 @@ def test_prints_as_a_table_with_the_fold_pack_backend():
         "model.layers.0.self_attn.o_proj",
         "in",
         "heads",
-        "folded",
-        "folded",
-        "on",
-        "cpu",
+        "dense",
+        "dense",
+        "nothing",
+        "is",
+        "closed",
     ]
     name, _, reason = lines[-1].removeprefix("fold_pack: ").partition(" ")
     assert name in ("cuda", "cpp", "torch") and reason.startswith("(") and len(reason) > 4
@@ -90,13 +92,25 @@ def test_explains_what_runs(monkeypatch):
     ran = []
     original = modules.path_of
     monkeypatch.setattr(modules, "path_of", lambda *args: ran.append(original(*args)) or ran[-1])
-    model(token_ids())
-    assert ran == [row.few for row in gp.explain(model).rows]
+    rows = gp.explain(model).rows
+    model(token_ids(5, 60))
+    assert ran == [row.many for row in rows] == ["folded"] * 14
+    ran.clear()
+    model(token_ids(1, 1))
+    # The pass of SwiGLU has the gate of the down projection inside it.
+    assert ran == [row.few for row in rows if "down_proj" not in row.module] == ["dense"] * 12
+
+
+def test_noise_is_not_drawn():
+    model = gated()
+    gates = model.gatepack_gates
+    model.train(), gp.explain(model)
+    assert int(gates.draws) == 0 and gates._sample is None
 
 
 def test_forced_backend(monkeypatch):
     model = gated()
-    for forced in ("folded", "triton"):
+    for forced in ("folded", "triton", "dense"):
         monkeypatch.setenv("GATEPACK_BACKEND", forced)
         row = row_of(model, "layers.0.self_attn.o_proj")
         assert (row.few, row.many, row.why) == (forced, forced, "GATEPACK_BACKEND")
@@ -104,7 +118,7 @@ def test_forced_backend(monkeypatch):
 
 def test_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("GATEPACK_BACKEND", "torch")
-    with pytest.raises(ValueError, match="must be folded or triton, got 'torch'"):
+    with pytest.raises(ValueError, match="must be folded, triton or dense, got 'torch'"):
         gp.explain(gated())
 
 
@@ -127,7 +141,7 @@ def test_packed_and_gated_again():
     gp.pack(model)
     gp.attach(model, gp.GateConfig(units=("channels",), target=0.95, width_multiple=1))
     rows = gp.explain(model).rows
-    assert [row.few for row in rows[:7]] == ["packed"] * 4 + ["folded"] * 3
+    assert [row.few for row in rows[:7]] == ["packed"] * 4 + ["dense"] * 3
 
 
 def test_any_module():
@@ -137,7 +151,7 @@ def test_any_module():
         gp.GatedLinear(8, 8, in_gate=gates["mine:channels"], out_gate=gates["mine:channels"])
     )
     assert gp.explain(module).rows == (
-        Explained("0", "in channels, out channels", "folded", "folded", "on cpu"),
+        Explained("0", "in channels, out channels", "dense", "dense", "nothing is closed"),
     )
 
 

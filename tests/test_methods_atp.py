@@ -308,7 +308,7 @@ def test_generator_step_pays_for_no_lora_gradient():
     assert all(not torch.equal(a, b) for a, b in moved)
 
 
-def test_pruned_rows_of_the_frozen_path_are_not_computed(monkeypatch):
+def test_pruned_rows_of_the_frozen_path_are_not_computed(folded, monkeypatch):
     from gatepack.methods import masked_lora
 
     widths = []

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gatepack import _ext
-from gatepack.functional import FEW_TOKENS, column_dot, linear_few_tokens, swiglu
+from gatepack.functional import FEW_TOKENS, column_dot, gate_lanes, linear_few_tokens, swiglu
 from gatepack.modules import PackedLinear
 from gatepack.testing import assert_close_to_fp64
 
@@ -98,11 +98,59 @@ def test_swiglu_and_its_gradients_are_as_close_as_torch(size):
         assert_close_to_fp64(name, mine, their, true, factor=3.0)
 
 
+@pytest.mark.parametrize("tokens, n", [(0, 4), (1, 1), (3, 31), (70, 64), (65, 300)])
+def test_gated_swiglu_and_its_gradients_are_as_close_as_torch(tokens, n):
+    a, u, dh = (normal(tokens, n) for _ in range(3))
+    z = torch.rand(n)
+    z[::3] = 0
+    results = []
+    for dtype, compute in (
+        (torch.float64, lambda a, u, z: F.silu(a) * u * z),
+        (torch.float32, lambda a, u, z: F.silu(a) * u * z),
+        (torch.float32, swiglu),
+    ):
+        inputs = [t.to(dtype).requires_grad_() for t in (a, u, z)]
+        h = compute(*inputs)
+        results.append((h, *torch.autograd.grad(h, inputs, dh.to(dtype))))
+    exact, theirs, ours = results
+    assert ours[0].grad_fn.name() == "_SwiGLUBackward"
+    closed = z == 0
+    assert not ours[3][closed].any()
+    terms = (dh.double() * exact[0].detach() / z.double())[:, ~closed].abs().sum(0)
+    for name, mine, their, true in zip(
+        ("h", "da", "du"), ours[:3], theirs[:3], exact[:3], strict=True
+    ):
+        assert_close_to_fp64(name, mine, their, true, factor=3.0)
+    mine, their, true = (grads[3][~closed] for grads in (ours, theirs, exact))
+    most = terms.max().item() if terms.numel() else 0.0
+    assert_close_to_fp64("dz", mine, their, true, factor=3.0, terms=2 * most)
+
+
+def test_closed_lanes_give_zero_whatever_they_hold():
+    a, u, z = normal(3, 40), normal(3, 40), torch.ones(40, requires_grad=True)
+    a[:, 7], u[1, 9] = float("nan"), float("inf")
+    with torch.no_grad():
+        z[7] = z[9] = 0
+    for h in (swiglu(a, u, z), gate_lanes(a * u, z, 1)):
+        assert h.isfinite().all() and not h[:, [7, 9]].any()
+    h = swiglu(a.requires_grad_(), u.requires_grad_(), z)
+    for grad in torch.autograd.grad(h, (a, u, z), torch.ones_like(h)):
+        assert grad.isfinite().all() and not grad[..., [7, 9]].any()
+
+
+def test_swiglu_refuses_gates_of_another_size():
+    a = normal(2, 8)
+    for z in (torch.ones(7), torch.ones(2, 8), torch.ones(8).double(), torch.ones(16)[::2]):
+        with pytest.raises((ValueError, RuntimeError), match="swiglu: z must"):
+            ops.swiglu(a, a, z)
+
+
 def test_swiglu_far_from_zero():
     a = torch.tensor([-1e30, -200.0, -88.0, -30.0, 30.0, 88.0, 200.0, 1e30, float("nan")])
     h = ops.swiglu(a, torch.ones_like(a))
     torch.testing.assert_close(h, F.silu(a), equal_nan=True)
-    da, du = ops.swiglu_backward(torch.ones(8), a[:8], torch.ones(8))
+    da, du, dz = ops.swiglu_backward(torch.ones(8), a[:8], torch.ones(8))
+    assert dz.shape == (0,)
     assert da.isfinite().all() and du.isfinite().all()
 
 
@@ -118,7 +166,7 @@ def test_column_products_are_as_close_as_torch(dtype, tokens, n):
 
 def test_every_instruction_set_writes_the_same_bytes(simd):
     x, w, bias = normal(3, 100), normal(37, 100), normal(37)
-    a, u, dh = normal(9, 75), normal(9, 75), normal(9, 75)
+    a, u, dh, z = normal(9, 75), normal(9, 75), normal(9, 75), torch.rand(75)
     found = []
     for level in supported():
         simd(level)
@@ -128,6 +176,8 @@ def test_every_instruction_set_writes_the_same_bytes(simd):
                 ops.linear_few_tokens(x.bfloat16(), w.bfloat16(), bias.bfloat16()),
                 ops.swiglu(a, u),
                 *ops.swiglu_backward(dh, a, u),
+                ops.swiglu(a, u, z),
+                *ops.swiglu_backward(dh, a, u, z),
                 ops.column_products(a, u),
             )
         )

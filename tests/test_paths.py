@@ -5,7 +5,7 @@ import torch
 
 from gatepack import paths
 
-GPU = torch.device("cuda", 0)
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 @pytest.fixture
@@ -47,9 +47,28 @@ def test_without_triton(gpu, monkeypatch):
     assert paths.few_tokens(4096, GPU) == 0
 
 
-def test_cpu_and_force(gpu, monkeypatch):
-    cpu = torch.device("cpu")
-    assert paths.choose_path(1, 576, cpu) == ("folded", "on cpu")
-    for forced, device in (("triton", cpu), ("folded", GPU)):
+@pytest.mark.parametrize(("kept", "limit"), [(0.0, 6), (0.4, 14), (0.6, 24), (0.8, 54)])
+def test_a_cpu_packs_where_that_saves_more_than_it_costs(kept, limit):
+    assert paths.few_tokens(576, CPU, kept) == limit
+    few = paths.choose_path(limit, 576, CPU, kept)
+    assert few == ("dense", f"at most {limit} tokens with {kept:.0%} open")
+    many = paths.choose_path(limit + 1, 576, CPU, kept)
+    assert many == ("folded", f"more than {limit} tokens with {kept:.0%} open")
+
+
+def test_without_gradients_a_cpu_packs_later():
+    """One product to save on, not two."""
+    with torch.no_grad():
+        assert paths.few_tokens(576, CPU, 0.6) == 48
+        assert paths.choose_path(48, 576, CPU, 0.6).path == "dense"
+        assert paths.choose_path(49, 576, CPU, 0.6).path == "folded"
+
+
+def test_a_cpu_never_packs_what_is_all_open():
+    assert paths.choose_path(10**9, 576, CPU) == ("dense", "nothing is closed")
+
+
+def test_force(gpu, monkeypatch):
+    for forced, device in (("triton", CPU), ("folded", GPU), ("dense", GPU)):
         monkeypatch.setenv("GATEPACK_BACKEND", forced)
         assert paths.choose_path(1, 576, device) == (forced, "GATEPACK_BACKEND")

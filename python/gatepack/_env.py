@@ -5,7 +5,7 @@ GATEPACK_CACHE_DIR=PATH       where an extension built on first use is kept
                               (default $XDG_CACHE_HOME/gatepack, else ~/.cache/gatepack)
 GATEPACK_SIMD=avx512|avx2|scalar
                               cap the CPU instruction set of gatepack._C (default: the best present)
-GATEPACK_BACKEND=folded|triton
+GATEPACK_BACKEND=folded|triton|dense
                               force the path of gated modules (default: by shape and device)
 """
 
@@ -31,6 +31,6 @@ def simd() -> str | None:
 
 def backend() -> str | None:
     chosen = os.environ.get("GATEPACK_BACKEND") or None
-    if chosen not in (None, "folded", "triton"):
-        raise ValueError(f"GATEPACK_BACKEND must be folded or triton, got {chosen!r}")
+    if chosen not in (None, "folded", "triton", "dense"):
+        raise ValueError(f"GATEPACK_BACKEND must be folded, triton or dense, got {chosen!r}")
     return chosen

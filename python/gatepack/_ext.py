@@ -196,7 +196,7 @@ def _kept(index: Tensor | None, size: int) -> int:
     return size if index is None else index.shape[0]
 
 
-def _fold_pack_fake(w, rows, cols, z_out, z_in, dtype):
+def _fold_pack_fake(w, rows, cols, z_out, z_in, dtype, stream=False):
     return empty_like_order(w, _kept(rows, w.shape[0]), _kept(cols, w.shape[1]), dtype or w.dtype)
 
 
@@ -240,12 +240,12 @@ def _linear_few_tokens_fake(x, w, bias):
     return x.new_empty(x.shape[0], w.shape[0])
 
 
-def _swiglu_fake(a, u):
+def _swiglu_fake(a, u, z=None):
     return torch.empty_like(a)
 
 
-def _swiglu_backward_fake(dh, a, u):
-    return torch.empty_like(a), torch.empty_like(u)
+def _swiglu_backward_fake(dh, a, u, z=None):
+    return torch.empty_like(a), torch.empty_like(u), a.new_empty(0 if z is None else z.shape[0])
 
 
 def _column_products_fake(a, b):
@@ -268,7 +268,7 @@ def _fold_pack_backward(ctx, grad):
     dw = torch.ops.gatepack.fold_pack_adjoint(
         _usable(grad, ctx.dtype), *ctx.saved_tensors, *ctx.shape, ctx.dtype
     )
-    return dw, None, None, None, None, None
+    return dw, None, None, None, None, None, None
 
 
 def _fold_pack_adjoint_backward(ctx, grad):
@@ -387,6 +387,8 @@ def fold_pack(
     z_out: Tensor | None = None,
     z_in: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    stream: bool = False,
 ) -> Tensor:
     """W_k[i, j] = (w[rows[i], cols[j]] · z_out[i]) · z_in[j]
 
@@ -394,7 +396,8 @@ def fold_pack(
     that majorness. rows, cols: strictly increasing int64 or int32, None keeps all. z_out [|R|],
     z_in [|C|]: fp32 (fp64 too with an fp64 w), one value per kept unit, None for ones. Products are
     taken in fp32 (fp64 for fp64) and rounded once to dtype (default w.dtype): the same bytes on
-    every backend.
+    every backend. stream: on an x86 CPU with several threads, write past the caches; faster where
+    matmuls on all threads read the result and its memory is written again, slower otherwise.
 
     Differentiable in w; refused: gates that require grad, other dtypes, strides, index orders. On
     CUDA the indices are not read by the host: out of range traps on the device, order is trusted.
@@ -402,7 +405,7 @@ def fold_pack(
     if _backend is None:
         _load()
     _refuse_gate_gradient("fold_pack", z_out, z_in)
-    return _call(torch.ops.gatepack.fold_pack.default, w, rows, cols, z_out, z_in, dtype)
+    return _call(torch.ops.gatepack.fold_pack.default, w, rows, cols, z_out, z_in, dtype, stream)
 
 
 def fold_pack_adjoint(

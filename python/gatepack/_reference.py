@@ -107,7 +107,9 @@ def _select(matrix: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
     return matrix if cols is None else matrix.index_select(1, cols)
 
 
-def fold_pack_ref(w, rows=None, cols=None, z_out=None, z_in=None, dtype=None) -> Tensor:
+def fold_pack_ref(
+    w, rows=None, cols=None, z_out=None, z_in=None, dtype=None, stream=False
+) -> Tensor:
     """(w[rows, cols] · z_out) · z_in in fp32, rounded once: what every backend must equal."""
     _check_full("fold_pack", w, "", dtype)
     m, n = _check("fold_pack", "w", w, rows, cols, z_out, z_in, w.shape)
@@ -347,13 +349,20 @@ def linear_few_tokens_ref(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, w, bias)
 
 
-def swiglu_ref(a: Tensor, u: Tensor) -> Tensor:
-    return F.silu(a) * u
+def swiglu_ref(a: Tensor, u: Tensor, z: Tensor | None = None) -> Tensor:
+    h = F.silu(a) * u
+    return h if z is None else torch.where(z == 0, 0.0, h * z)
 
 
-def swiglu_backward_ref(dh: Tensor, a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward_ref(
+    dh: Tensor, a: Tensor, u: Tensor, z: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     s = torch.sigmoid(a)
-    return dh * u * (s * (1 + a * (1 - s))), dh * (a * s)
+    dz = a.new_empty(0)
+    if z is not None:
+        dz = torch.where(z == 0, 0.0, (dh * (a * s * u)).flatten(0, -2).sum(0))
+        dh = torch.where(z == 0, 0.0, dh * z)
+    return dh * u * (s * (1 + a * (1 - s))), dh * (a * s), dz
 
 
 def column_products_ref(a: Tensor, b: Tensor) -> Tensor:

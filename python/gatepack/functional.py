@@ -47,24 +47,68 @@ def linear_few_tokens(
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
+def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """W x + b, by linear_few_tokens where that computes it."""
+    y = linear_few_tokens(x, w, bias)
+    return F.linear(x, w, bias) if y is None else y
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, u):
-        ctx.save_for_backward(a, u)
-        return torch.ops.gatepack.swiglu(a, u)
+    def forward(ctx, a, u, z):
+        ctx.save_for_backward(a, u, z)
+        return torch.ops.gatepack.swiglu(a, u, z)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dh):
-        return torch.ops.gatepack.swiglu_backward(dh.contiguous(), *ctx.saved_tensors)
+        a, u, z = ctx.saved_tensors
+        da, du, dz = torch.ops.gatepack.swiglu_backward(dh.contiguous(), a, u, z)
+        return da, du, None if z is None else dz
 
 
-def swiglu(a: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """silu(a) * u; fp32 on a CPU in one pass, and one for both gradients, by gatepack._C."""
+def swiglu(a: torch.Tensor, u: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(a) * u * z; fp32 on a CPU in one pass, and one for all gradients, by gatepack._C.
+
+    a, u [*, n]; z fp32 [n], gate values, or None for 1. Lanes with z = 0 give 0, and dz = 0.
+    """
     fits = a.dtype == u.dtype == torch.float32 and a.shape == u.shape
     if fits and a.is_contiguous() and u.is_contiguous() and has_cpu_passes(a):
-        return _SwiGLU.apply(a, u)
-    return F.silu(a) * u
+        return _SwiGLU.apply(a, u, None if z is None else z.contiguous())
+    h = F.silu(a) * u
+    return h if z is None else gate_lanes(h, z, 1)
+
+
+class _GateLanes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, z, lanes):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, z)
+        ctx.lanes = lanes
+        return _multiplied(x, z, lanes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, z = ctx.saved_tensors
+        dx = _multiplied(dy, z, ctx.lanes) if ctx.needs_input_grad[0] else None
+        dz = None
+        if x is not None:
+            per_unit = column_dot(_tokens(dy), _tokens(x)).reshape(-1, ctx.lanes).sum(1)
+            dz = torch.where(z == 0, 0.0, per_unit).to(z.dtype)
+        return dx, dz, None
+
+
+def _multiplied(x: torch.Tensor, z: torch.Tensor, lanes: int) -> torch.Tensor:
+    lane = lane_values(z, lanes)
+    return torch.where(lane == 0, 0.0, x * lane).to(x.dtype)
+
+
+def gate_lanes(x: torch.Tensor, z: torch.Tensor, lanes: int) -> torch.Tensor:
+    """x [*, units * lanes] times gate values z fp32 [units], lanes lanes each.
+
+    Units with z = 0 give 0 whatever x holds, and get no gradient. dz is summed in fp32 at least.
+    """
+    return _GateLanes.apply(x, z, lanes)
 
 
 def column_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -139,7 +183,7 @@ class FoldedLinear(torch.autograd.Function):
     def forward(ctx, x, w, bias, z_in, z_out, rows, cols, in_lanes, out_lanes):
         lane_in = lane_values(z_in, in_lanes)
         lane_out = lane_values(z_out, out_lanes)
-        packed = fold_pack(w, rows, cols, lane_out, lane_in, x.dtype)
+        packed = fold_pack(w, rows, cols, lane_out, lane_in, x.dtype, stream=True)
         packed_bias = None
         if bias is not None:
             packed_bias = bias if rows is None else bias.index_select(0, rows)

@@ -61,6 +61,12 @@ class Gate:
         """The open set of the current sample; the first one of a sample waits for the host."""
         return self._set.sample().open(self)
 
+    def open_fraction(self, noise: bool = True) -> float:
+        """Fraction of units open in the current sample, which waits for a GPU, or without noise."""
+        if not noise:
+            return self._set.open_fraction(self.name)
+        return self._set.sample().open_fraction(self)
+
     def running(self) -> torch.Tensor:
         """1 for open units and 0 for closed ones, fp32 [size], without gradient."""
         return self._set.sample().running(self)
@@ -77,7 +83,7 @@ class Gate:
     @property
     def path(self) -> str | None:
         """The path of this forward, if the model has decided on one (gatepack.paths)."""
-        return self._set.path
+        return self._set.paths.get(self.name)
 
     def __repr__(self):
         return f"Gate({self.name!r}, {self.kind}, size={self.size}, lanes={self.lanes})"
@@ -89,8 +95,9 @@ class GateSet(nn.Module):
     config: GateConfig. specs: name -> GateSpec, in model order. fixed_cost: parameters that the
     budget counts and no gate can remove. Logits are one fp32 parameter [N]; a forward of the model
     draws one sample (values, open sets) that all its modules read, also when gradient checkpointing
-    runs them again. An attached model sets `path`, the path of the present forward, `width`, its
-    residual width, and `sampler`, which draws the values where kernels run (None: plain torch).
+    runs them again. An attached model sets `paths`, gate name -> path of the present forward,
+    `width`, its residual width, and `sampler`, which draws the values where kernels run (None:
+    plain torch).
     """
 
     def __init__(self, config: GateConfig, specs: Mapping[str, GateSpec], fixed_cost: int = 0):
@@ -111,11 +118,12 @@ class GateSet(nn.Module):
         self.controller = BudgetController(config.target)
         self.frozen = False
         self.width: int | None = None
-        self.path: str | None = None
+        self.paths: dict[str, str] = {}
         self.sampler: Callable[[GateSet], torch.Tensor] | None = None
         self._draws = 0
         self._all_open = False
         self._offsets: torch.Tensor | None = None
+        self._segments: torch.Tensor | None = None
         self._places: torch.Tensor | None = None  # of the units among those of before removals
         self._whole_size = start
         self._sample: Sample | None = None
@@ -270,6 +278,15 @@ class GateSet(nn.Module):
             self._offsets = torch.tensor(ends, dtype=torch.int32, device=self.logits.device)
         return self._offsets
 
+    def segments(self) -> torch.Tensor:
+        """The number of the gate that each unit belongs to, int64 [N], on the device of gates."""
+        if self._segments is None or self._segments.device != self.logits.device:
+            device = self.logits.device
+            sizes = torch.tensor([gate.size for gate in self.gates.values()], device=device)
+            numbers = torch.arange(len(sizes), device=device)
+            self._segments = torch.repeat_interleave(numbers, sizes, output_size=len(self.logits))
+        return self._segments
+
     def slices(self) -> Iterator[tuple[Gate, slice]]:
         """Each gate with its range in the flat vectors."""
         for gate in self.gates.values():
@@ -386,7 +403,7 @@ class GateSet(nn.Module):
 
     def _remember(self, places: torch.Tensor, whole_size: int) -> None:
         self._places, self._whole_size = places, whole_size
-        self._offsets = self._sample = None
+        self._offsets = self._segments = self._sample = None
         self.costs.refresh()
 
     def plan(self, scores: Mapping[str, torch.Tensor]) -> Plan:

@@ -110,6 +110,7 @@ class Attachment:
         self.sites: list[tuple[nn.Module, str, Site]] = []
         self.mlps: list[tuple[nn.Module, str]] = []
         self.attentions: list[tuple[nn.Module, Family, Gate]] = []
+        self.gated: dict[str, Site] = {}  # gate -> a site of it
         self.handle = None
 
     def watch(self, layers: list[Layer]) -> None:
@@ -118,6 +119,7 @@ class Attachment:
         # base model directly.
         trunk = self.root.get_submodule(".".join(layers[0].name.split(".")[:-2]))
         self.handle = trunk.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        self.gated = {site.gate.name: site for _, _, site in self.sites}
         self.gates.attachment = self
         self.root.add_module(GATES_NAME, self.gates)
         self.root.config.gatepack = {
@@ -144,18 +146,33 @@ class Attachment:
 
     def before_forward(self, module: nn.Module, args, kwargs) -> None:
         self.bind()
-        device = self.gates.logits.device
-        self.gates.path = choose_path(_tokens(args, kwargs), self.gates.width, device).path
-        self.gates.sampler = sampled_values if has_kernels(device) else None
+        self.gates.sampler = sampled_values if has_kernels(self.gates.logits.device) else None
         self.gates.draw()
-        if self.gates.path == "triton":
-            self._set_dense_head_counts()
-            return
+        self._choose_paths(_tokens(args, kwargs), kwargs.get("past_key_values"))
         for attention, family, gate in self.attentions:
+            if gate.path != "folded":
+                _set_dense_head_counts(attention, family, gate)
+                continue
             current = gate.open()
             ragged = current.shared_of_unit is not None
             blocks = current.count if ragged else current.shared_count
             set_head_counts(attention, family, current.count, blocks, gate.lanes)
+
+    def _choose_paths(self, tokens: int, cache) -> None:
+        """The path of every gate; attention that continues a cache keeps that of the forward
+        before, because closed heads have keys and values at full width only."""
+        gates, device = self.gates, self.gates.logits.device
+        before = gates.paths
+        if device.type == "cpu":
+            gates.paths = {
+                name: choose_path(tokens, gates.width, device, site.kept()).path
+                for name, site in self.gated.items()
+            }
+        else:
+            gates.paths = dict.fromkeys(self.gated, choose_path(tokens, gates.width, device).path)
+        if cache is not None and cache.get_seq_length() > 0:
+            for _, _, gate in self.attentions:
+                gates.paths[gate.name] = before.get(gate.name, gates.paths[gate.name])
 
     def renew(self, layers: list[Layer]) -> None:
         """Gates the linears of a model anew, after release and with gates of other sizes."""
@@ -176,15 +193,10 @@ class Attachment:
         for parent, name in self.mlps:
             setattr(parent, name, ungate_mlp(parent._modules[name]))
         # They hold the gated modules, and those the dense weights, for as long as gates are kept.
-        self.sites, self.mlps = [], []
-        self._set_dense_head_counts()
-        for attention, _, _ in self.attentions:
-            del attention.gatepack_heads
-
-    def _set_dense_head_counts(self) -> None:
+        self.sites, self.mlps, self.gated = [], [], {}
         for attention, family, gate in self.attentions:
-            blocks = gate.size // gate.spec.shared_size
-            set_head_counts(attention, family, gate.size, blocks, gate.lanes)
+            _set_dense_head_counts(attention, family, gate)
+            del attention.gatepack_heads
 
 
 def _tokens(args, kwargs) -> int:
@@ -204,6 +216,11 @@ def set_head_counts(
     for attribute, what in family.head_attributes:
         if getattr(attention, attribute) != values[what]:
             setattr(attention, attribute, values[what])
+
+
+def _set_dense_head_counts(attention: nn.Module, family: Family, gate: Gate) -> None:
+    blocks = gate.size // gate.spec.shared_size
+    set_head_counts(attention, family, gate.size, blocks, gate.lanes)
 
 
 def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:

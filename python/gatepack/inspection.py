@@ -26,8 +26,7 @@ from gatepack.paths import choose_path, few_tokens
 class Explained:
     """One linear: its name, what acts on it, the path for few and for many tokens, and why.
 
-    Paths: "folded" and "triton" (gatepack.paths), "dense" (the ungated forward at its full price,
-    between multiplications), "packed" (an ordinary small linear).
+    Paths: "folded", "triton" and "dense" (gatepack.paths), "packed" (an ordinary small linear).
     """
 
     module: str
@@ -57,7 +56,8 @@ class Explanation:
 def explain(model: nn.Module) -> Explanation:
     """Names the path of every gated or packed linear of a model, on the device it is on.
 
-    The answer is for the present state: active adapters, autocast, training mode, GATEPACK_BACKEND.
+    The answer is for the present state: active adapters, autocast, gradients, GATEPACK_BACKEND, and
+    the gates without noise.
     Any module is accepted; one without gates gives no rows.
     """
     packed = _packed_linears(model)
@@ -110,8 +110,9 @@ def _gated_row(name: str, module: nn.Module) -> Explained:
     if isinstance(operands, str):
         return Explained(name, _role(module.site), "dense", "dense", operands)
     width, device = width_of(module), base_linear(module).weight.device
-    few = choose_path(1, width, device)
-    many = choose_path(few_tokens(width, device) + 1, width, device)
+    kept = module.site.kept(noise=False) if device.type == "cpu" else 1.0
+    few = choose_path(1, width, device, kept)
+    many = choose_path(few_tokens(width, device, kept) + 1, width, device, kept)
     why = few.why if few == many else f"{few.path}: {few.why}; {many.path}: {many.why}"
     return Explained(name, _role(module.site), few.path, many.path, why)
 

@@ -2,7 +2,8 @@
 
 On the "triton" path gated_mlp looks the open channels up in the full weights; on the "folded" path
 it takes the packed ones, with SwiGLU, the gate and LoRA inside its kernels. Where a linear cannot
-be taken apart, or someone listens to it, the MLP runs linear by linear.
+be taken apart, or someone listens to it, the MLP runs linear by linear; on the "dense" path with
+the gate inside the pass of SwiGLU.
 """
 
 import torch
@@ -22,6 +23,7 @@ from gatepack.modules import (
     multipliers,
     operands_of,
     path_of,
+    ungated_forward,
 )
 from gatepack.paths import has_kernels
 
@@ -59,6 +61,9 @@ class GatedMLP(nn.Module):
         if isinstance(operands, str):
             gate, up, down = self.linears()
             if type(self.act_fn).__name__ in _SILU and not _is_watched(self.act_fn):
+                if _takes_gated(down, x):
+                    z = down.site.in_gate.values()
+                    return ungated_forward(down, swiglu(gate(x), up(x), z))
                 return down(swiglu(gate(x), up(x)))
             return down(self.act_fn(gate(x)) * up(x))
         return _fused(self, operands, x)
@@ -80,7 +85,7 @@ class GatedMLP(nn.Module):
         device = base_linear(down).weight.device
         if not has_kernels(device):
             return f"no kernels on {device.type}"
-        if _env.backend() == "folded":
+        if _env.backend() in ("folded", "dense"):
             return "GATEPACK_BACKEND"
         if type(self.act_fn).__name__ not in _ACTIVATIONS:
             return f"activation {type(self.act_fn).__name__}"
@@ -106,6 +111,13 @@ def _feeds(linear: nn.Module, channels: Gate) -> bool:
     site = linear.site
     alone = site.in_gate is None and site.out_gate is None
     return alone and site.rows_gate is channels and site.row_blocks == (RowBlock(),)
+
+
+def _takes_gated(down: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the channel gate is all that acts on the down projection, and its path is "dense"."""
+    if not is_gated(down) or down.site.in_gate is None or _is_watched(down):
+        return False
+    return down.site.out_gate is None and path_of(down, x) == "dense"
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Stage 3, modules: linears that compute open units only, as stand-ins for nn.Linear."""
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,8 +10,8 @@ from torch import nn
 
 from gatepack.functional import (
     FoldedLinear,
-    lane_values,
-    linear_few_tokens,
+    gate_lanes,
+    linear,
     low_rank,
     spread_lanes,
     take_lanes,
@@ -34,8 +35,8 @@ class Site:
 
     in_gate: multiplies the input's lanes. out_gate: multiplies the output's rows. rows_gate: closed
     units of it take their rows (row_blocks) with them, with no multiplication. compact_in: x holds
-    open lanes only where its width says so. compact_out: y holds open rows only; else closed rows
-    are 0.
+    open lanes only where its width says so. compact_out: y holds open rows only, or all of them at
+    full width, where what reads them gates them; else closed rows are 0.
     """
 
     in_gate: Gate | None = None
@@ -44,6 +45,16 @@ class Site:
     row_blocks: tuple[RowBlock, ...] = (RowBlock(),)
     compact_in: bool = False
     compact_out: bool = False
+
+    @property
+    def gate(self) -> Gate | None:
+        """The gate whose path the linear takes."""
+        return self.in_gate or self.out_gate or self.rows_gate
+
+    def kept(self, noise: bool = True) -> float:
+        """Open fraction of the weight in the current sample, or without noise."""
+        sides = (self.in_gate, self.out_gate or self.rows_gate)
+        return math.prod(gate.open_fraction(noise) for gate in sides if gate is not None)
 
 
 @dataclass(frozen=True)
@@ -209,8 +220,12 @@ def gated_forward(
     """Forward of a linear at its site; dense_forward, ungated, must run if opaque says why."""
     site: Site = module.site
     operands = opaque or operands_of(module)
-    if path_of(module, x) == "triton":
-        return _full_width(module, operands, dense_forward, x)
+    path = path_of(module, x)
+    if path == "dense":
+        y = _masked(site, dense_forward, x)
+        return y if site.compact_out else _without_closed_rows(site, y)
+    if path == "triton":
+        return _full_width(site, operands, dense_forward, x)
     in_open = None if site.in_gate is None else site.in_gate.open()
     out_open = None if site.out_gate is None else site.out_gate.open()
     rows = _open_rows(site, out_open)
@@ -235,29 +250,34 @@ def gated_forward(
 
 def path_of(module: nn.Module, x: torch.Tensor) -> str:
     """The path of this call: what the model chose for its forward, else by the shape of x."""
-    decided = _gate_of(module.site).path if _gate_of(module.site) else None
+    site = module.site
+    decided = site.gate.path if site.gate else None
+    if decided:
+        return decided
     tokens = x.numel() // max(x.shape[-1], 1)
-    return decided or choose_path(tokens, width_of(module), x.device).path
+    kept = site.kept() if x.device.type == "cpu" else 1.0
+    return choose_path(tokens, width_of(module), x.device, kept).path
 
 
 def width_of(module: nn.Module) -> int:
     """The width that gatepack.paths goes by: the model's residual, else the linear's own."""
-    gate = _gate_of(module.site)
+    gate = module.site.gate
     return (gate and gate.width) or max(linear_shape(base_linear(module)))
 
 
-def _gate_of(site: Site) -> Gate | None:
-    return site.in_gate or site.out_gate or site.rows_gate
-
-
 def _masked(site: Site, dense_forward, x: torch.Tensor) -> torch.Tensor:
-    """The ungated forward between two multiplications, for adapters that cannot be taken apart."""
+    """The ungated forward between two multiplications: x and y hold all lanes."""
     if site.in_gate is not None:
-        x = x * lane_values(site.in_gate.values(), site.in_gate.lanes).to(x.dtype)
+        x = gate_lanes(x, site.in_gate.values(), site.in_gate.lanes)
     y = dense_forward(x)
     if site.out_gate is not None:
-        y = y * lane_values(site.out_gate.values(), site.out_gate.lanes).to(y.dtype)
+        y = gate_lanes(y, site.out_gate.values(), site.out_gate.lanes)
     return y
+
+
+def _without_closed_rows(site: Site, y: torch.Tensor) -> torch.Tensor:
+    """y with 0 in the rows that go with closed units of another gate."""
+    return y if site.rows_gate is None else gate_lanes(y, *_row_gate(site))
 
 
 def multipliers(current: Open | None) -> torch.Tensor | None:
@@ -305,16 +325,11 @@ def _row_gate(site: Site) -> tuple[torch.Tensor | None, int]:
     return parts[0] if len(parts) == 1 else torch.cat(parts), gate.lanes
 
 
-def _full_width(module, operands, dense_forward, x) -> torch.Tensor:
+def _full_width(site, operands, dense_forward, x) -> torch.Tensor:
     """x and y hold all lanes, closed ones 0; gates are applied inside the Triton op."""
-    site: Site = module.site
-    z_out, group_out = _row_gate(site)
     if isinstance(operands, str):
-        y = _masked(site, dense_forward, x)
-        if site.rows_gate is not None:
-            y = y * lane_values(z_out, group_out).to(y.dtype)
-        return y
-    return _triton(site, operands, x, z_out, group_out)
+        return _without_closed_rows(site, _masked(site, dense_forward, x))
+    return _triton(site, operands, x, *_row_gate(site))
 
 
 def _triton(site, operands, x, z_out, group_out):
@@ -399,7 +414,11 @@ class GatedLinear(nn.Linear):
         return adopt(linear, cls, site)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return gated_forward(self, super().forward, x)
+        return gated_forward(self, self.ungated, x)
+
+    def ungated(self, x: torch.Tensor) -> torch.Tensor:
+        """W x + b."""
+        return linear(x, self.weight, self.bias)
 
 
 def _check_covers(argument: str, gate: Gate | None, features: int) -> None:
@@ -432,8 +451,7 @@ class PackedLinear(nn.Linear):
         return packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = linear_few_tokens(x, self.weight, self.bias)
-        return super().forward(x) if y is None else y
+        return linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, packed from {self.dense_shape[1]} -> {self.dense_shape[0]}"
@@ -482,6 +500,13 @@ def gate_linear(linear: nn.Module, site: Site) -> nn.Module:
 
 def is_gated(module: nn.Module) -> bool:
     return isinstance(module, GatedLinear) or hasattr(type(module), "gated_from")
+
+
+def ungated_forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The forward of a gated linear without its gates."""
+    if isinstance(module, GatedLinear):
+        return module.ungated(x)
+    return type(module).gated_from.forward(module, x)
 
 
 def ungate_linear(module: nn.Module) -> nn.Module:

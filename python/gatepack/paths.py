@@ -4,6 +4,8 @@
           shapes. The counts of open units cross to the host once per forward.
 "triton"  gates inside the kernels, at full width between layers: only open lanes are read, nothing
           is packed, and nothing waits for the host, so that a step captures into a CUDA graph.
+"dense"   the ungated forward at its full price, between multiplications by the gates: on a CPU
+          where packing costs more than it saves, for few tokens or where little is closed.
 """
 
 import functools
@@ -42,8 +44,23 @@ RULES = (
 )
 
 
-def few_tokens(width: int, device: torch.device) -> int:
-    """Up to how many tokens layers of this residual width take "triton" on a device."""
+# Writing a weight once more and reading it again takes a CPU as long as multiplying it with this
+# many tokens. An MLP of 576 x 1536 in fp32, 2 threads of an AMD EPYC: a training step packs faster
+# than it multiplies in full from 25 tokens on with 60 % open, from 50 on with 80 %
+# (benchmarks/run.py --parts curves).
+PACKING = 12
+
+
+def few_tokens(width: int, device: torch.device, kept: float = 1.0) -> float:
+    """Up to how many tokens nothing is packed on a device, in layers of this residual width.
+
+    On a CPU, where a fraction `kept` of a weight is open: packing reads and writes that fraction,
+    (1 + kept) * PACKING, and saves (1 - kept) of one product, with gradients of two. On a GPU, how
+    many tokens take "triton".
+    """
+    if device.type == "cpu":
+        products = 2 if torch.is_grad_enabled() else 1
+        return math.inf if kept >= 1 else (1 + kept) / (1 - kept) * PACKING // products
     if device.type != "cuda" or not _has_triton():
         return 0
     from gatepack.kernels._common import arch_of
@@ -52,14 +69,21 @@ def few_tokens(width: int, device: torch.device) -> int:
     return next(r.tokens for r in RULES if arch.startswith(r.arch) and width <= r.width)
 
 
-def choose_path(tokens: int, width: int, device: torch.device) -> Choice:
+def choose_path(tokens: int, width: int, device: torch.device, kept: float = 1.0) -> Choice:
     """The path of a forward of `tokens` tokens through layers of a residual width.
 
-    GATEPACK_BACKEND forces either path; a CUDA graph under capture forces "triton".
+    kept: open fraction of the weights, which counts on a CPU only. GATEPACK_BACKEND forces a path;
+    a CUDA graph under capture forces "triton".
     """
     forced = _env.backend()
     if forced:
         return Choice(forced, "GATEPACK_BACKEND")
+    if device.type == "cpu":
+        limit = few_tokens(width, device, kept)
+        if limit == math.inf:
+            return Choice("dense", "nothing is closed")
+        path, side = ("dense", "at most") if tokens <= limit else ("folded", "more than")
+        return Choice(path, f"{side} {limit:.0f} tokens with {kept:.0%} open")
     if device.type != "cuda":
         return Choice("folded", f"on {device.type}")
     if not _has_triton():

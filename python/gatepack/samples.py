@@ -81,27 +81,35 @@ class Sample:
         self.gates = list(gates.gates.values())
         parts = torch.split(flat, [gate.size for gate in self.gates])
         self.values = dict(zip(gates.gates, parts, strict=True))
+        self._segments = gates.segments
         self._shared_running: dict[str, torch.Tensor] = {}
 
     def open(self, gate: "Gate") -> Open:
         return self._open[gate.name]
 
+    def open_fraction(self, gate: "Gate") -> float:
+        return self._counts[gate.name][0] / gate.size
+
     @functools.cached_property
-    def _open(self) -> dict[str, Open]:
+    def _counts(self) -> dict[str, tuple[int, int]]:
+        """How many units of each gate are open, and how many of those are exactly 1."""
         flat = self.flat.detach()
         is_open = flat > 0
         # Two counts per gate cross to the host in one copy.
-        sizes = torch.tensor([gate.size for gate in self.gates], device=flat.device)
-        segments = torch.repeat_interleave(torch.arange(len(sizes), device=flat.device), sizes)
-        counts = torch.zeros(2, len(sizes), dtype=torch.int64, device=flat.device)
+        segments = self._segments()
+        counts = torch.zeros(2, len(self.gates), dtype=torch.int64, device=flat.device)
         counts[0].index_add_(0, segments, is_open.long())
         counts[1].index_add_(0, segments, (is_open & (flat == 1)).long())
-        open_counts, one_counts = counts.tolist()
-        indices = torch.split(is_open.nonzero().squeeze(1), open_counts)
+        names = (gate.name for gate in self.gates)
+        return dict(zip(names, zip(*counts.tolist(), strict=True), strict=True))
+
+    @functools.cached_property
+    def _open(self) -> dict[str, Open]:
+        open_counts = [n_open for n_open, _ in self._counts.values()]
+        indices = torch.split((self.flat.detach() > 0).nonzero().squeeze(1), open_counts)
         found = {}
-        for gate, index, n_open, n_one in zip(
-            self.gates, indices, open_counts, one_counts, strict=True
-        ):
+        for gate, index in zip(self.gates, indices, strict=True):
+            n_open, n_one = self._counts[gate.name]
             units = None if n_open == gate.size else index - gate.start
             found[gate.name] = Open(gate, self.values[gate.name], units, n_one == n_open)
         return found

@@ -99,7 +99,10 @@ def _frozen(
     if place is None:
         return F.linear(x, w.to(x.dtype), _cast(bias, x.dtype))
     tokens = x.numel() // max(x.shape[-1], 1)
-    if choose_path(tokens, decisions.width, x.device).path == "triton":
+    rows = decisions.open_rows(place)
+    kept = 1.0 if rows is None else len(rows) / len(w)
+    path = choose_path(tokens, decisions.width, x.device, kept).path
+    if path == "triton":
         from gatepack.kernels import gated_linear_fn
 
         m = decisions.values(place, torch.float32)
@@ -107,14 +110,11 @@ def _frozen(
         return gated_linear_fn(
             x, w.to(x.dtype), _cast(bias, x.dtype), z_out=m, closed_grad=closed_grad
         )
-    if not tunes:
+    if not tunes or rows is None or path == "dense":
         y = F.linear(x, w.to(x.dtype), _cast(bias, x.dtype))
-        return y * decisions.values(place, y.dtype)
-    rows = decisions.open_rows(place)
-    if rows is None:
-        return F.linear(x, w.to(x.dtype), _cast(bias, x.dtype))
-    kept = FoldedLinear.apply(x, w, bias, None, None, rows, None, 1, 1)
-    return spread_lanes(kept, rows, len(w))
+        return y if tunes and rows is None else y * decisions.values(place, y.dtype)
+    compact = FoldedLinear.apply(x, w, bias, None, None, rows, None, 1, 1)
+    return spread_lanes(compact, rows, len(w))
 
 
 def _cast(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
