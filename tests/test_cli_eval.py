@@ -66,6 +66,21 @@ def test_scores_prints_writes_and_compares(files, tmp_path):
     assert f"9 values compared with {second}, violations: 0" in done.output
 
 
+def test_dry_run_counts_times_and_writes_nothing(files, tmp_path):
+    out = tmp_path / "r.json"
+    inputs = ["--text", files["in.txt"], "--ood", files["out.txt"], "--choices", files["q.jsonl"]]
+    arguments = ["eval", files["dense"], *inputs, *FAST, *TIMED, "--out", out, "--dry-run"]
+    done = invoke(*arguments, "--base", files["dense"])
+    assert done.exit_code == 0, done.output
+    for text in ("parameters, base", "windows, text in.txt", "questions, q.jsonl", "seconds"):
+        assert text in done.output
+    done = invoke(*arguments, "--log", "json")
+    plan = json.loads(done.stdout.splitlines()[-1])["result"]
+    assert plan["texts"] == {"text in.txt": 4, "ood out.txt": 4} and plan["seconds"] > 0
+    assert plan["questions"] == {"q.jsonl": 1} and plan["base"] is None
+    assert not list(tmp_path.glob("r.json*"))
+
+
 def test_regression_exits_1_with_a_line_per_bound(files, tmp_path):
     arguments = ["eval", files["dense"], "--text", files["in.txt"], "--no-latency", *FAST]
     out = tmp_path / "r.json"

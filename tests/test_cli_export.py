@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from bpe import byte_tokenizer
 from checkpoints import write_documents
 from letters import letter_tokenizer
 from packed import EVEN, UNEVEN, modules_cache, packed_model  # noqa: F401
@@ -64,11 +65,21 @@ def test_a_gated_model_is_packed_and_the_log_is_json(tmp_path, text):
     assert report["model"]["widths"]["channels"] == [37, 40]
 
 
-def test_dry_run_writes_nothing(tmp_path):
-    folder = save(tmp_path / "packed", packed_model(**EVEN))
-    done = invoke(folder, "--out", tmp_path / "out", "--dry-run")
-    assert done.exit_code == 0, done.output
-    assert "24, 24" in done.output and not (tmp_path / "out").exists()
+def test_dry_run_writes_nothing(tmp_path, text):
+    model, folder = packed_model(**EVEN, vocab_size=300), tmp_path / "packed"
+    gp.save_pretrained(model, folder, byte_tokenizer())
+    for arguments, size in ((["--format", "uniform"], 4), (["--format", "gguf"], 34 / 32)):
+        if size != 4:
+            pytest.importorskip("gguf")
+            arguments += ["--dtype", "q8_0"]
+        options = [*text, *FAST, *arguments, "--out", tmp_path / "out", "--dry-run"]
+        done = invoke(folder, *options)
+        assert done.exit_code == 0, done.output
+        assert "24, 24" in done.output and "seconds of timing" in done.output
+        done = invoke(folder, *options, "--log", "json")
+        plan = json.loads(done.stdout.splitlines()[-1])["result"]
+        assert plan["bytes"] == round(size * plan["model"]["parameters"])
+        assert plan["seconds"]["comparing"] > 0 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,16 @@ def test_failed_run_leaves_an_earlier_result(config, monkeypatch):
     gp.from_pretrained(config.out)
 
 
+def test_plan_counts_both_fine_tunings(config):
+    found = demo.plan(config, QUIET)
+    steps = config.train.steps
+    assert found["tokens"] == 2 * steps * config.train.batch_size * config.train.window
+    seconds = found["seconds"]
+    least = (2 * steps + config.train.calibration_batches) * seconds["step"]
+    assert seconds["total"] == pytest.approx(least + 3 * seconds["scoring"])
+    assert not config.out.exists()
+
+
 def test_command_line_runs_the_demo(config):
     options = [
         "--steps",

@@ -1,28 +1,75 @@
-"""export(format="onnx"): onnxruntime gives the packed model's logits, for any batch and length."""
+"""export(format="onnx"): onnxruntime gives the packed model's logits, of texts and of tokens."""
 
 import pytest
 import torch
-from packed import UNEVEN, packed_model
+from packed import EVEN, UNEVEN, packed_model, spoil
 from tiny import token_ids
 
 import gatepack as gp
+from gatepack.exporters import onnx
+from gatepack.hf import layers_of
+from gatepack.quality import ParityError
 
 pytest.importorskip("onnxscript", reason="needs onnx, onnxscript and onnxruntime")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnx, onnxscript and onnxruntime")
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gpt2", "opt", "mistral")]
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2", "opt"])
-def test_any_batch_and_length(tmp_path, model_type):
+
+@pytest.mark.parametrize("model_type", ["llama", *SLOW])
+def test_texts_tokens_and_padding(tmp_path, model_type):
     model = packed_model(model_type, **UNEVEN)
     report = gp.export(model, tmp_path / "m", "onnx")
-    assert report["parity"]["max_abs_difference"] <= report["parity"]["bound"]
-    session = onnxruntime.InferenceSession(tmp_path / "m" / "model.onnx")
+    bound = report["parity"]["bound"]
+    assert report["parity"]["max_abs_difference"] <= bound
+    assert report["parity"]["greedy"] == {"same": 5, "prompts": 5, "tokens": 16}
+    assert report["notes"] == []
+    session = onnx.Session(tmp_path / "m" / "model.onnx", model.config)
+    inputs = {each.name: each.shape for each in session.runtime.get_inputs()}
+    heads = [layer.kv_heads for layer in layers_of(model)]
+    assert inputs["input_ids"] == ["batch", "tokens"]
+    for i, count in enumerate(heads):
+        for what in ("key", "value"):
+            assert inputs[f"past_key_values.{i}.{what}"] == ["batch", count, "past", 8]
+
+    def expected(ids):
+        with torch.no_grad():
+            return model(ids).logits
+
     for shape in ((1, 3), (3, 17)):
         ids = token_ids(*shape)
-        (found,) = session.run(None, {"input_ids": ids.numpy()})
-        with torch.no_grad():
-            expected = model(ids).logits
-        assert (torch.from_numpy(found) - expected).abs().max() <= report["parity"]["bound"]
+        logits, past = session.run(ids)
+        assert (logits - expected(ids)).abs().max() <= bound
+        for step in range(2):
+            ids = torch.cat([ids, token_ids(shape[0], 1, seed=step)], 1)
+            logits, past = session.run(ids[:, -1:], past)
+            assert logits.shape[1] == 1
+            assert (logits - expected(ids)[:, -1:]).abs().max() <= bound
+        assert past["past_key_values.0.key"].shape == (shape[0], heads[0], shape[1] + 2, 8)
+    ids = token_ids(2, 6)
+    padding = torch.zeros(2, 3, dtype=torch.long)
+    feeds = {
+        "input_ids": torch.cat([padding, ids], 1),
+        "attention_mask": torch.cat([padding, torch.ones_like(ids)], 1),
+    }
+    found, *_ = session.runtime.run(
+        ["logits"], {n: t.numpy() for n, t in feeds.items()} | session._no_past(2)
+    )
+    assert (torch.from_numpy(found)[:, 3:] - expected(ids)).abs().max() <= bound
+
+
+def test_a_wrong_file_is_refused(tmp_path, monkeypatch):
+    model = packed_model(**EVEN)
+    check = onnx.check
+
+    def spoiled(source, folder, windows):
+        spoil(source.model, 0.01)
+        return check(source, folder, windows)
+
+    monkeypatch.setattr(onnx, "check", spoiled)
+    with pytest.raises(ParityError, match="onnxruntime .* gives logits that differ"):
+        gp.export(model, tmp_path / "m", "onnx")
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize(

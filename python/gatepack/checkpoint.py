@@ -28,6 +28,9 @@ SUPERSEDED = re.compile(
 )
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.py"]
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 MODELING_KEYS = (
     "per_layer_config",
     "allow_global_per_layer_attribute_access",
@@ -97,15 +100,16 @@ def file_sha256(path: Path) -> str:
 def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwargs) -> nn.Module:
     """Loads a gated or packed model saved by save_pretrained (ours or the model's own).
 
-    Builds the architecture that config.json names (a class of transformers, or one registered with
-    its AutoModel classes), gives it the recorded open sets and gates, and lets transformers load
-    the weights, so kwargs are those of its from_pretrained (dtype, device_map,
-    attn_implementation, ...). verify checks the manifest's checksums first. Only safetensors are
-    read, and no code of the folder runs unless kwargs have trust_remote_code=True. Raises
-    ValueError for a folder that is not such a checkpoint or whose files are truncated, altered or
-    do not fit the config, naming file or tensor.
+    directory: a folder, or the name of a model of the Hugging Face Hub (OWNER/NAME), for which
+    kwargs may have revision, cache_dir, token and local_files_only. Builds the architecture that
+    config.json names (a class of transformers, or one registered with its AutoModel classes), gives
+    it the recorded open sets and gates, and lets transformers load the weights, so kwargs are those
+    of its from_pretrained (dtype, device_map, attn_implementation, ...). verify checks the
+    manifest's checksums first. Only safetensors are read, and no code of the folder runs unless
+    kwargs have trust_remote_code=True. Raises ValueError for a folder that is not such a checkpoint
+    or whose files are truncated, altered or do not fit the config, naming file or tensor.
     """
-    directory = Path(directory)
+    directory = _folder_of(directory, kwargs)
     raw = _read_raw_config(directory)
     if verify:
         _verify_manifest(directory)
@@ -157,6 +161,24 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
     if gates is not None:
         gates.sync_from_buffers()
     return model
+
+
+def _folder_of(name: str | os.PathLike, options: dict) -> Path:
+    """The folder of that name, or a snapshot of the Hub's model; takes the Hub's options out."""
+    ours = {key: options.pop(key) for key in _HUB_OPTIONS if key in options}
+    path = Path(name)
+    here = path.exists() or left_aside(path.resolve()) is not None
+    if here or not isinstance(name, str) or not _HUB_NAME.fullmatch(name):
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, **ours))
+    except Exception as error:
+        raise ValueError(
+            f"{name} is no folder, and the Hugging Face Hub does not give it: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def _read_raw_config(directory: Path) -> dict:

@@ -145,9 +145,12 @@ def _load_hub(name: str, dtype) -> tuple[nn.Module, object]:
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        if "gatepack" in transformers.PretrainedConfig.get_config_dict(name)[0]:
+            model = from_pretrained(name, dtype=dtype)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name!r} is no local path, and the Hugging Face Hub does not give it: "

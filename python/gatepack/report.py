@@ -166,7 +166,8 @@ def print_export(report: dict, out: Path) -> None:
 def print_export_plan(plan: dict) -> None:
     """Prints what gatepack.exporters.run.dry_run returned."""
     model = plan["model"]
-    facts = {"parameters": f"{model['parameters']:,}", "MB": f"{model['bytes'] / 1e6:,.1f}"}
+    facts = {"parameters": f"{model['parameters']:,}", "MB, about": f"{plan['bytes'] / 1e6:,.1f}"}
+    facts |= {f"seconds of {name}": f"{value:,.1f}" for name, value in plan["seconds"].items()}
     for kind, values in model["widths"].items():
         facts[kind.replace("_", " ")] = ", ".join(map(str, values))
     _facts(f"{model['name']} as {plan['format']}", facts)

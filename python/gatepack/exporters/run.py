@@ -1,6 +1,7 @@
 """Stage 7, command line: export by name, with a text to compare on and a timing for the card."""
 
 import contextlib
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from gatepack.inspection import identify
 from gatepack.models import load_model, torch_dtype
 from gatepack.packing import pack
 from gatepack.progress import Log
-from gatepack.quality import ParityError, input_device
+from gatepack.quality import ParityError, input_device, perplexity
 from gatepack.resume import STATE, State, fingerprint
 from gatepack.texts import sha256_of
 from gatepack.timing import environment, measure
+
+# Per weight; of q8_0, a block of 32 has a scale of 2.
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "q8_0": 34 / 32}
 
 
 @dataclass(frozen=True)
@@ -101,9 +105,30 @@ def run(config: ExportConfig, log: Log) -> dict:
 
 
 def dry_run(config: ExportConfig, log: Log) -> dict:
-    """Whether the format holds the model (else ValueError), and what it is; writes nothing."""
-    model, _ = _load(config, log)
-    return {"format": config.format, "model": identify(model, config.model)}
+    """Whether the format holds the model (else ValueError), what it is and costs; writes nothing.
+
+    bytes: of the weights as they would be written. seconds: of timing, from one repeat, and of
+    scoring the windows twice, from one of them; writing, and what else is compared, come on top.
+    """
+    model, tokenizer = _load(config, log)
+    windows = _windows(config, tokenizer)
+    start = time.perf_counter()
+    perplexity(model, windows[:1])
+    seconds = {"comparing": 2 * len(windows) * (time.perf_counter() - start)}
+    if config.speed:
+        measured = measure(
+            model, prompt_tokens=config.prompt_tokens, new_tokens=config.new_tokens, repeats=1
+        )
+        seconds["timing"] = config.repeats * measured.seconds
+    facts = identify(model, config.model)
+    per_weight = _BYTES.get(config.dtype, facts["bytes"] / facts["parameters"])
+    return {
+        "format": config.format,
+        "model": facts,
+        "bytes": round(per_weight * facts["parameters"]),
+        "seconds": seconds,
+        "environment": environment(input_device(model)),
+    }
 
 
 def _windows(config: ExportConfig, tokenizer) -> torch.Tensor:
