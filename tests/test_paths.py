@@ -68,6 +68,13 @@ def test_a_cpu_never_packs_what_is_all_open():
     assert paths.choose_path(10**9, 576, CPU) == ("dense", "nothing is closed")
 
 
+@pytest.mark.parametrize(("kept", "tokens"), [(0.4, 262), (0.6, 200), (1.0, 150)])
+def test_backward_packs_again_where_that_is_cheap(kept, tokens):
+    assert paths.packs_again(tokens + 1, kept, CPU)
+    assert not paths.packs_again(tokens - 1, kept, CPU)
+    assert not paths.packs_again(tokens, kept, GPU) and not paths.packs_again(tokens, 0.0, CPU)
+
+
 def test_force(gpu, monkeypatch):
     for forced, device in (("triton", CPU), ("folded", GPU), ("dense", GPU)):
         monkeypatch.setenv("GATEPACK_BACKEND", forced)
