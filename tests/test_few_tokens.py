@@ -11,6 +11,7 @@ import gatepack as gp
 from gatepack import functional, paths
 from gatepack.functional import gate_lanes
 
+pytestmark = pytest.mark.usefixtures("free_calls")
 CPU = torch.device("cpu")
 
 
