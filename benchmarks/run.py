@@ -71,7 +71,21 @@ def cases_of(part: str, device: str) -> list[tuple[str, str, dict]]:
         found = [("level", "mlp", {"model": main, "tokens": long, "kept": s}) for s in SHARES]
         found += [
             ("level", "mlp", {"model": main, "tokens": tokens, "kept": 0.6})
-            for tokens in (16, 64, 256, long // 2, 2 * long)
+            for tokens in (1, 4, 16, 64, 256, long // 2, 2 * long)
+        ]
+        found += [
+            ("level", "mlp", {"model": main, "tokens": tokens, "kept": s})
+            for tokens in (16, 64, 256)
+            for s in (1.0, 0.8, 0.4)
+        ]
+        found += [
+            ("level", name, {"model": main, "tokens": tokens, "kept": 0.6})
+            for name in ("attention", "decoder_layer")
+            for tokens in (16, 64)
+        ]
+        found += [
+            ("level", "train_step", {"model": "smollm2-135m", "tokens": tokens, "kept": 0.6})
+            for tokens in (16, 64)
         ]
         for name in ("decode", "prefill"):
             found += [("level", name, {**prompt, "kept": s}) for s in SHARES]

@@ -150,29 +150,6 @@ class Cover {
   CacheLine unused_;
 };
 
-#if GATEPACK_X86
-// Copies past the caches, in whole cache lines. To write a line that another core has read, its
-// copy must be called back first: 480 us for the 2.1 MB of 922 rows of 576 fp32 that a matmul on 2
-// threads has read, 76 us past the caches (AMD EPYC).
-void stream(char* to, const uint8_t* from, int64_t bytes) {
-  const int64_t ragged = (64 - reinterpret_cast<uintptr_t>(to) % 64) % 64;
-  int64_t i = std::min(bytes, ragged);
-  std::memcpy(to, from, i);
-  for (; i + 64 <= bytes; i += 64) {
-    for (int64_t j = i; j < i + 64; j += 16) {
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + j),
-                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j)));
-    }
-  }
-  std::memcpy(to + i, from + i, bytes - i);
-}
-
-void end_of_stream() { _mm_sfence(); }
-#else
-void stream(char* to, const uint8_t* from, int64_t bytes) { std::memcpy(to, from, bytes); }
-void end_of_stream() {}
-#endif
-
 #if defined(__linux__)
 // Fresh memory arrives page by page, and at 4 KiB the faults cost three times the copy (4096 x
 // 14336 fp32, 60 % of the rows: 98 ms against 24 ms; benchmarks/bench_fold_pack.py). Huge pages are

@@ -44,6 +44,29 @@ inline std::vector<CacheLine> cache_lines(size_t bytes) {
   return std::vector<CacheLine>(bytes / sizeof(CacheLine) + 1);
 }
 
+#if GATEPACK_X86
+// Copies past the caches, in whole cache lines. To write a line that another core has read, its
+// copy must be called back first: 480 us for the 2.1 MB of 922 rows of 576 fp32 that a matmul on 2
+// threads has read, 76 us past the caches (AMD EPYC).
+inline void stream(char* to, const uint8_t* from, int64_t bytes) {
+  const int64_t ragged = (64 - reinterpret_cast<uintptr_t>(to) % 64) % 64;
+  int64_t i = std::min(bytes, ragged);
+  std::memcpy(to, from, i);
+  for (; i + 64 <= bytes; i += 64) {
+    for (int64_t j = i; j < i + 64; j += 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + j),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j)));
+    }
+  }
+  std::memcpy(to + i, from + i, bytes - i);
+}
+
+inline void end_of_stream() { _mm_sfence(); }
+#else
+inline void stream(char* to, const uint8_t* from, int64_t bytes) { std::memcpy(to, from, bytes); }
+inline void end_of_stream() {}
+#endif
+
 struct Job;
 using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
 using Stage = void (*)(const Job&, int64_t i, void* gathered, void* values);

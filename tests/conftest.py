@@ -71,6 +71,12 @@ def folded(monkeypatch):
     monkeypatch.setenv("GATEPACK_BACKEND", "folded")
 
 
+@pytest.fixture
+def free_calls(monkeypatch):
+    """Tiny layers pack from a few tokens on, as wide ones do."""
+    monkeypatch.setattr("gatepack.paths.CALL", 0.0)
+
+
 @pytest.fixture(scope="session")
 def device():
     """Where kernels run: the GPU, or the CPU under Triton's interpreter."""

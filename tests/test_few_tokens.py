@@ -1,15 +1,17 @@
 """What a CPU does with few tokens: the path "dense", and where it meets "folded"."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from tiny import mask_dense, set_gates, tiny_model, token_ids
+from tiny import dense_gradients, mask_dense, set_gates, tiny_model, token_ids
 
 import gatepack as gp
-from gatepack import paths
+from gatepack import functional, paths
 from gatepack.functional import gate_lanes
 
+pytestmark = pytest.mark.usefixtures("free_calls")
 CPU = torch.device("cpu")
 
 
@@ -99,6 +101,28 @@ def test_a_cache_keeps_the_heads_that_filled_it(pattern):
                 assert gates["model.layers.0.self_attn:heads"].path == heads
                 assert gates["model.layers.0.mlp:channels"].path == "dense"
                 torch.testing.assert_close(output.logits[:, 0], whole[:, i])
+
+
+def test_backward_may_pack_again(monkeypatch, folded):
+    """The same bits, and no packed weight among what is saved for backward."""
+    found, saved = [], []
+    for again in (False, True):
+        monkeypatch.setattr(functional, "packs_again", lambda *_, again=again: again)
+        model, gates = gated("mixed", dtype=torch.float32)
+        weights, kept = {p.data_ptr() for p in model.parameters()}, []
+        with torch.autograd.graph.saved_tensors_hooks(partial(_remember, kept), lambda t: t):
+            logits = model(token_ids(1, 11)).logits
+        matrices = (t for t in kept if t.dim() == 2 and t.data_ptr() not in weights)
+        saved.append([t.shape for t in matrices if t.shape[0] not in (1, 11)])
+        logits.square().sum().backward()
+        found.append((logits.detach(), gates.logits.grad, *dense_gradients(model).values()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(saved[0]) >= 8 and saved[1] == []
+
+
+def _remember(kept: list, tensor: torch.Tensor) -> torch.Tensor:
+    kept.append(tensor)
+    return tensor
 
 
 @pytest.mark.parametrize("lanes", [1, 4])

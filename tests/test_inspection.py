@@ -33,7 +33,7 @@ def row_of(model, ending):
     return row
 
 
-def test_gated_model_on_cpu():
+def test_gated_model_on_cpu(free_calls):
     explanation = gp.explain(gated(pattern="closed"))
     assert [row.module for row in explanation.rows] == [
         f"model.layers.{layer}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}"
@@ -87,7 +87,7 @@ def test_wrapping_after_attach_needs_no_forward_first():
     assert {row.many for row in explanation.rows} == {"folded"}
 
 
-def test_explains_what_runs(monkeypatch):
+def test_explains_what_runs(free_calls, monkeypatch):
     model = gated()
     ran = []
     original = modules.path_of

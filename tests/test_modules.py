@@ -11,7 +11,6 @@ from torch import nn
 import gatepack as gp
 from gatepack.gates import GateSet, GateSpec
 from gatepack.modules import (
-    Site,
     base_linear,
     gate_linear,
     is_conv1d,
@@ -20,6 +19,7 @@ from gatepack.modules import (
     ungate_linear,
     why_not_sliced,
 )
+from gatepack.sites import Site
 
 K, N, LANES = 24, 16, 4
 

@@ -13,9 +13,9 @@ from _contenders import with_fine_gates
 from _models import build, optimizer_step, shared_copy
 from _suite import Case, Contender, Work
 
+from gatepack.functional import lane_values
 from gatepack.hf import gates_of, layers_of
 from gatepack.methods import FineGates
-from gatepack.modules import lane_values
 
 CHECK = {"layers": 2, "batch": 2, "tokens": 16}
 TARGET = 0.4

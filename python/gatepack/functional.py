@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from gatepack import _ext
 from gatepack._ext import fold_pack, fold_pack_adjoint
+from gatepack.paths import packs_again
 
 # Up to how many tokens gatepack._C computes a linear on a CPU: torch's own product of one token
 # runs on one thread, and from here on its blocked matmul is faster (benchmarks/levels/decode.py).
@@ -176,7 +177,8 @@ class FoldedLinear(torch.autograd.Function):
     in_lanes and out_lanes lanes each, or None for 1. dtype is that of the matmul (x's). Gradients:
     x, w, bias, z_in, z_out; those of the gates come from dz_in = colsum(x * dx) / z_in and dz_out =
     colsum(dy * y) / z_out, so neither a weight gradient nor an ungated tensor is kept for them; a
-    unit with z = 0 gets 0, as a clamped gate has no gradient.
+    unit with z = 0 gets 0, as a clamped gate has no gradient. With many tokens on a CPU the packed
+    weight is not kept either, but packed anew (gatepack.paths.packs_again).
     """
 
     @staticmethod
@@ -184,6 +186,8 @@ class FoldedLinear(torch.autograd.Function):
         lane_in = lane_values(z_in, in_lanes)
         lane_out = lane_values(z_out, out_lanes)
         packed = fold_pack(w, rows, cols, lane_out, lane_in, x.dtype, stream=True)
+        tokens = x.numel() // max(x.shape[-1], 1)
+        ctx.again = packs_again(tokens, packed.numel() / max(w.numel(), 1), x.device)
         packed_bias = None
         if bias is not None:
             packed_bias = bias if rows is None else bias.index_select(0, rows)
@@ -194,7 +198,7 @@ class FoldedLinear(torch.autograd.Function):
         wants_w = ctx.needs_input_grad[1]
         ctx.save_for_backward(
             x if wants_z_in or wants_w else None,
-            packed,
+            w if ctx.again else packed,
             z_in,
             z_out,
             y if wants_z_out else None,
@@ -213,17 +217,18 @@ class FoldedLinear(torch.autograd.Function):
         needs_x, needs_w, needs_b, needs_z_in, needs_z_out, *_ = ctx.needs_input_grad
         dy2 = _tokens(dy)
         x2 = None if x is None else _tokens(x)
+        lane_in, lane_out = lane_values(z_in, in_lanes), lane_values(z_out, out_lanes)
         dx = dw = db = dz_in = dz_out = None
         if needs_x or (needs_z_in and z_in is not None):
+            if ctx.again:
+                packed = fold_pack(packed, rows, cols, lane_out, lane_in, dy.dtype, stream=True)
             dx2 = dy2 @ packed
             dx = dx2.reshape(*dy.shape[:-1], dx2.shape[-1]) if needs_x else None
             if needs_z_in and z_in is not None:
                 dz_in = _unit_gradient(column_dot(x2, dx2), z_in, in_lanes)
         if needs_z_out and z_out is not None:
             dz_out = _unit_gradient(column_dot(dy2, _tokens(y)), z_out, out_lanes)
-        lane_out = lane_values(z_out, out_lanes)
         if needs_w:
-            lane_in = lane_values(z_in, in_lanes)
             dw = fold_pack_adjoint(
                 dy2.t() @ x2, rows, cols, lane_out, lane_in, *ctx.shape, ctx.w_dtype
             )

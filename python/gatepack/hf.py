@@ -17,8 +17,6 @@ from gatepack.latency import LatencyCosts, LatencyTable
 from gatepack.masks import decode_mask
 from gatepack.mlp import GatedMLP, ungate_mlp
 from gatepack.modules import (
-    RowBlock,
-    Site,
     base_linear,
     gate_linear,
     is_gated,
@@ -27,6 +25,7 @@ from gatepack.modules import (
 )
 from gatepack.paths import choose_path, has_kernels
 from gatepack.sharding import refuse_sharded
+from gatepack.sites import RowBlock, Site
 
 GATES_NAME = "gatepack_gates"
 

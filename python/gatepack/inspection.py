@@ -12,7 +12,6 @@ from gatepack.hf import GATES_NAME, hf_model, layers_of
 from gatepack.mlp import GatedMLP
 from gatepack.modules import (
     PackedLinear,
-    Site,
     base_linear,
     is_gated,
     linear_shape,
@@ -20,6 +19,7 @@ from gatepack.modules import (
     width_of,
 )
 from gatepack.paths import choose_path, few_tokens
+from gatepack.sites import Site
 
 
 @dataclass(frozen=True)

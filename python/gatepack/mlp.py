@@ -14,7 +14,6 @@ from gatepack.functional import swiglu
 from gatepack.gates import Gate
 from gatepack.modules import (
     Operands,
-    RowBlock,
     adopt,
     as_operand,
     base_linear,
@@ -26,6 +25,7 @@ from gatepack.modules import (
     ungated_forward,
 )
 from gatepack.paths import has_kernels
+from gatepack.sites import RowBlock
 
 # Class of an activation -> its name in gated_mlp
 _ACTIVATIONS = {

@@ -14,8 +14,9 @@ from gatepack.budget import TOLERANCE, Plan
 from gatepack.config import GateConfig
 from gatepack.gates import Gate, GateSet, GateSpec
 from gatepack.hf import Attachment, Layer, layers_of
-from gatepack.modules import Site, base_linear, is_conv1d, linear_shape
+from gatepack.modules import base_linear, is_conv1d, linear_shape
 from gatepack.samples import Sample
+from gatepack.sites import Site
 
 logger = logging.getLogger(__name__)
 
