@@ -13,6 +13,11 @@ from gatepack._ext import fold_pack, fold_pack_adjoint
 # runs on one thread, and from here on its blocked matmul is faster (benchmarks/levels/decode.py).
 FEW_TOKENS = {torch.float32: 4, torch.bfloat16: 1}
 
+# What packing an element of W twice (for forward and backward), moving a lane of a token in one and
+# back in the other, and multiplying it by its gate in both take on a CPU, in multiply-adds of the
+# matmul (fp32, one thread and two, linears of 384 to 3,072: benchmarks/levels/finegates_step.py).
+PACK, MOVE, MULTIPLY = 30, 7, 5
+
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -77,11 +82,20 @@ def column_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a * b).sum(0)
 
 
+def _packs_lanes(x: torch.Tensor) -> bool:
+    """Whether fold_pack moves the lanes of x: its vectors take half of the time of torch's gather
+    and scatter_ (CPU, fp32, 512 and 2,048 tokens of 384 to 3,072 lanes, 77 % of them open)."""
+    return x.is_floating_point() and x.element_size() > 1 and has_cpu_passes(x)
+
+
 class _TakeLanes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, index):
         ctx.save_for_backward(index)
         ctx.width = x.shape[-1]
+        if _packs_lanes(x):
+            taken = fold_pack(_tokens(x).contiguous(), None, index)
+            return taken.view(*x.shape[:-1], len(index))
         return torch.gather(x, -1, index.expand(*x.shape[:-1], -1))
 
     @staticmethod
@@ -95,6 +109,10 @@ class _SpreadLanes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, index, width):
         ctx.save_for_backward(index)
+        if _packs_lanes(y):
+            y2 = _tokens(y).contiguous()
+            full = fold_pack_adjoint(y2, None, index, None, None, len(y2), width)
+            return full.view(*y.shape[:-1], width)
         full = y.new_zeros(*y.shape[:-1], width)
         return full.scatter_(-1, index.expand(*y.shape[:-1], -1), y)
 
@@ -106,9 +124,9 @@ class _SpreadLanes(torch.autograd.Function):
 
 
 def take_lanes(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x[..., index] for unique int64 index [n].
+    """x[..., index] for sorted unique int64 index [n].
 
-    gather and scatter take about a quarter of the time of index_select and index_copy here (CPU,
+    gather and scatter_ take about a quarter of the time of index_select and index_copy here (CPU,
     fp32, 1,024 tokens of 384 to 1,536 lanes), and both passes are free of atomics.
     """
     return _TakeLanes.apply(x, index)
@@ -124,6 +142,23 @@ def lane_values(z: torch.Tensor | None, lanes: int) -> torch.Tensor | None:
     return z if z is None or lanes == 1 else z.repeat_interleave(lanes)
 
 
+def tokens_at_full_width(shape: tuple[int, int], kept: tuple[int, int]) -> float:
+    """Up to how many tokens a linear [N, K] is cheaper whole than packed to kept (|R|, |C|).
+
+    On a CPU, for forward and backward without a weight gradient; inf where packing never pays.
+    """
+    (n, k), (r, c) = shape, kept
+    moved = (k if c < k else 0) + (n if r < n else 0)
+    saved = 2 * (n * k - r * c) - MOVE * moved
+    return PACK * r * c / saved if saved > 0 else math.inf
+
+
+def _gates_beside(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether multiplying activations by gates costs less than folding them into all of w."""
+    tokens = x.numel() // max(x.shape[-1], 1)
+    return x.device.type == "cpu" and MULTIPLY * tokens * sum(w.shape) < PACK * w.numel()
+
+
 class FoldedLinear(torch.autograd.Function):
     """y = z_out * (W[R, C] (z_in * x) + b[R]) on compact lanes, gates folded into W[R, C].
 
@@ -133,24 +168,36 @@ class FoldedLinear(torch.autograd.Function):
     x, w, bias, z_in, z_out; those of the gates come from dz_in = colsum(x * dx) / z_in and dz_out =
     colsum(dy * y) / z_out, so neither a weight gradient nor an ungated tensor is kept for them; a
     unit with z = 0 gets 0, as a clamped gate has no gradient.
+
+    On a CPU the backward packs again rather than keep W[R, C]: fresh memory costs more there than
+    packing into what the last product left (benchmarks/levels/finegates_step.py). With all rows and
+    columns and few tokens (BESIDE) gates multiply activations, and nothing is packed.
     """
 
     @staticmethod
     def forward(ctx, x, w, bias, z_in, z_out, rows, cols, in_lanes, out_lanes):
         lane_in = lane_values(z_in, in_lanes)
         lane_out = lane_values(z_out, out_lanes)
-        packed = fold_pack(w, rows, cols, lane_out, lane_in, x.dtype)
-        packed_bias = None
-        if bias is not None:
-            packed_bias = bias if rows is None else bias.index_select(0, rows)
-            packed_bias = (packed_bias if lane_out is None else packed_bias * lane_out).to(x.dtype)
-        y = F.linear(x, packed, packed_bias)
+        ctx.beside = rows is None and cols is None and _gates_beside(x, w)
+        if bias is not None and rows is not None:
+            bias = bias.index_select(0, rows)
+        packed = None
+        if ctx.beside:
+            x_in = x if lane_in is None else x * lane_in.to(x.dtype)
+            y = F.linear(x_in, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            y = y if lane_out is None else y.mul_(lane_out.to(y.dtype))
+        else:
+            packed = fold_pack(w, rows, cols, lane_out, lane_in, x.dtype)
+            if bias is not None:
+                bias = (bias if lane_out is None else bias * lane_out).to(x.dtype)
+            y = F.linear(x, packed, bias)
         wants_z_in = z_in is not None and ctx.needs_input_grad[3]
         wants_z_out = z_out is not None and ctx.needs_input_grad[4]
         wants_w = ctx.needs_input_grad[1]
+        again = ctx.beside or x.device.type == "cpu"
         ctx.save_for_backward(
             x if wants_z_in or wants_w else None,
-            packed,
+            w if again else packed,
             z_in,
             z_out,
             y if wants_z_out else None,
@@ -164,28 +211,37 @@ class FoldedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, packed, z_in, z_out, y, rows, cols = ctx.saved_tensors
+        x, weight, z_in, z_out, y, rows, cols = ctx.saved_tensors
         in_lanes, out_lanes = ctx.lanes
         needs_x, needs_w, needs_b, needs_z_in, needs_z_out, *_ = ctx.needs_input_grad
+        lane_in, lane_out = lane_values(z_in, in_lanes), lane_values(z_out, out_lanes)
         dy2 = _tokens(dy)
         x2 = None if x is None else _tokens(x)
         dx = dw = db = dz_in = dz_out = None
+        if needs_z_out and z_out is not None:
+            dz_out = _unit_gradient(column_dot(dy2, _tokens(y)), z_out, out_lanes)
+        if ctx.beside and lane_out is not None:
+            dy2 = dy2 * lane_out.to(dy2.dtype)
         if needs_x or (needs_z_in and z_in is not None):
-            dx2 = dy2 @ packed
+            if ctx.beside:
+                dx2 = dy2 @ weight.to(dy2.dtype)
+                dx2 = dx2 if lane_in is None else dx2.mul_(lane_in.to(dx2.dtype))
+            elif weight.device.type == "cpu":
+                dx2 = dy2 @ fold_pack(weight, rows, cols, lane_out, lane_in, dy2.dtype)
+            else:
+                dx2 = dy2 @ weight
             dx = dx2.reshape(*dy.shape[:-1], dx2.shape[-1]) if needs_x else None
             if needs_z_in and z_in is not None:
                 dz_in = _unit_gradient(column_dot(x2, dx2), z_in, in_lanes)
-        if needs_z_out and z_out is not None:
-            dz_out = _unit_gradient(column_dot(dy2, _tokens(y)), z_out, out_lanes)
-        lane_out = lane_values(z_out, out_lanes)
+        # What is multiplied beside the product has been, in dy2.
+        rest_out = None if ctx.beside else lane_out
         if needs_w:
-            lane_in = lane_values(z_in, in_lanes)
             dw = fold_pack_adjoint(
-                dy2.t() @ x2, rows, cols, lane_out, lane_in, *ctx.shape, ctx.w_dtype
+                dy2.t() @ x2, rows, cols, rest_out, lane_in, *ctx.shape, ctx.w_dtype
             )
         if needs_b:
             db = dy2.sum(0)
-            db = (db if lane_out is None else db * lane_out).to(ctx.bias_dtype)
+            db = (db if rest_out is None else db * rest_out).to(ctx.bias_dtype)
             if rows is not None:
                 db = db.new_zeros(ctx.shape[0]).index_copy_(0, rows, db)
         return dx, dw, db, dz_in, dz_out, None, None, None, None
