@@ -1,11 +1,14 @@
 """FoldedLinear and low_rank against the dense masked computation, forward and every gradient."""
 
 import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from gatepack import functional
+from gatepack.full_width import tokens_at_full_width
 from gatepack.functional import (
     FoldedLinear,
     column_dot,
@@ -189,6 +192,31 @@ def test_saves_no_token_tensor_when_only_x_needs_a_gradient():
         FoldedLinear.apply(x, w, b, gate(K).detach(), None, None, None, 1, 1)
     assert all(64 not in shape for shape in kept)
     assert (N, K) in kept
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_gates_multiply_activations_of_few_tokens(few, monkeypatch):
+    limit = math.floor(tokens_at_full_width((N, K), (N, K)))
+    packed = []
+    own = functional.fold_pack
+    monkeypatch.setattr(functional, "fold_pack", lambda *a: packed.append(a) or own(*a))
+    x_shape = (limit if few else limit + 1, K)
+    x, w, b = leaves(x_shape, torch.float64, True)
+    compare((x, w, b, gate(K), gate(N)), x_shape, None, None)
+    assert len(packed) == (0 if few else 2)
+
+
+@pytest.mark.parametrize("where", ["all", "both"])
+def test_a_cpu_keeps_no_packed_weight_for_the_backward(where):
+    rows, cols = map(index, SETS[where])
+    x, w, b = leaves((300, K if cols is None else cols.numel()), torch.float64, True)
+    w.requires_grad_(False), b.requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        z_in, z_out = gate(x.shape[-1]), gate(N if rows is None else rows.numel())
+        FoldedLinear.apply(x, w, b, z_in, z_out, rows, cols, 1, 1)
+    matrices = [t for t in kept if t.dim() == 2 and len(t) != 300]
+    assert [t.data_ptr() for t in matrices] == [w.data_ptr()]
 
 
 def test_double_backward_is_refused():

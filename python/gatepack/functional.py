@@ -8,15 +8,11 @@ from torch.autograd.function import once_differentiable
 
 from gatepack import _ext
 from gatepack._ext import fold_pack, fold_pack_adjoint
+from gatepack.full_width import tokens_at_full_width
 
 # Up to how many tokens gatepack._C computes a linear on a CPU: torch's own product of one token
 # runs on one thread, and from here on its blocked matmul is faster (benchmarks/levels/decode.py).
 FEW_TOKENS = {torch.float32: 4, torch.bfloat16: 1}
-
-# What packing an element of W twice (for forward and backward), moving a lane of a token in one and
-# back in the other, and multiplying it by its gate in both take on a CPU, in multiply-adds of the
-# matmul (fp32, one thread and two, linears of 384 to 3,072: benchmarks/levels/finegates_step.py).
-PACK, MOVE, MULTIPLY = 30, 7, 5
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -142,23 +138,6 @@ def lane_values(z: torch.Tensor | None, lanes: int) -> torch.Tensor | None:
     return z if z is None or lanes == 1 else z.repeat_interleave(lanes)
 
 
-def tokens_at_full_width(shape: tuple[int, int], kept: tuple[int, int]) -> float:
-    """Up to how many tokens a linear [N, K] is cheaper whole than packed to kept (|R|, |C|).
-
-    On a CPU, for forward and backward without a weight gradient; inf where packing never pays.
-    """
-    (n, k), (r, c) = shape, kept
-    moved = (k if c < k else 0) + (n if r < n else 0)
-    saved = 2 * (n * k - r * c) - MOVE * moved
-    return PACK * r * c / saved if saved > 0 else math.inf
-
-
-def _gates_beside(x: torch.Tensor, w: torch.Tensor) -> bool:
-    """Whether multiplying activations by gates costs less than folding them into all of w."""
-    tokens = x.numel() // max(x.shape[-1], 1)
-    return x.device.type == "cpu" and MULTIPLY * tokens * sum(w.shape) < PACK * w.numel()
-
-
 class FoldedLinear(torch.autograd.Function):
     """y = z_out * (W[R, C] (z_in * x) + b[R]) on compact lanes, gates folded into W[R, C].
 
@@ -171,20 +150,23 @@ class FoldedLinear(torch.autograd.Function):
 
     On a CPU the backward packs again rather than keep W[R, C]: fresh memory costs more there than
     packing into what the last product left (benchmarks/levels/finegates_step.py). With all rows and
-    columns and few tokens (BESIDE) gates multiply activations, and nothing is packed.
+    columns and tokens_at_full_width, gates multiply activations, and nothing is packed.
     """
 
     @staticmethod
     def forward(ctx, x, w, bias, z_in, z_out, rows, cols, in_lanes, out_lanes):
         lane_in = lane_values(z_in, in_lanes)
         lane_out = lane_values(z_out, out_lanes)
-        ctx.beside = rows is None and cols is None and _gates_beside(x, w)
+        # Gates beside the product, on activations, or inside of it, in what it multiplies by.
+        tokens = math.prod(x.shape[:-1])
+        whole = rows is None and cols is None and x.dtype == w.dtype and x.device.type == "cpu"
+        ctx.beside = whole and tokens <= tokens_at_full_width(w.shape, w.shape)
         if bias is not None and rows is not None:
             bias = bias.index_select(0, rows)
         packed = None
         if ctx.beside:
             x_in = x if lane_in is None else x * lane_in.to(x.dtype)
-            y = F.linear(x_in, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            y = F.linear(x_in, w, None if bias is None else bias.to(x.dtype))
             y = y if lane_out is None else y.mul_(lane_out.to(y.dtype))
         else:
             packed = fold_pack(w, rows, cols, lane_out, lane_in, x.dtype)
@@ -195,9 +177,10 @@ class FoldedLinear(torch.autograd.Function):
         wants_z_out = z_out is not None and ctx.needs_input_grad[4]
         wants_w = ctx.needs_input_grad[1]
         again = ctx.beside or x.device.type == "cpu"
+        weight = w if again else packed
         ctx.save_for_backward(
             x if wants_z_in or wants_w else None,
-            w if again else packed,
+            weight if ctx.needs_input_grad[0] or wants_z_in else None,
             z_in,
             z_out,
             y if wants_z_out else None,
@@ -224,7 +207,7 @@ class FoldedLinear(torch.autograd.Function):
             dy2 = dy2 * lane_out.to(dy2.dtype)
         if needs_x or (needs_z_in and z_in is not None):
             if ctx.beside:
-                dx2 = dy2 @ weight.to(dy2.dtype)
+                dx2 = dy2 @ weight
                 dx2 = dx2 if lane_in is None else dx2.mul_(lane_in.to(dx2.dtype))
             elif weight.device.type == "cpu":
                 dx2 = dy2 @ fold_pack(weight, rows, cols, lane_out, lane_in, dy2.dtype)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gatepack.full_width import stays_whole
 from gatepack.functional import (
     FoldedLinear,
     lane_values,
@@ -14,7 +15,6 @@ from gatepack.functional import (
     low_rank,
     spread_lanes,
     take_lanes,
-    tokens_at_full_width,
 )
 from gatepack.gates import Gate
 from gatepack.paths import choose_path
@@ -214,8 +214,9 @@ def gated_forward(
         return _full_width(module, operands, dense_forward, x)
     in_open = None if site.in_gate is None else site.in_gate.open()
     out_open = None if site.out_gate is None else site.out_gate.open()
-    if at_full_width(module, x, in_open, out_open):
-        in_open, out_open = (o and o.whole() for o in (in_open, out_open))
+    shape = linear_shape(base_linear(module))
+    if stays_whole(site, shape, x, in_open, out_open):
+        in_open, out_open = (side and side.whole() for side in (in_open, out_open))
     rows = _open_rows(site, out_open)
     cols = None if in_open is None else in_open.lanes
     full_in = None if in_open is None else site.in_gate.size * site.in_gate.lanes
@@ -229,36 +230,11 @@ def gated_forward(
     else:
         y = _folded(operands, x, in_open, out_open, rows.index, cols, full_in)
     if rows.index is not None and not site.compact_out:
-        y = spread_lanes(y, rows.index, linear_shape(base_linear(module))[0])
+        y = spread_lanes(y, rows.index, shape[0])
     if rows.spread is not None:
         lanes = site.rows_gate.lanes
         y = y.unflatten(-1, (-1, lanes)).index_select(-2, rows.spread).flatten(-2)
     return y
-
-
-def at_full_width(
-    module: nn.Module, x: torch.Tensor, in_open: Open | None, out_open: Open | None
-) -> bool:
-    """Whether closed units of the linear's own gates stay in the product, with a value of 0: on a
-    CPU, where x has too few tokens to pay for packing (functional.tokens_at_full_width)."""
-    if x.device.type != "cpu" or module.site.rows_gate is not None:
-        return False
-    shape = linear_shape(base_linear(module))
-    kept = kept_shape(shape, in_open, out_open)
-    if kept == shape or x.shape[-1] != shape[1]:
-        return False
-    return x.numel() // max(x.shape[-1], 1) <= tokens_at_full_width(shape, kept)
-
-
-def kept_shape(
-    shape: tuple[int, int], in_open: Open | None, out_open: Open | None
-) -> tuple[int, int]:
-    """(|R|, |C|) of a linear [N, K] for the open sets of its own gates."""
-    n, k = shape
-    return (
-        n if out_open is None else out_open.count * out_open.gate.lanes,
-        k if in_open is None else in_open.count * in_open.gate.lanes,
-    )
 
 
 def path_of(module: nn.Module, x: torch.Tensor) -> str:
