@@ -1,14 +1,11 @@
 """FoldedLinear and low_rank against the dense masked computation, forward and every gradient."""
 
 import itertools
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gatepack import functional
-from gatepack.full_width import tokens_at_full_width
 from gatepack.functional import (
     FoldedLinear,
     column_dot,
@@ -194,31 +191,6 @@ def test_saves_no_token_tensor_when_only_x_needs_a_gradient():
     assert (N, K) in kept
 
 
-@pytest.mark.parametrize("few", [True, False])
-def test_gates_multiply_activations_of_few_tokens(few, monkeypatch):
-    limit = math.floor(tokens_at_full_width((N, K), (N, K)))
-    packed = []
-    own = functional.fold_pack
-    monkeypatch.setattr(functional, "fold_pack", lambda *a: packed.append(a) or own(*a))
-    x_shape = (limit if few else limit + 1, K)
-    x, w, b = leaves(x_shape, torch.float64, True)
-    compare((x, w, b, gate(K), gate(N)), x_shape, None, None)
-    assert len(packed) == (0 if few else 2)
-
-
-@pytest.mark.parametrize("where", ["all", "both"])
-def test_a_cpu_keeps_no_packed_weight_for_the_backward(where):
-    rows, cols = map(index, SETS[where])
-    x, w, b = leaves((300, K if cols is None else cols.numel()), torch.float64, True)
-    w.requires_grad_(False), b.requires_grad_(False)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        z_in, z_out = gate(x.shape[-1]), gate(N if rows is None else rows.numel())
-        FoldedLinear.apply(x, w, b, z_in, z_out, rows, cols, 1, 1)
-    matrices = [t for t in kept if t.dim() == 2 and len(t) != 300]
-    assert [t.data_ptr() for t in matrices] == [w.data_ptr()]
-
-
 def test_double_backward_is_refused():
     x, w, b = leaves((4, K), torch.float64, True)
     y = FoldedLinear.apply(x, w, b, gate(K), None, None, None, 1, 1)
@@ -312,3 +284,19 @@ def test_lanes_are_taken_and_spread(lanes, shape):
     assert torch.equal(full, torch.where(kept, x, 0.0))
     (dx,) = torch.autograd.grad(full, x, upstream := random(*shape, seed=2))
     assert torch.equal(dx, torch.where(kept, upstream, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_lanes_move_bit_for_bit_however_they_lie(dtype):
+    """By fold_pack on a CPU where it knows the dtype, in one step of autograd: NaN and all."""
+    whole = (random(6, 9, seed=1) * 100).to(dtype)
+    if dtype.is_floating_point:
+        whole[2, 3] = float("nan")
+    at = torch.tensor([0, 3, 4, 8])
+    for x in (whole, whole.t().contiguous().t(), whole[::2]):
+        taken = take_lanes(x, at)
+        assert taken.dtype == dtype
+        torch.testing.assert_close(taken, x[:, at], rtol=0, atol=0, equal_nan=True)
+        full = spread_lanes(taken, at, 9)
+        expected = torch.zeros_like(x).index_copy(1, at, x[:, at])
+        torch.testing.assert_close(full, expected, rtol=0, atol=0, equal_nan=True)

@@ -288,26 +288,6 @@ class TestRegularisers:
         assert training.metrics()["gates/pruned_lora"] < 0.3 * before
 
 
-def test_generator_step_pays_for_no_lora_gradient():
-    model, training = started("llama", torch.float32)
-    loss_of(model, 0).backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    asked = []
-    module = model.model.layers[1].mlp.gate_proj
-    module.register_forward_hook(
-        lambda m, args, y: asked.append((m.lora_A["default"].weight.requires_grad, m.training))
-    )
-    before = [p.detach().clone() for p in training.generator.parameters()]
-    training._generator_step()
-    assert asked == [(False, False)]
-    assert model.training and module.lora_A["default"].weight.requires_grad
-    for name, parameter in model.named_parameters():
-        if name in grads:
-            assert torch.equal(parameter.grad, grads[name])
-    moved = zip(before, training.generator.parameters(), strict=True)
-    assert all(not torch.equal(a, b) for a, b in moved)
-
-
 def test_decisions_are_fp32_in_a_bf16_model(monkeypatch):
     """The released code lost logits and noise to bf16 for a while."""
     seen = []
@@ -331,6 +311,26 @@ def test_evaluation_draws_nothing():
         first, second = (model(token_ids()).logits for _ in range(2))
     assert torch.equal(first, second) and torch.equal(training.decisions.hard, decisions)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_generator_step_pays_for_no_lora_gradient():
+    model, training = started("llama", torch.float32)
+    loss_of(model, 0).backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    asked = []
+    module = model.model.layers[1].mlp.gate_proj
+    module.register_forward_hook(
+        lambda m, args, y: asked.append((m.lora_A["default"].weight.requires_grad, m.training))
+    )
+    before = [p.detach().clone() for p in training.generator.parameters()]
+    training._generator_step()
+    assert asked == [(False, False)]
+    assert model.training and module.lora_A["default"].weight.requires_grad
+    for name, parameter in model.named_parameters():
+        if name in grads:
+            assert torch.equal(parameter.grad, grads[name])
+    moved = zip(before, training.generator.parameters(), strict=True)
+    assert all(not torch.equal(a, b) for a, b in moved)
 
 
 def test_pruned_rows_of_the_frozen_path_are_not_computed(monkeypatch):

@@ -7,7 +7,6 @@ import torch
 from tiny import tiny_model, token_ids
 
 import gatepack as gp
-from gatepack import full_width
 from gatepack.hf import layers_of
 from gatepack.modules import base_linear, linear_shape, weight_matrix
 from gatepack.row_column_packing import IndexedLinear
@@ -52,10 +51,8 @@ def raw_values(gates) -> dict[str, torch.Tensor]:
     return gates.split(gates.estimator.values(gates.logits))
 
 
-@pytest.mark.parametrize("packing", [0, 30, 10**9])  # never, by the work, always whole
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_the_masked_model_with_every_gradient(family, packing, monkeypatch):
-    monkeypatch.setattr(full_width, "PACK", packing)
+def test_equals_the_masked_model_with_every_gradient(family):
     model, gates = gated(family)
     logits = gates.logits.detach().double().requires_grad_()
     values = gates.split(gates.estimator.values(logits))

@@ -8,7 +8,6 @@ from torch.autograd.function import once_differentiable
 
 from gatepack import _ext
 from gatepack._ext import fold_pack, fold_pack_adjoint
-from gatepack.full_width import tokens_at_full_width
 
 # Up to how many tokens gatepack._C computes a linear on a CPU: torch's own product of one token
 # runs on one thread, and from here on its blocked matmul is faster (benchmarks/levels/decode.py).
@@ -79,8 +78,8 @@ def column_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _packs_lanes(x: torch.Tensor) -> bool:
-    """Whether fold_pack moves the lanes of x: its vectors take half of the time of torch's gather
-    and scatter_ (CPU, fp32, 512 and 2,048 tokens of 384 to 3,072 lanes, 77 % of them open)."""
+    """Whether fold_pack moves the lanes of x: it takes a third to a half of the time of torch's
+    gather and scatter_ (CPU, fp32, 512 and 2,048 tokens of 384 to 3,072 lanes, 77 % of them)."""
     return x.is_floating_point() and x.element_size() > 1 and has_cpu_passes(x)
 
 
@@ -147,40 +146,24 @@ class FoldedLinear(torch.autograd.Function):
     x, w, bias, z_in, z_out; those of the gates come from dz_in = colsum(x * dx) / z_in and dz_out =
     colsum(dy * y) / z_out, so neither a weight gradient nor an ungated tensor is kept for them; a
     unit with z = 0 gets 0, as a clamped gate has no gradient.
-
-    On a CPU the backward packs again rather than keep W[R, C]: fresh memory costs more there than
-    packing into what the last product left (benchmarks/levels/finegates_step.py). With all rows and
-    columns and tokens_at_full_width, gates multiply activations, and nothing is packed.
     """
 
     @staticmethod
     def forward(ctx, x, w, bias, z_in, z_out, rows, cols, in_lanes, out_lanes):
         lane_in = lane_values(z_in, in_lanes)
         lane_out = lane_values(z_out, out_lanes)
-        # Gates beside the product, on activations, or inside of it, in what it multiplies by.
-        tokens = math.prod(x.shape[:-1])
-        whole = rows is None and cols is None and x.dtype == w.dtype and x.device.type == "cpu"
-        ctx.beside = whole and tokens <= tokens_at_full_width(w.shape, w.shape)
-        if bias is not None and rows is not None:
-            bias = bias.index_select(0, rows)
-        packed = None
-        if ctx.beside:
-            x_in = x if lane_in is None else x * lane_in.to(x.dtype)
-            y = F.linear(x_in, w, None if bias is None else bias.to(x.dtype))
-            y = y if lane_out is None else y.mul_(lane_out.to(y.dtype))
-        else:
-            packed = fold_pack(w, rows, cols, lane_out, lane_in, x.dtype)
-            if bias is not None:
-                bias = (bias if lane_out is None else bias * lane_out).to(x.dtype)
-            y = F.linear(x, packed, bias)
+        packed = fold_pack(w, rows, cols, lane_out, lane_in, x.dtype)
+        packed_bias = None
+        if bias is not None:
+            packed_bias = bias if rows is None else bias.index_select(0, rows)
+            packed_bias = (packed_bias if lane_out is None else packed_bias * lane_out).to(x.dtype)
+        y = F.linear(x, packed, packed_bias)
         wants_z_in = z_in is not None and ctx.needs_input_grad[3]
         wants_z_out = z_out is not None and ctx.needs_input_grad[4]
         wants_w = ctx.needs_input_grad[1]
-        again = ctx.beside or x.device.type == "cpu"
-        weight = w if again else packed
         ctx.save_for_backward(
             x if wants_z_in or wants_w else None,
-            weight if ctx.needs_input_grad[0] or wants_z_in else None,
+            packed,
             z_in,
             z_out,
             y if wants_z_out else None,
@@ -194,37 +177,28 @@ class FoldedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, z_in, z_out, y, rows, cols = ctx.saved_tensors
+        x, packed, z_in, z_out, y, rows, cols = ctx.saved_tensors
         in_lanes, out_lanes = ctx.lanes
         needs_x, needs_w, needs_b, needs_z_in, needs_z_out, *_ = ctx.needs_input_grad
-        lane_in, lane_out = lane_values(z_in, in_lanes), lane_values(z_out, out_lanes)
         dy2 = _tokens(dy)
         x2 = None if x is None else _tokens(x)
         dx = dw = db = dz_in = dz_out = None
-        if needs_z_out and z_out is not None:
-            dz_out = _unit_gradient(column_dot(dy2, _tokens(y)), z_out, out_lanes)
-        if ctx.beside and lane_out is not None:
-            dy2 = dy2 * lane_out.to(dy2.dtype)
         if needs_x or (needs_z_in and z_in is not None):
-            if ctx.beside:
-                dx2 = dy2 @ weight
-                dx2 = dx2 if lane_in is None else dx2.mul_(lane_in.to(dx2.dtype))
-            elif weight.device.type == "cpu":
-                dx2 = dy2 @ fold_pack(weight, rows, cols, lane_out, lane_in, dy2.dtype)
-            else:
-                dx2 = dy2 @ weight
+            dx2 = dy2 @ packed
             dx = dx2.reshape(*dy.shape[:-1], dx2.shape[-1]) if needs_x else None
             if needs_z_in and z_in is not None:
                 dz_in = _unit_gradient(column_dot(x2, dx2), z_in, in_lanes)
-        # What is multiplied beside the product has been, in dy2.
-        rest_out = None if ctx.beside else lane_out
+        if needs_z_out and z_out is not None:
+            dz_out = _unit_gradient(column_dot(dy2, _tokens(y)), z_out, out_lanes)
+        lane_out = lane_values(z_out, out_lanes)
         if needs_w:
+            lane_in = lane_values(z_in, in_lanes)
             dw = fold_pack_adjoint(
-                dy2.t() @ x2, rows, cols, rest_out, lane_in, *ctx.shape, ctx.w_dtype
+                dy2.t() @ x2, rows, cols, lane_out, lane_in, *ctx.shape, ctx.w_dtype
             )
         if needs_b:
             db = dy2.sum(0)
-            db = (db if rest_out is None else db * rest_out).to(ctx.bias_dtype)
+            db = (db if lane_out is None else db * lane_out).to(ctx.bias_dtype)
             if rows is not None:
                 db = db.new_zeros(ctx.shape[0]).index_copy_(0, rows, db)
         return dx, dw, db, dz_in, dz_out, None, None, None, None

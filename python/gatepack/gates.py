@@ -70,11 +70,6 @@ class Gate:
         return self._set.sample().shared_running(self)
 
     @property
-    def owner(self) -> "GateSet":
-        """The GateSet that it belongs to."""
-        return self._set
-
-    @property
     def width(self) -> int | None:
         """Residual width of the model that the gate is attached to; None outside a model."""
         return self._set.width

@@ -1,6 +1,5 @@
 """Stage 3, modules: which path each gated linear takes and why, and what sizes a model has."""
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,9 +7,7 @@ import transformers
 from torch import nn
 
 from gatepack import _ext
-from gatepack.full_width import full_width_limit
 from gatepack.functional import FEW_TOKENS, has_cpu_passes
-from gatepack.gates import Gate, GateSet
 from gatepack.hf import GATES_NAME, hf_model, layers_of
 from gatepack.mlp import GatedMLP
 from gatepack.modules import (
@@ -29,9 +26,8 @@ from gatepack.paths import choose_path, few_tokens
 class Explained:
     """One linear: its name, what acts on it, the path for few and for many tokens, and why.
 
-    Paths: "folded" and "triton" (gatepack.paths), "full width" (the whole weight between
-    multiplications, where packing it would cost more), "dense" (the ungated forward, likewise,
-    because it cannot be taken apart), "packed" (an ordinary small linear).
+    Paths: "folded" and "triton" (gatepack.paths), "dense" (the ungated forward at its full price,
+    between multiplications), "packed" (an ordinary small linear).
     """
 
     module: str
@@ -67,10 +63,10 @@ def explain(model: nn.Module) -> Explanation:
     packed = _packed_linears(model)
     mlps = [m for m in model.modules() if isinstance(m, GatedMLP) and not m.why_not_fused()]
     fused = {id(linear) for mlp in mlps for linear in mlp.linears()}
-    rows, counts = [], _OpenCounts()
+    rows = []
     for name, module in model.named_modules():
         if is_gated(module):
-            row = _gated_row(name, module, counts)
+            row = _gated_row(name, module)
             if id(module) in fused:
                 row = replace(row, why=f"{row.why}; the MLP is one op")
             rows.append(row)
@@ -109,21 +105,7 @@ def _packed_linears(model: nn.Module) -> set[int]:
     return packed
 
 
-class _OpenCounts:
-    """Open units of gates without noise, each GateSet asked once."""
-
-    def __init__(self):
-        self.masks: dict[GateSet, dict[str, torch.Tensor]] = {}
-
-    def of(self, gate: Gate | None) -> int | None:
-        if gate is None:
-            return None
-        if gate.owner not in self.masks:
-            self.masks[gate.owner] = gate.owner.open_masks()
-        return int(self.masks[gate.owner][gate.name].sum())
-
-
-def _gated_row(name: str, module: nn.Module, counts: _OpenCounts) -> Explained:
+def _gated_row(name: str, module: nn.Module) -> Explained:
     operands = operands_of(module)
     if isinstance(operands, str):
         return Explained(name, _role(module.site), "dense", "dense", operands)
@@ -131,17 +113,7 @@ def _gated_row(name: str, module: nn.Module, counts: _OpenCounts) -> Explained:
     few = choose_path(1, width, device)
     many = choose_path(few_tokens(width, device) + 1, width, device)
     why = few.why if few == many else f"{few.path}: {few.why}; {many.path}: {many.why}"
-    paths = [few.path, many.path]
-    if device.type == "cpu" and few.path == "folded":
-        site = module.site
-        shape = linear_shape(base_linear(module))
-        limit = full_width_limit(site, shape, counts.of(site.in_gate), counts.of(site.out_gate))
-        if limit >= 1:
-            paths[0] = "full width"
-            why += f"; full width up to {int(limit)} tokens" if limit < math.inf else ""
-        if limit == math.inf:
-            paths[1] = "full width"
-    return Explained(name, _role(module.site), *paths, why)
+    return Explained(name, _role(module.site), few.path, many.path, why)
 
 
 def _role(site: Site) -> str:

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gatepack.full_width import stays_whole
 from gatepack.functional import (
     FoldedLinear,
     lane_values,
@@ -214,9 +213,6 @@ def gated_forward(
         return _full_width(module, operands, dense_forward, x)
     in_open = None if site.in_gate is None else site.in_gate.open()
     out_open = None if site.out_gate is None else site.out_gate.open()
-    shape = linear_shape(base_linear(module))
-    if stays_whole(site, shape, x, in_open, out_open):
-        in_open, out_open = (side and side.whole() for side in (in_open, out_open))
     rows = _open_rows(site, out_open)
     cols = None if in_open is None else in_open.lanes
     full_in = None if in_open is None else site.in_gate.size * site.in_gate.lanes
@@ -230,7 +226,7 @@ def gated_forward(
     else:
         y = _folded(operands, x, in_open, out_open, rows.index, cols, full_in)
     if rows.index is not None and not site.compact_out:
-        y = spread_lanes(y, rows.index, shape[0])
+        y = spread_lanes(y, rows.index, linear_shape(base_linear(module))[0])
     if rows.spread is not None:
         lanes = site.rows_gate.lanes
         y = y.unflatten(-1, (-1, lanes)).index_select(-2, rows.spread).flatten(-2)

@@ -24,13 +24,8 @@ class Open:
             ones = False
         self.gate = gate
         self.units = units
-        self.all_values = values
         self.values = values if units is None else values.index_select(0, units)
         self.ones = ones
-
-    def whole(self) -> "Open":
-        """The same with every unit running, closed ones with their value of 0."""
-        return self if self.units is None else Open(self.gate, self.all_values, None, False)
 
     @property
     def count(self) -> int:
