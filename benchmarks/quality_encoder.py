@@ -4,10 +4,11 @@ python benchmarks/quality_encoder.py --model FOLDER --task qnli --train qnli_dev
     --test qnli_dev_test.jsonl
 
 The .jsonl files hold one {"text", "text2" (optional), "label"} per line. A new classification head
-is trained with each method on the same batches, of examples of like length; FineGates then packs,
-and its training step is set beside a masked one (_step_cost.py). Attention has no dropout, for
-torch's fused attention on a CPU has none. One JSON file per run in --out; runs that stand there
-with the same settings are left out, so a call that was cut off goes on when it is given once more.
+and the pooler below it are trained with each method on the same batches, of examples of like
+length; FineGates then packs, and its training step is set beside a masked one (_step_cost.py).
+Attention has no dropout, for torch's fused attention on a CPU has none. One JSON file per run in
+--out; runs that stand there with the same settings are left out, so a call that was cut off goes
+on when it is given once more.
 """
 
 import argparse
@@ -39,6 +40,7 @@ RATES = {
     "fine_gates": 3e-3,
     "fine_gates_lora": 1e-3,
 }
+HEAD = {"classifier", "pooler"}  # what follows the encoder, and was not trained with it
 LAST = 2  # layers that "last_layers" trains
 RANK = 16
 TIMED = 5  # batches of a step's cost
@@ -109,12 +111,15 @@ def prepared(cell: Cell, model, train: TrainConfig):
     """(model with what the method trains left trainable, what steps beside its optimizer)."""
     if cell.method in ("lora", "fine_gates_lora"):
         model = add_lora(model, train)
-        model.base_model.model.classifier.requires_grad_(True)
     elif cell.method == "last_layers":
         tune_last_layers(model, LAST)
-    if not cell.method.startswith("fine_gates"):
-        return model, None
-    return model, fine_gates(cell.kept, train.steps, cell.seed, 0.6).start(model, train.steps)
+    beside = None
+    if cell.method.startswith("fine_gates"):
+        beside = fine_gates(cell.kept, train.steps, cell.seed, 0.6).start(model, train.steps)
+    for name, parameter in model.named_parameters():
+        if HEAD & set(name.split(".")):
+            parameter.requires_grad_(True)
+    return model, beside
 
 
 def trained(cell: Cell, model, examples: Examples, log: Log) -> tuple[torch.nn.Module, list[float]]:

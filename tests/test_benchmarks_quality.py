@@ -12,6 +12,7 @@ from letters import letter_tokenizer
 from tiny import tiny_model
 
 from gatepack.methods import FineGates
+from gatepack.training import TrainConfig
 
 MADE = ("dense", "recipe", "distilled", "FLAP", "FineGates", "ATP")
 TEXT = "The gate that stays open is worth its cost; the others go. "
@@ -169,6 +170,25 @@ def test_batches_of_like_length_hold_all_examples():
     again = examples.order(4, 20, seed=3)
     assert all(torch.equal(*pair) for pair in zip(order, again, strict=True))
     assert not all(torch.equal(*pair) for pair in zip(order, examples.order(4, 20, 4), strict=True))
+
+
+@pytest.mark.parametrize("method", quality_encoder.METHODS)
+def test_the_pooler_trains_with_the_head(method):
+    """It was not trained with the encoder: with it frozen, nothing is learned on its output."""
+    if "lora" in method:
+        pytest.importorskip("peft")
+    cell = quality_encoder.Cell("tiny", method, 0.7, 0, 1, 4, 16, 1e-3)
+    model = tiny_model("bert", torch.float32)
+    train = TrainConfig(steps=4, lora_rank=2)
+    model, beside = quality_encoder.prepared(cell, model, train)
+    weights = model.parameters() if beside is None else beside.weights()
+    trained = {id(p) for p in weights if p.requires_grad}
+    head = [p for n, p in model.named_parameters() if "pooler" in n or "classifier" in n]
+    assert len(head) >= 4 and all(id(p) in trained for p in head)
+    query = "layer.0.attention.self.query."
+    names = {n for n, p in model.named_parameters() if query in n and id(p) in trained}
+    assert any(n.endswith("_A.default.weight") for n in names) == ("lora" in method)
+    assert any(n.endswith("query.weight") for n in names) == (method == "full")
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch):
