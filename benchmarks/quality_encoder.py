@@ -40,6 +40,7 @@ RATES = {
     "fine_gates": 3e-3,
     "fine_gates_lora": 1e-3,
 }
+WARMUP, FREEZE = 0.2, 0.7  # of the steps: gates close in between
 HEAD = {"classifier", "pooler"}  # what follows the encoder, and was not trained with it
 LAST = 2  # layers that "last_layers" trains
 RANK = 16
@@ -115,7 +116,8 @@ def prepared(cell: Cell, model, train: TrainConfig):
         tune_last_layers(model, LAST)
     beside = None
     if cell.method.startswith("fine_gates"):
-        beside = fine_gates(cell.kept, train.steps, cell.seed, 0.6).start(model, train.steps)
+        method = fine_gates(cell.kept, train.steps, cell.seed, FREEZE, WARMUP)
+        beside = method.start(model, train.steps)
     for name, parameter in model.named_parameters():
         if HEAD & set(name.split(".")):
             parameter.requires_grad_(True)

@@ -130,11 +130,11 @@ def encoder_section(task: str, rows: list[dict]) -> str:
             f"A new classification head, with the pooler: {first['epochs']:g} epochs, "
             f"{first['batch_size']} examples a step, at most {first['length']} tokens each; "
             f"accuracy on {first['tested']:,} held-out examples, mean (lowest-highest) over seeds. "
-            "Speed is the forward of 4 sequences beside the dense model, in one run. Step: a training step "
-            "of the gated model once it has reached its size, beside the same gates multiplied in "
-            "at full width, on the same batches in turn: how much faster while the gates still "
-            "train and after they are frozen, and the peak memory of the former as a part of the "
-            "masked one's.",
+            "Speed is the forward of 4 sequences beside the dense model, in one run. Step: a "
+            "training step of the gated model once it has reached its size, beside the same gates "
+            "multiplied in at full width, on the same batches in turn: how much faster while the "
+            "gates still train and after they are frozen, and the peak memory of the former as a "
+            "part of the masked one's.",
             table([*ENCODER_HEADER, "seeds"], lines),
             conditions(rows[-1]) + ".",
         ]
