@@ -34,7 +34,7 @@ from gatepack.training import TrainConfig, add_lora, tune_last_layers
 
 METHODS = ("full", "lora", "last_layers", "fine_gates", "fine_gates_lora")
 RATES = {
-    "full": 1e-4,
+    "full": 2e-4,
     "lora": 1e-3,
     "last_layers": 5e-4,
     "fine_gates": 3e-3,
@@ -42,6 +42,7 @@ RATES = {
 }
 WARMUP, FREEZE = 0.2, 0.7  # of the steps: gates close in between
 HEAD = {"classifier", "pooler"}  # what follows the encoder, and was not trained with it
+HEAD_RATE = 1e-3  # at least
 LAST = 2  # layers that "last_layers" trains
 RANK = 16
 TIMED = 5  # batches of a step's cost
@@ -118,10 +119,14 @@ def prepared(cell: Cell, model, train: TrainConfig):
     if cell.method.startswith("fine_gates"):
         method = fine_gates(cell.kept, train.steps, cell.seed, FREEZE, WARMUP)
         beside = method.start(model, train.steps)
-    for name, parameter in model.named_parameters():
-        if HEAD & set(name.split(".")):
-            parameter.requires_grad_(True)
+    for parameter in head_of(model):
+        parameter.requires_grad_(True)
     return model, beside
+
+
+def head_of(model) -> list[torch.nn.Parameter]:
+    """The parameters of HEAD, which start from nothing whatever the method."""
+    return [p for name, p in model.named_parameters() if HEAD & set(name.split("."))]
 
 
 def trained(cell: Cell, model, examples: Examples, log: Log) -> tuple[torch.nn.Module, list[float]]:
@@ -135,12 +140,18 @@ def trained(cell: Cell, model, examples: Examples, log: Log) -> tuple[torch.nn.M
     model, beside = prepared(cell, model, train)
     weights = model.parameters() if beside is None else beside.weights()
     weights = [p for p in weights if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.01)
+    head = {id(p) for p in head_of(model)}
+    groups = [
+        {"params": [p for p in weights if (id(p) in head) == inside]} for inside in (False, True)
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01)
     losses = []
     model.train()
     with log.bar(cell.name, "step", steps) as tell:
         for rows in order:
-            optimizer.param_groups[0]["lr"] = train.learning_rate_at(len(losses))
+            rate = train.learning_rate_at(len(losses))
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.param_groups[-1]["lr"] = rate * max(1.0, HEAD_RATE / cell.rate)
             loss = model(**examples.batch(rows)).loss
             loss.backward()
             if beside is not None:
