@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import gatepack as gp
+from gatepack.functional import lane_values
 from gatepack.gates import GateSet
 from gatepack.hf import hf_model, layers_of
 
@@ -190,6 +191,36 @@ class MaskedModel:
         masks = [m for m in twin.modules() if isinstance(m, Masked)]
         logits = nn.Parameter(self.logits.detach().clone())
         return MaskedModel(twin, self.gates, masks, logits)
+
+
+def mask_rows_columns(model: nn.Module, gates: GateSet) -> tuple[Callable, nn.Parameter]:
+    """(f -> f(model) with gates on rows and columns multiplied in around each linear, its logits).
+
+    model: without gates of its own. While the gates draw noise, so does each call.
+    """
+    logits = nn.Parameter(gates.logits.detach().clone(), gates.logits.requires_grad)
+    values: dict[str, torch.Tensor] = {}
+    root = hf_model(model)
+    for name, one in gates.items():
+        linear, side = name.rsplit(":", 1)
+        multiply = _multiply(values, name, one.lanes)
+        module = root.get_submodule(linear)
+        if side == "columns":
+            module.register_forward_pre_hook(lambda _, args, f=multiply: (f(args[0]), *args[1:]))
+        else:
+            module.register_forward_hook(lambda _, args, y, f=multiply: f(y))
+
+    def run(f):
+        noise = gates.estimator.noise_like(logits, None) if gates.noisy else None
+        flat = gates.estimator.values(logits, noise).masked_fill(gates.closed, 0.0)
+        values.update(gates.split(flat))
+        return f(model)
+
+    return run, logits
+
+
+def _multiply(values, name, lanes):
+    return lambda x: x * lane_values(values[name], lanes).to(x.dtype)
 
 
 def packed_copy(model: nn.Module) -> nn.Module:

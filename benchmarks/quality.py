@@ -118,11 +118,13 @@ def published(cell: Cell):
     return getattr(methods, cell.method)(gates=cell.gates())
 
 
-def fine_gates(kept: float, steps: int, seed: int, freeze: float, **fields) -> methods.FineGates:
+def fine_gates(
+    kept: float, steps: int, seed: int, freeze: float, warmup: float = 0.0, **fields
+) -> methods.FineGates:
     """FineGates down to a kept fraction in few steps, at the rate that this takes."""
     return methods.FineGates(
-        target_sparsity=1 - kept, budget=kept, freeze=freeze, seed=seed,
-        learning_rate=TRAVEL / (freeze * steps), **fields,
+        target_sparsity=1 - kept, budget=kept, freeze=freeze, warmup=warmup, seed=seed,
+        learning_rate=TRAVEL / ((freeze - warmup) * steps), **fields,
     )  # fmt: skip
 
 

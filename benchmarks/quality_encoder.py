@@ -4,8 +4,11 @@ python benchmarks/quality_encoder.py --model FOLDER --task qnli --train qnli_dev
     --test qnli_dev_test.jsonl
 
 The .jsonl files hold one {"text", "text2" (optional), "label"} per line. A new classification head
-is trained with each method on the same batches; FineGates then packs. One JSON file per run in
---out; runs that stand there with the same settings are left out.
+and the pooler below it are trained with each method on the same batches, of examples of like
+length; FineGates then packs, and its training step is set beside a masked one (_step_cost.py).
+Attention has no dropout, for torch's fused attention on a CPU has none. One JSON file per run in
+--out; runs that stand there with the same settings are left out, so a call that was cut off goes
+on when it is given once more.
 """
 
 import argparse
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import torch
 from _harness import command_line, environment
+from _step_cost import step_cost
 from quality import fine_gates, settings_match
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -30,14 +34,19 @@ from gatepack.training import TrainConfig, add_lora, tune_last_layers
 
 METHODS = ("full", "lora", "last_layers", "fine_gates", "fine_gates_lora")
 RATES = {
-    "full": 1e-4,
+    "full": 2e-4,
     "lora": 1e-3,
     "last_layers": 5e-4,
     "fine_gates": 3e-3,
     "fine_gates_lora": 1e-3,
 }
+WARMUP, FREEZE = 0.2, 0.7  # of the steps: gates close in between
+HEAD = {"classifier", "pooler"}  # what follows the encoder, and was not trained with it
+HEAD_RATE = 1e-3  # at least
 LAST = 2  # layers that "last_layers" trains
 RANK = 16
+TIMED = 5  # batches of a step's cost
+RUN = 16  # batches whose examples are sorted by length
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,10 @@ class Cell:
     method: str
     kept: float
     seed: int
-    epochs: int
+    epochs: float
     batch_size: int
     length: int
+    rate: float
 
     @property
     def name(self) -> str:
@@ -72,41 +82,76 @@ class Examples:
         encoded = tokenizer([r["text"] for r in records], pairs, truncation=True, max_length=length)
         return cls(encoded, torch.tensor([names.index(r["label"]) for r in records]), tokenizer)
 
+    def order(self, size: int, steps: int, seed: int) -> list[torch.Tensor]:
+        """The examples of each step: those of RUN batches sorted by length, the batches shuffled.
+
+        So a batch holds a little over half of the padding-or-token positions of one at random.
+        """
+        lengths = torch.tensor([len(ids) for ids in self.encoded["input_ids"]])
+        generator = torch.Generator().manual_seed(seed)
+        found = []
+        for run in batches(self.labels, size, steps, seed).split(RUN):
+            rows = run.flatten()
+            run = rows[torch.argsort(lengths[rows], stable=True)].view(-1, size)
+            found += run[torch.randperm(len(run), generator=generator)].unbind()
+        return found
+
     def batch(self, rows) -> dict[str, torch.Tensor]:
         rows = [int(row) for row in rows]
         chosen = {name: [values[row] for row in rows] for name, values in self.encoded.items()}
         return dict(self.tokenizer.pad(chosen, return_tensors="pt"), labels=self.labels[rows])
 
 
+def encoder(name: str, labels: int) -> torch.nn.Module:
+    """A fresh classification head on the encoder."""
+    return AutoModelForSequenceClassification.from_pretrained(
+        name, num_labels=labels, attention_probs_dropout_prob=0.0
+    )
+
+
 def prepared(cell: Cell, model, train: TrainConfig):
     """(model with what the method trains left trainable, what steps beside its optimizer)."""
     if cell.method in ("lora", "fine_gates_lora"):
         model = add_lora(model, train)
-        model.base_model.model.classifier.requires_grad_(True)
     elif cell.method == "last_layers":
         tune_last_layers(model, LAST)
-    if not cell.method.startswith("fine_gates"):
-        return model, None
-    return model, fine_gates(cell.kept, train.steps, cell.seed, 0.6).start(model, train.steps)
+    beside = None
+    if cell.method.startswith("fine_gates"):
+        method = fine_gates(cell.kept, train.steps, cell.seed, FREEZE, WARMUP)
+        beside = method.start(model, train.steps)
+    for parameter in head_of(model):
+        parameter.requires_grad_(True)
+    return model, beside
+
+
+def head_of(model) -> list[torch.nn.Parameter]:
+    """The parameters of HEAD, which start from nothing whatever the method."""
+    return [p for name, p in model.named_parameters() if HEAD & set(name.split("."))]
 
 
 def trained(cell: Cell, model, examples: Examples, log: Log) -> tuple[torch.nn.Module, list[float]]:
-    """The model with adapters merged and closed units removed, and its losses."""
-    steps = cell.epochs * (len(examples.labels) // cell.batch_size)
+    """The model, its gates closed to the budget, and its losses."""
+    steps = round(cell.epochs * (len(examples.labels) // cell.batch_size))
     train = TrainConfig(
-        steps=steps, warmup_steps=round(0.06 * steps), learning_rate=RATES[cell.method],
+        steps=steps, warmup_steps=round(0.06 * steps), learning_rate=cell.rate,
         lora_rank=RANK, seed=cell.seed,
     )  # fmt: skip
-    order = batches(examples.labels, cell.batch_size, steps, cell.seed)
+    order = examples.order(cell.batch_size, steps, cell.seed)
     model, beside = prepared(cell, model, train)
     weights = model.parameters() if beside is None else beside.weights()
     weights = [p for p in weights if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.01)
+    head = {id(p) for p in head_of(model)}
+    groups = [
+        {"params": [p for p in weights if (id(p) in head) == inside]} for inside in (False, True)
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01)
     losses = []
     model.train()
     with log.bar(cell.name, "step", steps) as tell:
         for rows in order:
-            optimizer.param_groups[0]["lr"] = train.learning_rate_at(len(losses))
+            rate = train.learning_rate_at(len(losses))
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.param_groups[-1]["lr"] = rate * max(1.0, HEAD_RATE / cell.rate)
             loss = model(**examples.batch(rows)).loss
             loss.backward()
             if beside is not None:
@@ -118,9 +163,7 @@ def trained(cell: Cell, model, examples: Examples, log: Log) -> tuple[torch.nn.M
             tell(len(losses), loss=round(losses[-1], 3))
     if beside is not None:
         beside.finish()
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    return model.eval(), losses
+    return model, losses
 
 
 @torch.no_grad()
@@ -141,28 +184,31 @@ def run(cell: Cell, options, log: Log) -> dict:
     train = Examples.load(options.train, names, tokenizer, cell.length)
     test = Examples.load(options.test, names, tokenizer, cell.length)
     torch.manual_seed(cell.seed)
-    fresh = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=len(names))
     start = time.perf_counter()
-    model, losses = trained(cell, fresh, train, log)
+    model, losses = trained(cell, encoder(options.model, len(names)), train, log)
     seconds = time.perf_counter() - start
-    report, speed = None, None
+    report, speed, step = None, None, None
+    if cell.method.startswith("fine_gates"):
+        examples = train.order(cell.batch_size, RUN, cell.seed)[:TIMED]
+        step = step_cost(model, [train.batch(rows) for rows in examples])
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.eval()
     if cell.method.startswith("fine_gates"):
         report = pack(model).to_dict()
-        dense = AutoModelForSequenceClassification.from_pretrained(
-            options.model, num_labels=len(names)
-        )
+        dense = encoder(options.model, len(names))
         speed = measure(model, dense=dense, prompt_tokens=cell.length, batch_size=4).to_dict()
     correct, count = hits(model, test), len(test.labels)
     return {
         "bench": "quality_encoder",
         **plain(asdict(cell)),
         "model": Path(options.model).name,
-        "rate": RATES[cell.method],
         "accuracy": correct / count,
         "interval": wilson_interval(correct, count),
         "tested": count,
         "removed": None if report is None else 1 - report["kept_fraction"],
         "speed": speed,
+        "step": step,
         "losses": losses,
         "train_seconds": round(seconds, 1),
         "command": command_line(),
@@ -175,8 +221,8 @@ def cells(options) -> list[Cell]:
     for seed in options.seeds:
         for method in options.methods:
             for kept in options.kept if method.startswith("fine_gates") else [1.0]:
-                shape = (options.epochs, options.batch_size, options.length)
-                found.append(Cell(options.task, method, kept, seed, *shape))
+                settings = (options.epochs, options.batch_size, options.length, RATES[method])
+                found.append(Cell(options.task, method, kept, seed, *settings))
     return found
 
 
@@ -189,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--kept", type=float, nargs="+", default=[0.8, 0.6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=128, help="tokens of an example, at most")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))

@@ -30,6 +30,11 @@ ENCODER_METHODS = {
 }
 
 
+ENCODER_HEADER = (
+    "method", "removed", "accuracy", "inference, x", "step, x", "step, frozen, x", "step, memory",
+)  # fmt: skip
+
+
 def rows_of(bench: str) -> list[dict]:
     files = sorted((RESULTS / "quality").glob("*.json"))
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in files]
@@ -114,6 +119,7 @@ def encoder_section(task: str, rows: list[dict]) -> str:
                     spread(removed, "{:.1%}") if removed else "0 %",
                     spread([row["accuracy"] for row in runs], "{:.1%}"),
                     spread(ratios, "{:.2f}") if ratios else "1",
+                    *_step_cells(runs),
                     str(len(runs)),
                 ]
             )
@@ -121,14 +127,33 @@ def encoder_section(task: str, rows: list[dict]) -> str:
     return "\n\n".join(
         [
             f"## {Path(first['model']).name}, {task}",
-            f"A new classification head, {first['epochs']} epochs of {first['batch_size']} "
-            f"examples a step, at most {first['length']} tokens each; accuracy on "
-            f"{first['tested']:,} held-out examples, mean (lowest-highest) over seeds. Speed is "
-            f"the forward of 4 sequences beside the dense model, in one run.",
-            table(["method", "removed", "accuracy", "inference, x", "seeds"], lines),
+            f"A new classification head, with the pooler: {first['epochs']:g} epochs, "
+            f"{first['batch_size']} examples a step, at most {first['length']} tokens each; "
+            f"accuracy on {first['tested']:,} held-out examples, mean (lowest-highest) over seeds. "
+            "Speed is the forward of 4 sequences beside the dense model, in one run. Step: a "
+            "training step of the gated model once it has reached its size, beside the same gates "
+            "multiplied in at full width, on the same batches in turn: how much faster while the "
+            "gates still train and after they are frozen, and the peak memory of the former as a "
+            "part of the masked one's.",
+            table([*ENCODER_HEADER, "seeds"], lines),
             conditions(rows[-1]) + ".",
         ]
     )
+
+
+def _step_cells(runs: list[dict]) -> list[str]:
+    """Of the rows that hold the cost of a step (_step_cost.py), else of none."""
+    steps = [row["step"] for row in runs if row.get("step")]
+    if not steps:
+        return ["", "", ""]
+    memory = [step["trained"]["ours_bytes"] / step["trained"]["masked_bytes"] for step in steps]
+    return [
+        *(
+            spread([step[phase]["ratio"] for step in steps], "{:.2f}")
+            for phase in ("trained", "frozen")
+        ),
+        spread(memory, "{:.0%}"),
+    ]
 
 
 def quality_page() -> str:

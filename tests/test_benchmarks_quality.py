@@ -2,6 +2,7 @@
 
 import json
 
+import _step_cost
 import pytest
 import quality
 import quality_encoder
@@ -9,6 +10,9 @@ import report_quality
 import torch
 from letters import letter_tokenizer
 from tiny import tiny_model
+
+from gatepack.methods import FineGates
+from gatepack.training import TrainConfig
 
 MADE = ("dense", "recipe", "distilled", "FLAP", "FineGates", "ATP")
 TEXT = "The gate that stays open is worth its cost; the others go. "
@@ -126,8 +130,12 @@ def test_encoder(tmp_path):
         if "fine_gates" in name:
             assert row["removed"] == pytest.approx(0.3, abs=0.02)
             assert row["speed"]["model"]["decode"] is None
+            for cost in row["step"].values():
+                assert cost["runs"] == 5 and cost["error"] < 1e-5
+                assert min(cost[f"{name}_{unit}"] for name in ("ours", "masked")
+                           for unit in ("ms", "bytes")) > 0  # fmt: skip
         else:
-            assert row["removed"] is None
+            assert row["removed"] is None and row["step"] is None
 
 
 def test_page_gives_the_spread_over_seeds(tmp_path, monkeypatch):
@@ -138,7 +146,62 @@ def test_page_gives_the_spread_over_seeds(tmp_path, monkeypatch):
     for seed, accuracy in enumerate((0.7, 0.8, 0.9)):
         row = {**shared, "method": "fine_gates", "accuracy": accuracy, "removed": 0.2}
         row["speed"] = {"ratios": {"prefill": 1.1}}
+        cost = {"ratio": 1.5, "ours_bytes": 3, "masked_bytes": 4}
+        row["step"] = {"trained": cost, "frozen": {**cost, "ratio": 1.6 + seed}}
         jsonl(tmp_path / "quality" / f"{seed}.json", [row])
+    full = {**shared, "method": "full", "kept": 1.0, "accuracy": 0.9, "removed": None}
+    jsonl(tmp_path / "quality" / "full.json", [{**full, "speed": None, "step": None}])
     monkeypatch.setattr(report_quality, "RESULTS", tmp_path)
+    page = report_quality.quality_page()
     spread = "20.0% (20.0%-20.0%) | 80.0% (70.0%-90.0%) | 1.10 (1.10-1.10)"
-    assert f"| FineGates | {spread} | 3 |" in report_quality.quality_page()
+    step = "1.50 (1.50-1.50) | 2.60 (1.60-3.60) | 75% (75%-75%)"
+    assert f"| FineGates | {spread} | {step} | 3 |" in page
+    assert "| full fine-tuning | 0 % | 90.0% | 1 |  |  |  | 1 |" in page
+
+
+def test_batches_of_like_length_hold_all_examples():
+    lengths = torch.randint(1, 60, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    encoded = {"input_ids": [[0] * length for length in lengths]}
+    examples = quality_encoder.Examples(encoded, torch.zeros(40), None)
+    order = examples.order(4, 20, seed=3)
+    assert torch.equal(torch.cat(order).bincount(), torch.full((40,), 2))
+    padded = [4 * max(lengths[i] for i in rows) for rows in order]
+    assert sum(padded) < 1.25 * 2 * sum(lengths)
+    again = examples.order(4, 20, seed=3)
+    assert all(torch.equal(*pair) for pair in zip(order, again, strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(order, examples.order(4, 20, 4), strict=True))
+
+
+@pytest.mark.parametrize("method", quality_encoder.METHODS)
+def test_the_pooler_trains_with_the_head(method):
+    """It was not trained with the encoder: with it frozen, nothing is learned on its output."""
+    if "lora" in method:
+        pytest.importorskip("peft")
+    cell = quality_encoder.Cell("tiny", method, 0.7, 0, 1, 4, 16, 1e-3)
+    model = tiny_model("bert", torch.float32)
+    train = TrainConfig(steps=4, lora_rank=2)
+    model, beside = quality_encoder.prepared(cell, model, train)
+    weights = model.parameters() if beside is None else beside.weights()
+    trained = {id(p) for p in weights if p.requires_grad}
+    head = [p for n, p in model.named_parameters() if "pooler" in n or "classifier" in n]
+    assert len(head) >= 4 and all(id(p) in trained for p in head)
+    query = "layer.0.attention.self.query."
+    names = {n for n, p in model.named_parameters() if query in n and id(p) in trained}
+    assert any(n.endswith("_A.default.weight") for n in names) == ("lora" in method)
+    # The tiny model has no more layers than "last_layers" trains.
+    assert any(n.endswith("query.weight") for n in names) == (method in ("full", "last_layers"))
+
+
+def test_a_wrong_step_is_not_timed(monkeypatch):
+    model = tiny_model("bert", torch.float32)
+    FineGates(noise=0.1).start(model, 4)
+    own = _step_cost.mask_rows_columns
+
+    def halved(*arguments):
+        run, logits = own(*arguments)
+        return lambda f: 0.5 * run(f), logits
+
+    monkeypatch.setattr(_step_cost, "mask_rows_columns", halved)
+    batch = {"input_ids": torch.arange(6).reshape(2, 3), "labels": torch.tensor([0, 1])}
+    with pytest.raises(SystemExit, match="a training step is wrong by .*: not timed"):
+        _step_cost.step_cost(model, [batch])

@@ -284,3 +284,19 @@ def test_lanes_are_taken_and_spread(lanes, shape):
     assert torch.equal(full, torch.where(kept, x, 0.0))
     (dx,) = torch.autograd.grad(full, x, upstream := random(*shape, seed=2))
     assert torch.equal(dx, torch.where(kept, upstream, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_lanes_move_bit_for_bit_however_they_lie(dtype):
+    """By fold_pack on a CPU where it knows the dtype, in one step of autograd: NaN and all."""
+    whole = (random(6, 9, seed=1) * 100).to(dtype)
+    if dtype.is_floating_point:
+        whole[2, 3] = float("nan")
+    at = torch.tensor([0, 3, 4, 8])
+    for x in (whole, whole.t().contiguous().t(), whole[::2]):
+        taken = take_lanes(x, at)
+        assert taken.dtype == dtype
+        torch.testing.assert_close(taken, x[:, at], rtol=0, atol=0, equal_nan=True)
+        full = spread_lanes(taken, at, 9)
+        expected = torch.zeros_like(x).index_copy(1, at, x[:, at])
+        torch.testing.assert_close(full, expected, rtol=0, atol=0, equal_nan=True)

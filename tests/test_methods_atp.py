@@ -9,7 +9,7 @@ from tiny import tiny_model, token_ids
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import gatepack as gp
-from gatepack.methods import ATP
+from gatepack.methods import ATP, atp
 from gatepack.methods.group_lasso import lasso, proximal
 from gatepack.methods.masked_lora import mask_linears, merge_adapters, unmask_linears
 from gatepack.modules import base_linear, operands_of, weight_matrix
@@ -286,6 +286,31 @@ class TestRegularisers:
         before = training.metrics()["gates/pruned_lora"]
         train(model, training, optimizer, until=50)
         assert training.metrics()["gates/pruned_lora"] < 0.3 * before
+
+
+def test_decisions_are_fp32_in_a_bf16_model(monkeypatch):
+    """The released code lost logits and noise to bf16 for a while."""
+    seen = []
+    real = atp.gumbel_sigmoid
+    monkeypatch.setattr(
+        atp, "gumbel_sigmoid", lambda *a: seen.extend(t.dtype for t in a[:2]) or real(*a)
+    )
+    model = tiny_model("llama", torch.bfloat16).train()
+    training = ATP(**FAST).start(model, STEPS, generator_batches())
+    train(model, training, until=2)
+    assert {p.dtype for p in training.generator.parameters()} == {torch.float32}
+    assert len(seen) == 2 * (1 + 2 * 2) and set(seen) == {torch.float32}
+
+
+def test_evaluation_draws_nothing():
+    model, training = started("llama", decide=False, generator_rate=0.1)
+    train(model, training, until=4)
+    decisions, state = training.decisions.hard.clone(), torch.get_rng_state()
+    model.eval()
+    with torch.no_grad():
+        first, second = (model(token_ids()).logits for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(training.decisions.hard, decisions)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_generator_step_pays_for_no_lora_gradient():

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import gatepack as gp
+from gatepack.data import to_windows
 from gatepack.hf import layers_of
-from gatepack.methods import ContextPruning
+from gatepack.methods import ContextPruning, context_pruning
 from gatepack.methods.context_pruning import split_text, token_counts
 from gatepack.methods.context_statistics import context_statistics
 from gatepack.modules import weight_matrix
@@ -233,6 +234,23 @@ def test_run_calibrates_prunes_tunes_and_scores():
     assert abs(result.report.kept_fraction - 0.7) <= 0.005
     assert result.dropped_tokens == 0 and result.tokenizer is tokenizer
     assert not any(hasattr(module, "base_layer") for module in result.model.modules())
+
+
+def test_tuning_reads_the_whole_training_text(monkeypatch):
+    """The released code cut the text to one example of 512 tokens."""
+    seen = []
+    real = context_pruning.fine_tune
+    monkeypatch.setattr(
+        context_pruning,
+        "fine_tune",
+        lambda m, windows, *a: seen.append(windows) or real(m, windows, *a),
+    )
+    tokenizer = letter_tokenizer()
+    method_for_run().run(tiny_model("llama", torch.float32), tokenizer, DOCUMENTS, TRAIN, length=32)
+    training, _ = split_text(DOCUMENTS, None, method_for_run().every)
+    text = to_windows(training, tokenizer, 1).reshape(-1)
+    assert len(seen[0]) > 1 and torch.equal(seen[0].flatten(), text[: seen[0].numel()])
+    assert len(text) - seen[0].numel() < TRAIN.window
 
 
 @pytest.mark.parametrize("fields", [{"tau_embedding": 0}, {"vocabulary_target": 0.85}])

@@ -1,4 +1,4 @@
-"""Two processes, DDP and FSDP2: the same gates on every rank, from gradients of all of them."""
+"""Two processes, DDP and FSDP2 (also accelerate's): the same gates on every rank."""
 
 import socket
 
@@ -16,6 +16,7 @@ pytestmark = [
 CASES = [
     *(("ddp", name) for name in ("gates", "fine_gates", "atp", "distilled")),
     *(("fsdp", name) for name in ("gates", "fine_gates", "distilled")),
+    *(("accelerate", name) for name in ("gates", "fine_gates")),
 ]
 
 
@@ -49,7 +50,7 @@ def test_ranks_agree_with_one_process_on_the_whole_batch(wrap, name, tmp_path):
     model, training = ranks.run(name)
     close(two["model"], model.state_dict())
     close(two["training"], training.state_dict())
-    if wrap == "fsdp":
+    if wrap in ("fsdp", "accelerate"):
         assert two["local"].tolist() == [20, 48]  # half of the rows, while the gates are whole
 
 

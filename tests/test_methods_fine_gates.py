@@ -240,6 +240,31 @@ class TestHazards:
             wide = parts["model.layers.0.mlp.down_proj:rows"][0]
             assert float(narrow / wide) == pytest.approx(ratio, rel=1e-5)
 
+    @pytest.mark.parametrize("length", [4, 12])
+    def test_the_schedule_is_of_the_steps_that_are_run(self, length, tmp_path):
+        """A budget of tokens over the batch size alone gave steps in the millions, so that the
+        cosine never fell."""
+        rows = [{"input_ids": row, "labels": row} for row in token_ids(16, length)]
+        model = tiny_model("llama", torch.float32)
+        method = FineGates.post_train(final_rate=0.5, linears="blocks")
+        callback = gp.GateCallback(method)
+        run = Trainer(
+            model,
+            TrainingArguments(
+                output_dir=str(tmp_path), num_train_epochs=2, per_device_train_batch_size=2,
+                gradient_accumulation_steps=2, report_to=[], use_cpu=True, disable_tqdm=True,
+                save_strategy="no",
+            ),
+            train_dataset=rows,
+            callbacks=[callback],
+        )  # fmt: skip
+        run.train()
+        training = callback.training
+        assert training.steps == training.done == run.state.global_step == 8
+        last = 0.5 + 0.5 * 0.5 * (1 + math.cos(math.pi * 7 / 8))
+        rate = training.optimizer.param_groups[0]["lr"]
+        assert rate == pytest.approx(method.learning_rate * last)
+
     def test_kurtosis_weights_sum_to_one_with_gates_closed(self):
         model, training = started(weighting="kurtosis", kurtosis_every=1)
         training.gates.close("model.layers.0.mlp.down_proj:rows", range(20))

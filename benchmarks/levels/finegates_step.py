@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 from _contenders import with_fine_gates
-from _models import build, optimizer_step, shared_copy
+from _models import build, mask_rows_columns, optimizer_step, shared_copy
 from _suite import Case, Contender, Work
 
 from gatepack.functional import lane_values
@@ -39,7 +39,7 @@ def work(case: Case) -> Work:
         gates.close(name, order[round(case.kept * one.size) :])
     training = method.start(gated, 1)
     gates.unfreeze()
-    masked, logits = _masked(shared_copy(base), gates)
+    masked, logits = mask_rows_columns(shared_copy(base), gates)
     fine = shared_copy(base)
     names = {path.rpartition(".")[2] for path in layers_of(base)[0].family.linears}
     linears = with_fine_gates(fine.base_model.encoder, names, case.kept)
@@ -47,7 +47,7 @@ def work(case: Case) -> Work:
 
     # The timed case is not checked: check_case is.
     wide = copy.deepcopy(base).double() if case.layers else shared_copy(base)
-    exact, exact_logits = _masked(wide, gates)
+    exact, exact_logits = mask_rows_columns(wide, gates)
 
     def loss(model):
         return model(input_ids=ids, labels=labels).loss
@@ -72,33 +72,6 @@ def work(case: Case) -> Work:
         needs_gpu=(),
         graphs=(),
     )
-
-
-def _masked(model, gates):
-    """(f -> f(model) with the gates' values multiplied in around each linear, its logits)."""
-    logits = torch.nn.Parameter(gates.logits.detach().clone())
-    values: dict[str, torch.Tensor] = {}
-    modules = dict(model.named_modules())
-    for name, one in gates.items():
-        linear, side = name.rsplit(":", 1)
-        hook = _multiply(values, name, one.lanes)
-        if side == "columns":
-            modules[linear].register_forward_pre_hook(
-                lambda module, args, hook=hook: (hook(args[0]), *args[1:])
-            )
-        else:
-            modules[linear].register_forward_hook(lambda module, args, y, hook=hook: hook(y))
-
-    def run(f):
-        flat = gates.estimator.values(logits).masked_fill(gates.closed, 0.0)
-        values.update(gates.split(flat))
-        return f(model)
-
-    return run, logits
-
-
-def _multiply(values, name, lanes):
-    return lambda x: x * lane_values(values[name], lanes).to(x.dtype)
 
 
 def least(case: Case, base, ids) -> dict[str, float]:

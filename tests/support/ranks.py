@@ -1,5 +1,7 @@
 """Short trainings by every kind of method, in one process or one rank of two."""
 
+import os
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -15,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gatepack as gp
+from gatepack.hf import GATES_NAME
 
 STEPS = 6
 WHOLE = StateDictOptions(full_state_dict=True)
@@ -56,6 +59,29 @@ def shard(model) -> None:
     fully_shard(model, mesh=mesh, ignored_params={gp.gates_of(model).logits})
 
 
+def accelerated(model, optimizer):
+    """Both from accelerate's own FSDP2, told to leave the gates alone as its users are.
+
+    accelerate reads an FSDP plugin for the types of accelerators only (AcceleratorState.__init__)
+    and would take DDP for MULTI_CPU in silence, so the type is set here; the rest runs on gloo.
+    """
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        ignored_modules=f".*{GATES_NAME}.*",
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    assert accelerator.distributed_type == DistributedType.MULTI_CPU
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    return accelerator.prepare(model, optimizer)
+
+
 def run(
     name: str, rank: int = 0, ranks: int = 1, wrap: str = "ddp", load=None, save=None, stop=STEPS
 ):
@@ -69,9 +95,11 @@ def run(
     wrapped = model
     if ranks > 1 and wrap == "fsdp":
         shard(model)
-    elif ranks > 1:
+    elif ranks > 1 and wrap == "ddp":
         wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(training.weights(), lr=0.05, momentum=0.5)
+    if ranks > 1 and wrap == "accelerate":
+        wrapped, optimizer = accelerated(model, optimizer)
     if load is not None:
         _load(load, model, training, optimizer)
     for step in range(training.done, stop):
@@ -106,11 +134,18 @@ def _load(folder: str, model, training, optimizer) -> None:
     training.load_state_dict(state["training"])
 
 
+def as_torchrun_does(rank: int, ranks: int, port: int) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = (rank, rank, ranks, "127.0.0.1", port)
+    os.environ.update({name: str(value) for name, value in zip(names, values, strict=True)})
+
+
 def worker(rank: int, name: str, port: int, folder: str, options: dict) -> None:
+    as_torchrun_does(rank, 2, port)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model, training = run(name, rank, 2, **options)
     state = {"model": get_model_state_dict(model, options=WHOLE), "training": training.state_dict()}
-    if options.get("wrap") == "fsdp":
+    if options.get("wrap") in ("fsdp", "accelerate"):
         local = model.model.layers[0].mlp.up_proj.weight.to_local()
         state["local"] = torch.tensor(local.shape)
         for refused in (lambda: gp.pack(model), lambda: gp.attach(model, gp.GateConfig())):
@@ -148,15 +183,11 @@ def forgets_to_ignore(rank: int, port: int) -> None:
 
 def trainer(rank: int, port: int, folder: str, ranks: int, resume: str | None, stop: int) -> None:
     """A Trainer with gates that close, on `ranks` ranks; rank 0 leaves its last state."""
-    import os
-
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     torch.set_num_threads(1)
     if ranks > 1:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        values = (rank, rank, ranks, "127.0.0.1", port)
-        os.environ.update({name: str(value) for name, value in zip(names, values, strict=True)})
+        as_torchrun_does(rank, ranks, port)
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
