@@ -185,6 +185,9 @@ def gated_forward(
     site: Site = module.site
     operands = opaque or operands_of(module)
     path = path_of(module, x)
+    full_in = None if site.in_gate is None else site.in_gate.size * site.in_gate.lanes
+    if full_in and x.shape[-1] != full_in and (path == "dense" or not site.compact_in):
+        raise ValueError(f"x must have {full_in} features, got shape {tuple(x.shape)}")
     if path == "dense":
         y = _masked(site, dense_forward, x)
         return y if site.compact_out else _without_closed_rows(site, y)
@@ -194,9 +197,6 @@ def gated_forward(
     out_open = None if site.out_gate is None else site.out_gate.open()
     rows = _open_rows(site, out_open)
     cols = None if in_open is None else in_open.lanes
-    full_in = None if in_open is None else site.in_gate.size * site.in_gate.lanes
-    if in_open is not None and x.shape[-1] != full_in and not site.compact_in:
-        raise ValueError(f"x must have {full_in} features, got shape {tuple(x.shape)}")
     if isinstance(operands, str):
         if cols is not None and x.shape[-1] != full_in:
             x = spread_lanes(x, cols, full_in)
