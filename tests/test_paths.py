@@ -64,9 +64,10 @@ def test_without_gradients_a_cpu_packs_later():
         assert paths.choose_path(86, 576, CPU, 0.6).path == "folded"
 
 
-def test_wide_layers_pack_earlier():
-    """What a call costs beside its bytes is little there."""
-    assert paths.few_tokens(4096, CPU, 0.6) == 24
+def test_the_width_counts():
+    """What a call costs beside its bytes is little there; where memory is fresh, all cost more."""
+    assert paths.few_tokens(2048, CPU, 0.6) == 25
+    assert paths.few_tokens(4096, CPU, 0.6) == 140
 
 
 def test_a_cpu_never_packs_what_is_all_open():
@@ -75,9 +76,11 @@ def test_a_cpu_never_packs_what_is_all_open():
 
 @pytest.mark.parametrize(("kept", "tokens"), [(0.4, 262), (0.6, 200), (1.0, 150)])
 def test_backward_packs_again_where_that_is_cheap(kept, tokens):
-    assert paths.packs_again(tokens + 1, kept, CPU)
-    assert not paths.packs_again(tokens - 1, kept, CPU)
-    assert not paths.packs_again(tokens, kept, GPU) and not paths.packs_again(tokens, 0.0, CPU)
+    assert paths.packs_again(tokens + 1, 576, CPU, kept)
+    assert not paths.packs_again(tokens - 1, 576, CPU, kept)
+    assert not paths.packs_again(tokens + 1, 4096, CPU, kept)
+    assert not paths.packs_again(tokens + 1, 576, GPU, kept)
+    assert not paths.packs_again(tokens + 1, 576, CPU, 0.0)
 
 
 def test_force(gpu, monkeypatch):

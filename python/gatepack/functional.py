@@ -200,7 +200,8 @@ class FoldedLinear(torch.autograd.Function):
         lane_out = lane_values(z_out, out_lanes)
         packed = fold_pack(w, rows, cols, lane_out, lane_in, x.dtype, stream=True)
         tokens = x.numel() // max(x.shape[-1], 1)
-        ctx.again = packs_again(tokens, packed.numel() / max(w.numel(), 1), x.device)
+        kept = packed.numel() / max(w.numel(), 1)
+        ctx.again = packs_again(tokens, min(w.shape), x.device, kept)
         packed_bias = None
         if bias is not None:
             packed_bias = bias if rows is None else bias.index_select(0, rows)

@@ -186,8 +186,7 @@ def gated_forward(
     operands = opaque or operands_of(module)
     path = path_of(module, x)
     full_in = None if site.in_gate is None else site.in_gate.size * site.in_gate.lanes
-    compact = site.compact_in and path == "folded"
-    if full_in is not None and x.shape[-1] != full_in and not compact:
+    if full_in and x.shape[-1] != full_in and (path == "dense" or not site.compact_in):
         raise ValueError(f"x must have {full_in} features, got shape {tuple(x.shape)}")
     if path == "dense":
         y = _masked(site, dense_forward, x)

@@ -44,24 +44,32 @@ RULES = (
 )
 
 
-# Writing a weight once more and reading it again takes a CPU as long as multiplying it with PACKING
-# tokens; to pack one at all, as long as CALL products of a weight with a token. fp32, 2 threads of
-# an AMD EPYC: in training, MLPs of 576 x 1536 pack faster than they multiply in full from about 25
-# tokens on with 60 % open, from 50 to 90 on with 80 %, and attention of width 576 with 67 % open
-# from 64 to 256 on (benchmarks/run.py --parts curves).
-PACKING, CALL = 12, 5e6
+# Writing a weight once more and reading it again takes a CPU as long as multiplying it with
+# packing_of(width) tokens; to pack one at all, as long as CALL products of a weight with a token.
+# fp32, 2 threads of an AMD EPYC: in training, MLPs of 576 x 1536 pack faster than they multiply in
+# full from about 25 tokens on with 60 % open, from 50 to 90 on with 80 %, and attention of width
+# 576 with 67 % open from 64 to 256 on. Wide layers need memory from the system, page by page, in
+# each step: 4096 x 14336 with 60 % open took 658 ms packed and 443 ms in full with 64 tokens, which
+# meet at 140 (benchmarks/run.py --parts curves).
+PACKING = ((2048, 12), (math.inf, 70))
+CALL = 5e6
+
+
+def packing_of(width: float) -> float:
+    """What packing a weight costs in layers of this width, in tokens that multiply with it."""
+    return next(tokens for most, tokens in PACKING if width <= most)
 
 
 def few_tokens(width: int, device: torch.device, kept: float = 1.0) -> float:
     """Up to how many tokens nothing is packed on a device, in layers of this residual width.
 
-    On a CPU, where a fraction `kept` of a weight is open, packing costs as much as products with
-    (1 + kept) * PACKING + CALL / width^2 tokens, and saves (1 - kept) of one product, with
+    On a CPU, where a fraction `kept` of a weight is open, packing costs as much as products with (1
+    + kept) * packing_of(width) + CALL / width^2 tokens, and saves (1 - kept) of one product, with
     gradients of two. On a GPU, how many tokens take "triton".
     """
     if device.type == "cpu":
         products = 2 if torch.is_grad_enabled() else 1
-        cost = (1 + kept) * PACKING + CALL / width**2
+        cost = (1 + kept) * packing_of(width) + CALL / width**2
         return math.inf if kept >= 1 else cost / (1 - kept) // products
     if device.type != "cuda" or not _has_triton():
         return 0
@@ -102,14 +110,16 @@ def choose_path(tokens: int, width: int, device: torch.device, kept: float = 1.0
 AGAIN = 0.08
 
 
-def packs_again(tokens: int, kept: float, device: torch.device) -> bool:
+def packs_again(tokens: int, width: int, device: torch.device, kept: float) -> bool:
     """Whether backward packs a weight anew, so that nothing is kept of it since forward.
 
-    On a CPU from as many tokens on as make it cheap: (1 + kept) * PACKING against 2 * kept for each
-    token. A training step of SmolLM2-135M with 256 tokens and 60 % open holds 300 MB so, 554 MB
-    with the packed weights kept and 375 MB without gates, and takes 7 % longer. GPUs keep them.
+    On a CPU from as many tokens on as make it cheap: (1 + kept) * packing_of(width) against 2 *
+    kept for each token. A training step of SmolLM2-135M with 256 tokens and 60 % open holds 300 MB
+    so, 554 MB with the packed weights kept and 375 MB without gates, and takes 7 % longer. GPUs
+    keep them.
     """
-    return device.type == "cpu" and (1 + kept) * PACKING <= AGAIN * 2 * kept * tokens
+    cost = (1 + kept) * packing_of(width)
+    return device.type == "cpu" and cost <= AGAIN * 2 * kept * tokens
 
 
 def has_kernels(device: torch.device) -> bool:
