@@ -403,14 +403,14 @@ Tensor run_one(Work work) {
 Tensor fold_pack_cpu(const Tensor& w, const OptTensor& rows, const OptTensor& cols,
                      const OptTensor& z_out, const OptTensor& z_in,
                      std::optional<ScalarType> dtype) {
-  const Where where{"fold_pack", ""};
+  const Where where{"fold_pack"};
   return run_one({where, false, describe_pack(where, w, rows, cols, z_out, z_in, dtype), w, dtype});
 }
 
 Tensor fold_pack_adjoint_cpu(const Tensor& g, const OptTensor& rows, const OptTensor& cols,
                              const OptTensor& z_out, const OptTensor& z_in, int64_t O, int64_t I,
                              std::optional<ScalarType> dtype) {
-  const Where where{"fold_pack_adjoint", ""};
+  const Where where{"fold_pack_adjoint"};
   const Call call = describe_adjoint(where, g, rows, cols, z_out, z_in, O, I, dtype);
   return run_one({where, true, call, g, dtype});
 }

@@ -87,9 +87,9 @@ inline void pad_line(const Job& job, int64_t from, Out* line) {
 // next: what lies kAhead bytes further on, past the end of src in `next`, is asked for by hand.
 template <bool kStreamed>
 GATEPACK_TARGET void copy_line(const uint8_t* src, const uint8_t* next, int64_t n, uint8_t* dst) {
-  constexpr int64_t kLine = sizeof(CacheLine), kAhead = 4096;
+  constexpr int64_t kLine = sizeof(CacheLine), kAhead = 2048;
   const int64_t head = std::min<int64_t>(n, -reinterpret_cast<uintptr_t>(dst) % kLine);
-  std::memcpy(dst, src, head);
+  if (head > 0) std::memcpy(dst, src, head);
   const int64_t turn = std::max<int64_t>(0, n - kAhead);
   int64_t at = head;
   for (; at < turn; at += kLine) {
@@ -100,7 +100,7 @@ GATEPACK_TARGET void copy_line(const uint8_t* src, const uint8_t* next, int64_t 
     __builtin_prefetch(next + at - turn);
     copy_cache_line<kStreamed>(src + at, dst + at);
   }
-  std::memcpy(dst + at, src + at, n - at);
+  if (at < n) std::memcpy(dst + at, src + at, n - at);
 }
 
 template <class E, bool kStreamed>
@@ -120,7 +120,8 @@ GATEPACK_TARGET void copy_lines(const Job& job, int64_t begin, int64_t end) {
 template <class E>
 GATEPACK_TARGET void pack_moved(const Job& job, int64_t begin, int64_t end) {
   E* const dst = static_cast<E*>(job.dst);
-  for (int64_t i = begin; i < end; ++i) {
+  const bool padded = job.kept_lanes < job.out_lanes;
+  for (int64_t i = padded ? begin : std::max(begin, job.kept_lines); i < end; ++i) {
     pad_line(job, i < job.kept_lines ? job.kept_lanes : 0, dst + i * job.dst_stride);
   }
   end = std::min(end, job.kept_lines);

@@ -363,14 +363,19 @@ class refusals:
         return self
 
     def __exit__(self, kind, error, trace):
-        if kind is RuntimeError and str(error).partition(":")[0] in OPS:
-            raise ValueError(str(error)) from None
+        if kind is RuntimeError:
+            _raise_refusal(error)
+
+
+def _raise_refusal(error: RuntimeError) -> None:
+    if str(error).partition(":")[0] in OPS:
+        raise ValueError(str(error)) from None
 
 
 def _call(op, matrix: Tensor, *arguments) -> Tensor:
     if torch.compiler.is_compiling():
         return op(matrix, *arguments)
-    with refusals():
+    try:
         if torch.is_grad_enabled() and matrix.requires_grad:
             return op(matrix, *arguments)
         # The autograd registration is Python code: 10 us a call on a CPU, which a small matrix
@@ -378,6 +383,9 @@ def _call(op, matrix: Tensor, *arguments) -> Tensor:
         # it to do.
         with torch._C._AutoDispatchBelowAutograd():
             return op(matrix, *arguments)
+    except RuntimeError as error:
+        _raise_refusal(error)
+        raise
 
 
 def fold_pack(
