@@ -44,28 +44,46 @@ std::atomic<const Isa*>& current_isa() {
   return isa;
 }
 
-// The index as int64, after proof that it is strictly increasing and inside [0, bound).
-std::vector<int64_t> checked(const Where& where, const char* name, Index index, int64_t n,
-                             int64_t bound) {
-  if (!index.data) return {};
-  std::vector<int64_t> out(n);
-  if (index.wide) std::copy_n(static_cast<const int64_t*>(index.data), n, out.data());
-  else std::copy_n(static_cast<const int32_t*>(index.data), n, out.data());
-  bool increasing = true;
-  for (int64_t i = 1; i < n; ++i) increasing &= out[i - 1] < out[i];
-  if (!increasing) {
-    const int64_t i =
-        std::adjacent_find(out.begin(), out.end(), [](auto a, auto b) { return a >= b; }) -
-        out.begin();
-    require(false, where(name), " must be strictly increasing, got ", out[i + 1], " at ", i + 1,
-            " after ", out[i]);
+// An index as int64, after proof that it is strictly increasing and inside [0, bound).
+//
+// in_place: int64 is read where it lies, which no result may share. Memory taken while a fresh result
+// exists makes malloc give the next call another result, which is then not in the caches (576 x 1536
+// fp32: 50 us against 36; benchmarks/bench_fold_pack.py).
+class Units {
+ public:
+  Units(const Where& where, const char* name, Index index, int64_t n, int64_t bound, bool in_place)
+      : size_(n) {
+    if (!index.data) return;
+    const auto* wide = static_cast<const int64_t*>(index.data);
+    const auto* narrow = static_cast<const int32_t*>(index.data);
+    if (!index.wide) copy_.assign(narrow, narrow + n);
+    else if (!in_place) copy_.assign(wide, wide + n);
+    data_ = index.wide && in_place ? wide : copy_.data();
+    bool increasing = true;
+    for (int64_t i = 1; i < n; ++i) increasing &= data_[i - 1] < data_[i];
+    if (!increasing) {
+      const int64_t i =
+          std::adjacent_find(data_, data_ + n, [](auto a, auto b) { return a >= b; }) - data_;
+      require(false, where(name), " must be strictly increasing, got ", data_[i + 1], " at ", i + 1,
+              " after ", data_[i]);
+    }
+    if (n > 0) {
+      const int64_t worst = data_[0] < 0 ? data_[0] : data_[n - 1];
+      require(worst >= 0 && worst < bound, where(name), " must be in [0, ", bound, "), got ",
+              worst);
+    }
   }
-  if (n > 0) {
-    const int64_t worst = out.front() < 0 ? out.front() : out.back();
-    require(worst >= 0 && worst < bound, where(name), " must be in [0, ", bound, "), got ", worst);
-  }
-  return out;
-}
+  Units(const Units&) = delete;
+
+  const int64_t* data() const { return data_; }  // null: all
+  int64_t size() const { return size_; }
+  int64_t operator[](int64_t i) const { return data_ ? data_[i] : i; }
+
+ private:
+  std::vector<int64_t> copy_;
+  const int64_t* data_ = nullptr;
+  int64_t size_;
+};
 
 template <class T>
 void copy_gate(Gate gate, int64_t n, T* out) {
@@ -86,7 +104,7 @@ std::vector<CacheLine> padded_gate(Gate gate, int64_t n, bool fp64) {
 // The blocks of a line and their shuffle patterns.
 class Cover {
  public:
-  Cover(const std::vector<int64_t>& kept, int64_t lanes, Geometry geometry, bool adjoint)
+  Cover(const Units& kept, int64_t lanes, Geometry geometry, bool adjoint)
       : geometry_(geometry) {
     switch (geometry.unit) {
       case 2: fill<uint16_t>(kept, lanes, adjoint); break;
@@ -102,9 +120,9 @@ class Cover {
  private:
   // Entry: an unsigned type of the size of a pattern's entries.
   template <class Entry>
-  void fill(const std::vector<int64_t>& kept, int64_t lanes, bool adjoint) {
+  void fill(const Units& kept, int64_t lanes, bool adjoint) {
     const Geometry& geometry = geometry_;
-    const int64_t n = static_cast<int64_t>(kept.size());
+    const int64_t n = kept.size();
     const int64_t most = adjoint ? lanes / geometry.width + 1 : n / geometry.width + 1;
     blocks_.reserve(most);
     if (geometry.unit) patterns_.reserve(most);
@@ -182,25 +200,23 @@ T read_factor_at(const Factor& factor, int64_t unit, int64_t k) {
 
 // One side of the update for the kept units, element (i, k) at i * unit_stride + k * rank_stride.
 template <class T>
-void copy_factor(const Factor& factor, const std::vector<int64_t>& kept, bool all, int64_t n,
-                 int64_t rank, int64_t unit_stride, int64_t rank_stride, T* out) {
-  for (int64_t i = 0; i < n; ++i) {
+void copy_factor(const Factor& factor, const Units& kept, int64_t rank, int64_t unit_stride,
+                 int64_t rank_stride, T* out) {
+  for (int64_t i = 0; i < kept.size(); ++i) {
     for (int64_t k = 0; k < rank; ++k) {
-      out[i * unit_stride + k * rank_stride] = read_factor_at<T>(factor, all ? i : kept[i], k);
+      out[i * unit_stride + k * rank_stride] = read_factor_at<T>(factor, kept[i], k);
     }
   }
 }
 
-std::vector<CacheLine> compact_factor(const Factor& factor, const std::vector<int64_t>& kept,
-                                      bool all, int64_t n, int64_t rank, int64_t unit_stride,
-                                      int64_t rank_stride, bool fp64) {
-  auto out = cache_lines((n + 16) * rank * (fp64 ? sizeof(double) : sizeof(float)));
+std::vector<CacheLine> compact_factor(const Factor& factor, const Units& kept, int64_t rank,
+                                      int64_t unit_stride, int64_t rank_stride, bool fp64) {
+  auto out = cache_lines((kept.size() + 16) * rank * (fp64 ? sizeof(double) : sizeof(float)));
   if (fp64) {
-    copy_factor(factor, kept, all, n, rank, unit_stride, rank_stride,
+    copy_factor(factor, kept, rank, unit_stride, rank_stride,
                 reinterpret_cast<double*>(out.data()));
   } else {
-    copy_factor(factor, kept, all, n, rank, unit_stride, rank_stride,
-                reinterpret_cast<float*>(out.data()));
+    copy_factor(factor, kept, rank, unit_stride, rank_stride, reinterpret_cast<float*>(out.data()));
   }
   return out;
 }
@@ -218,15 +234,15 @@ class Work {
         in_type_(in.scalar_type()),
         out_type_(dtype.value_or(in_type_)),
         fresh_(!out_given),
+        lines_(where, call.row_major ? "rows" : "cols", call.line_index, call.kept_lines,
+               call.lines, fresh_),
+        lanes_(where, call.row_major ? "cols" : "rows", call.lane_index, call.kept_lanes,
+               call.lanes, fresh_),
         out(result(where, call, in, adjoint ? call.lines : call.out_lines,
                    adjoint ? call.lanes : call.out_lanes, out_type_, out_given)) {
     if (out_type_ == ScalarType::Float8_e4m3fn) {
       scales = result_scales(where, call, in, scales_given);
     }
-    lines_ = checked(where, call.row_major ? "rows" : "cols", call.line_index, call.kept_lines,
-                     call.lines);
-    lanes_ = checked(where, call.row_major ? "cols" : "rows", call.lane_index, call.kept_lanes,
-                     call.lanes);
   }
 
   int64_t bytes() const { return out.numel() * static_cast<int64_t>(out.element_size()); }
@@ -261,15 +277,12 @@ class Work {
     }
     const int64_t pitch = call_.kept_lanes + 16;  // a full vector can be read at the last lane
     if (call_.rank > 0) {
-      line_factor_ = compact_factor(call_.line_factor, lines_, !call_.line_index.data,
-                                    call_.kept_lines, call_.rank, call_.rank, 1, fp64);
-      lane_factor_ = compact_factor(call_.lane_factor, lanes_, !call_.lane_index.data,
-                                    call_.kept_lanes, call_.rank, 1, pitch, fp64);
+      line_factor_ = compact_factor(call_.line_factor, lines_, call_.rank, call_.rank, 1, fp64);
+      lane_factor_ = compact_factor(call_.lane_factor, lanes_, call_.rank, 1, pitch, fp64);
     }
-    if (adjoint_ && call_.line_index.data) {
-      std::vector<int64_t> inverse(call_.lines, -1);
-      for (int64_t i = 0; i < call_.kept_lines; ++i) inverse[lines_[i]] = i;
-      lines_ = std::move(inverse);
+    if (adjoint_ && lines_.data()) {
+      inverse_.assign(call_.lines, -1);
+      for (int64_t i = 0; i < call_.kept_lines; ++i) inverse_[lines_[i]] = i;
     }
     job_ = {in_.const_data_ptr(),
             out.mutable_data_ptr(),
@@ -279,7 +292,7 @@ class Work {
             call_.kept_lanes,
             call_.kept_lines,
             out_lanes,
-            call_.line_index.data ? lines_.data() : nullptr,
+            inverse_.empty() ? lines_.data() : inverse_.data(),
             cover_ ? cover_->blocks().data() : nullptr,
             cover_ ? cover_->blocks().data() + cover_->blocks().size() : nullptr,
             cover_ ? cover_->patterns() : nullptr,
@@ -307,6 +320,13 @@ class Work {
 
   void run(int64_t begin, int64_t end) const { kernel_(job_, begin, end); }
 
+  // Lines of a piece, of which there are 16 for each thread: whole cache lines across where lines
+  // become columns, and whole groups of gather_lines.
+  int64_t step(int64_t total, int64_t threads) const {
+    const int64_t lines = total / (16 * threads) / std::max<int64_t>(1, unit_bytes);
+    return rounded_up(std::max<int64_t>(1, lines), call_.crossed ? 64 : 4);
+  }
+
  private:
   // e4m3 of a column-major matrix: its rows are lanes, so their scales need a pass of their own.
   void measure_lanes(const Isa* isa, bool fp64) {
@@ -329,7 +349,8 @@ class Work {
   bool adjoint_;
   ScalarType in_type_, out_type_;
   bool fresh_;  // whether this call allocated the result
-  std::vector<int64_t> lines_, lanes_;
+  Units lines_, lanes_;
+  std::vector<int64_t> inverse_;  // adjoint: line -> kept line or -1
   std::optional<Cover> cover_;
   std::vector<CacheLine> line_gate_, lane_gate_, line_factor_, lane_factor_;
   Job job_{};
@@ -342,32 +363,55 @@ class Work {
   int64_t unit_bytes = 0;  // of the result, each
 };
 
-// Runs all lines of all works on torch's threads. A thread takes the next piece when it is done with
-// one: what a line costs depends on how much is read for it, and on who else uses the core.
+// Runs pieces 0 .. n - 1 on torch's threads: each takes those of its own share, which are neighbours
+// in memory, then what others have left. Threads do not start together (1.6 us of the 12 us that a
+// thread needs for half of 576 x 1536 bf16), pieces do not cost the same, and cores are shared.
+template <class Run>
+void share_out(int64_t n, int64_t threads, const Run& run) {
+  if (threads == 1) {
+    for (int64_t i = 0; i < n; ++i) run(i);
+    return;
+  }
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Share> shares(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    shares[t].next = n * t / threads;
+    shares[t].end = n * (t + 1) / threads;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
+    for (int64_t t = 0; t < threads; ++t) {
+      Share& share = shares[(own + t) % threads];
+      for (int64_t i = share.next++; i < share.end; i = share.next++) run(i);
+    }
+  });
+}
+
+int64_t threads_for(int64_t total) {
+  const int64_t most = torch::stable::get_num_threads();
+  return std::clamp<int64_t>((total + kGrainBytes - 1) / kGrainBytes, 1, most);
+}
+
 void run_all(std::deque<Work>& works) {
   struct Piece {
     const Work* work;
     int64_t begin, end;
   };
-  const int64_t threads = torch::stable::get_num_threads();
   int64_t total = 0;
   for (const Work& work : works) total += work.bytes();
-  // Not many more pieces than needed: two threads in one huge page of fresh memory both clear it.
-  const int64_t piece_bytes = std::max(kGrainBytes, total / (16 * threads));
+  const int64_t threads = threads_for(total);
   std::vector<Piece> pieces;
   for (Work& work : works) {
     work.prepare(total);
-    // Whole cache lines across, whatever the order of the result.
-    const int64_t lines = std::max<int64_t>(1, piece_bytes / std::max<int64_t>(1, work.unit_bytes));
-    const int64_t step = rounded_up(lines, 64);
+    const int64_t step = work.step(total, threads);
     for (int64_t i = 0; i < work.units; i += step) {
       pieces.push_back({&work, i, std::min(i + step, work.units)});
     }
   }
-  const int64_t n = static_cast<int64_t>(pieces.size());
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(threads, n), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < n; i = next++) pieces[i].work->run(pieces[i].begin, pieces[i].end);
+  share_out(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
+    pieces[i].work->run(pieces[i].begin, pieces[i].end);
   });
 }
 
@@ -391,10 +435,12 @@ std::tuple<Tensors, Tensors> run_calls(const char* op, bool adjoint, const std::
 }
 
 Tensor run_one(Work work) {
-  work.prepare(work.bytes());
-  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, work.unit_bytes));
-  torch::stable::parallel_for(0, work.units, grain,
-                              [&](int64_t begin, int64_t end) { work.run(begin, end); });
+  const int64_t total = work.bytes(), threads = threads_for(total);
+  work.prepare(total);
+  const int64_t step = work.step(total, threads);
+  share_out((work.units + step - 1) / step, threads, [&](int64_t i) {
+    work.run(i * step, std::min((i + 1) * step, work.units));
+  });
   return work.out;
 }
 

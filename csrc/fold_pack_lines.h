@@ -108,7 +108,7 @@ GATEPACK_TARGET void copy_lines(const Job& job, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const auto bytes = [](auto* p) { return reinterpret_cast<const uint8_t*>(p); };
     copy_line<kStreamed>(bytes(source_line<E>(job, i)),
-                         bytes(source_line<E>(job, std::min(i + 1, end - 1))),
+                         bytes(source_line<E>(job, std::min(i + 1, job.kept_lines - 1))),
                          job.lanes * sizeof(E),
                          reinterpret_cast<uint8_t*>(static_cast<E*>(job.dst) + i * job.dst_stride));
   }
