@@ -87,7 +87,7 @@ inline void pad_line(const Job& job, int64_t from, Out* line) {
 // next: what lies kAhead bytes further on, past the end of src in `next`, is asked for by hand.
 template <bool kStreamed>
 GATEPACK_TARGET void copy_line(const uint8_t* src, const uint8_t* next, int64_t n, uint8_t* dst) {
-  constexpr int64_t kLine = sizeof(CacheLine), kAhead = 2048;
+  constexpr int64_t kLine = sizeof(CacheLine), kAhead = kStreamed ? 4096 : 2048;
   const int64_t head = std::min<int64_t>(n, -reinterpret_cast<uintptr_t>(dst) % kLine);
   if (head > 0) std::memcpy(dst, src, head);
   const int64_t turn = std::max<int64_t>(0, n - kAhead);
