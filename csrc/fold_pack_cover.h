@@ -11,9 +11,8 @@ namespace gatepack {
 
 // An index as int64, after proof that it is strictly increasing and inside [0, bound).
 //
-// in_place: int64 is read where it lies, which no result may share. Memory taken while a fresh result
-// exists makes malloc give the next call another result, which is then not in the caches (576 x 1536
-// fp32: 50 us against 36; benchmarks/bench_fold_pack.py).
+// in_place: int64 is read where it lies, without a copy, which a small matrix would feel; for fresh
+// results only, because one that the caller brings may share the memory of an index.
 class Units {
  public:
   Units(const Where& where, const char* name, Index index, int64_t n, int64_t bound, bool in_place)
@@ -21,6 +20,7 @@ class Units {
     if (!index.data) return;
     const auto* wide = static_cast<const int64_t*>(index.data);
     const auto* narrow = static_cast<const int32_t*>(index.data);
+    copy_.reserve(index.wide && in_place ? 0 : n + 1);  // an empty copy has an address too
     if (!index.wide) copy_.assign(narrow, narrow + n);
     else if (!in_place) copy_.assign(wide, wide + n);
     data_ = index.wide && in_place ? wide : copy_.data();

@@ -21,8 +21,8 @@ namespace {
 constexpr int64_t kGrainBytes = 128 << 10;  // below this a second thread costs more than it saves
 
 // What is larger than the last cache is not in it when it is read next. Written past the caches, it
-// need not be fetched first: rows of 40 MB in 0.85 ms against 1.5 ms with 32 MB of cache, but of
-// 20 MB in 0.37 against 0.33 (AMD EPYC, 2 threads; benchmarks/bench_pack_tensors.py).
+// need not be fetched first: rows of 40 MB took 0.85 ms against 1.5 ms, but rows of 20 MB 0.37 ms
+// against 0.33 ms (AMD EPYC with 32 MB of cache, 2 threads, memory in use).
 constexpr int64_t kStreamedBytes = 32 << 20;
 
 std::vector<const Isa*> supported_isas() {
@@ -211,10 +211,11 @@ class Work {
 
   void run(int64_t begin, int64_t end) const { kernel_(job_, begin, end); }
 
-  // Lines of a piece, of which there are 16 for each thread: whole cache lines across where lines
-  // become columns, and whole groups of gather_lines.
+  // Lines of a piece, of which there are at most 16 for each thread: whole cache lines across where
+  // lines become columns, and whole groups of gather_lines.
   int64_t step(int64_t total, int64_t threads) const {
-    const int64_t lines = total / (16 * threads) / std::max<int64_t>(1, unit_bytes);
+    const int64_t bytes = std::max(kGrainBytes / 2, total / (16 * threads));
+    const int64_t lines = bytes / std::max<int64_t>(1, unit_bytes);
     return rounded_up(std::max<int64_t>(1, lines), call_.crossed ? 64 : 4);
   }
 

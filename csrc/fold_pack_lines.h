@@ -93,11 +93,11 @@ GATEPACK_TARGET void copy_line(const uint8_t* src, const uint8_t* next, int64_t 
   const int64_t turn = std::max<int64_t>(0, n - kAhead);
   int64_t at = head;
   for (; at < turn; at += kLine) {
-    __builtin_prefetch(src + at + kAhead);
+    __builtin_prefetch(src + at + kAhead, 0, 0);
     copy_cache_line<kStreamed>(src + at, dst + at);
   }
   for (; at + kLine <= n; at += kLine) {
-    __builtin_prefetch(next + at - turn);
+    __builtin_prefetch(next + at - turn, 0, 0);
     copy_cache_line<kStreamed>(src + at, dst + at);
   }
   if (at < n) std::memcpy(dst + at, src + at, n - at);

@@ -204,7 +204,7 @@ def test_flops_of_layers_without_gates_are_fixed():
 
 @pytest.mark.parametrize("model_type", ["llama", "bert", "gpt2"])
 def test_collects_a_table_that_the_model_can_use(model_type, monkeypatch):
-    """By a clock that ticks once a weight: each entry is the size of a layer packed to its shape."""
+    """By a clock that ticks once a weight: each entry is the size of a layer of that shape."""
 
     def ticks(probe):
         weights = float(sum(parameter.numel() for parameter in probe.model.parameters()))
