@@ -422,7 +422,7 @@ std::tuple<Tensors, Tensors> run(const char* op, bool adjoint, const std::vector
 Tensor fold_pack_cuda(const Tensor& w, const OptTensor& rows, const OptTensor& cols,
                       const OptTensor& z_out, const OptTensor& z_in,
                       std::optional<ScalarType> dtype, bool /*stream*/) {
-  const Where where{"fold_pack", ""};
+  const Where where{"fold_pack"};
   const Call call = describe_pack(where, w, rows, cols, z_out, z_in, dtype);
   return std::get<0>(run(where.op, false, {call}, {w}, dtype))[0];
 }
@@ -430,7 +430,7 @@ Tensor fold_pack_cuda(const Tensor& w, const OptTensor& rows, const OptTensor& c
 Tensor fold_pack_adjoint_cuda(const Tensor& g, const OptTensor& rows, const OptTensor& cols,
                               const OptTensor& z_out, const OptTensor& z_in, int64_t O, int64_t I,
                               std::optional<ScalarType> dtype) {
-  const Where where{"fold_pack_adjoint", ""};
+  const Where where{"fold_pack_adjoint"};
   const Call call = describe_adjoint(where, g, rows, cols, z_out, z_in, O, I, dtype);
   return std::get<0>(run(where.op, true, {call}, {g}, dtype))[0];
 }

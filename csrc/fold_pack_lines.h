@@ -26,21 +26,29 @@ GATEPACK_TARGET void scale_line(const Job& job, int64_t i, const In* src, Out* d
   }
 }
 
-template <class E>
-GATEPACK_TARGET void gather_line(const Job& job, const E* src, E* dst) {
+// N lines at once: their loads from memory overlap, and a pattern is read once for all of them.
+template <class E, int N>
+GATEPACK_TARGET void gather_lines(const Job& job, const E* const (&src)[N], E* const (&dst)[N]) {
   using M = Mover<E>;
   constexpr int W = M::kGeometry.width;
-  const E* const dst_end = dst + job.kept_lanes;
-  const uint8_t* pattern = job.patterns;
+  const uint8_t* at = job.patterns;
   const Block *b = job.blocks, *const end = job.blocks_end;
+  int64_t j = 0;
   // A whole vector is stored for each block and the next block overwrites the surplus, as long as
   // the surplus stays inside this line: the line after it may belong to another thread.
-  for (; b != end && dst + W <= dst_end; dst += b->count, ++b, pattern += kPatternBytes) {
-    M::gather(src + b->start, pattern, dst);
+  for (; b != end && j + W <= job.kept_lanes; j += b->count, ++b, at += kPatternBytes) {
+    const auto pattern = M::pattern(at);
+    for (int k = 0; k < N; ++k) M::gather(src[k] + b->start, pattern, dst[k] + j);
   }
-  for (; b != end; dst += b->count, ++b, pattern += kPatternBytes) {
-    M::gather_front(src + b->start, pattern, b->count, dst);
+  for (; b != end; j += b->count, ++b, at += kPatternBytes) {
+    const auto pattern = M::pattern(at);
+    for (int k = 0; k < N; ++k) M::gather_front(src[k] + b->start, pattern, b->count, dst[k] + j);
   }
+}
+
+template <class E>
+GATEPACK_TARGET void gather_line(const Job& job, const E* src, E* dst) {
+  gather_lines<E, 1>(job, {src}, {dst});
 }
 
 template <class E>
@@ -49,16 +57,16 @@ GATEPACK_TARGET void spread_line(const Job& job, const E* src, E* dst) {
   constexpr int W = M::kGeometry.width;
   const E* const src_end = src + job.kept_lanes;
   const int64_t last = job.lanes - W;
-  const uint8_t* pattern = job.patterns;
+  const uint8_t* at = job.patterns;
   const Block *b = job.blocks, *const end = job.blocks_end;
   for (; b != end && src + W <= src_end && b->start <= last;
-       src += b->count, ++b, pattern += kPatternBytes) {
-    M::spread(src, pattern, b->count, dst + b->start);
+       src += b->count, ++b, at += kPatternBytes) {
+    M::spread(src, M::pattern(at), b->count, dst + b->start);
   }
-  for (; b != end; src += b->count, ++b, pattern += kPatternBytes) {
+  for (; b != end; src += b->count, ++b, at += kPatternBytes) {
     E front[W] = {}, out[W];
     if (b->count > 0) std::memcpy(front, src, b->count * sizeof(E));
-    M::spread(front, pattern, b->count, out);
+    M::spread(front, M::pattern(at), b->count, out);
     std::memcpy(dst + b->start, out, std::min<int64_t>(W, job.lanes - b->start) * sizeof(E));
   }
 }
@@ -75,16 +83,61 @@ inline void pad_line(const Job& job, int64_t from, Out* line) {
   std::memset(static_cast<void*>(line + from), 0, (job.out_lanes - from) * sizeof(Out));
 }
 
+// dst = src. The CPU's own prefetcher stops at the end of a page and cannot know which line is kept
+// next: what lies kAhead bytes further on, past the end of src in `next`, is asked for by hand.
+template <bool kStreamed>
+GATEPACK_TARGET void copy_line(const uint8_t* src, const uint8_t* next, int64_t n, uint8_t* dst) {
+  constexpr int64_t kLine = sizeof(CacheLine), kAhead = kStreamed ? 4096 : 2048;
+  const int64_t head = std::min<int64_t>(n, -reinterpret_cast<uintptr_t>(dst) % kLine);
+  if (head > 0) std::memcpy(dst, src, head);
+  const int64_t turn = std::max<int64_t>(0, n - kAhead);
+  int64_t at = head;
+  for (; at < turn; at += kLine) {
+    __builtin_prefetch(src + at + kAhead, 0, 0);
+    copy_cache_line<kStreamed>(src + at, dst + at);
+  }
+  for (; at + kLine <= n; at += kLine) {
+    __builtin_prefetch(next + at - turn, 0, 0);
+    copy_cache_line<kStreamed>(src + at, dst + at);
+  }
+  if (at < n) std::memcpy(dst + at, src + at, n - at);
+}
+
+template <class E, bool kStreamed>
+GATEPACK_TARGET void copy_lines(const Job& job, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const auto bytes = [](auto* p) { return reinterpret_cast<const uint8_t*>(p); };
+    copy_line<kStreamed>(bytes(source_line<E>(job, i)),
+                         bytes(source_line<E>(job, std::min(i + 1, job.kept_lines - 1))),
+                         job.lanes * sizeof(E),
+                         reinterpret_cast<uint8_t*>(static_cast<E*>(job.dst) + i * job.dst_stride));
+  }
+#if GATEPACK_X86
+  if (kStreamed) _mm_sfence();  // other threads see these stores before what this one does next
+#endif
+}
+
 template <class E>
 GATEPACK_TARGET void pack_moved(const Job& job, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    E* dst = static_cast<E*>(job.dst) + i * job.dst_stride;
-    pad_line(job, i < job.kept_lines ? job.kept_lanes : 0, dst);
-    if (i >= job.kept_lines) continue;
-    const E* src = source_line<E>(job, i);
-    if (job.blocks) gather_line(job, src, dst);
-    else std::memcpy(dst, src, job.lanes * sizeof(E));
+  E* const dst = static_cast<E*>(job.dst);
+  const bool padded = job.kept_lanes < job.out_lanes;
+  for (int64_t i = padded ? begin : std::max(begin, job.kept_lines); i < end; ++i) {
+    pad_line(job, i < job.kept_lines ? job.kept_lanes : 0, dst + i * job.dst_stride);
   }
+  end = std::min(end, job.kept_lines);
+  if (!job.blocks) {
+    return job.streamed ? copy_lines<E, true>(job, begin, end)
+                        : copy_lines<E, false>(job, begin, end);
+  }
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) {
+    const E* const from[] = {source_line<E>(job, i), source_line<E>(job, i + 1),
+                             source_line<E>(job, i + 2), source_line<E>(job, i + 3)};
+    E* const first = dst + i * job.dst_stride;
+    gather_lines<E, 4>(job, from, {first, first + job.dst_stride, first + 2 * job.dst_stride,
+                                   first + 3 * job.dst_stride});
+  }
+  for (; i < end; ++i) gather_line(job, source_line<E>(job, i), dst + i * job.dst_stride);
 }
 
 template <class E>

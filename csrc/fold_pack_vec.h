@@ -3,6 +3,8 @@
 //   Vec<T>    W lanes of the compute type: load with widening, multiply, store with one rounding
 //   Mover<E>  W elements of a width in bytes: gather open lanes to the front (gather_front stores
 //             `count` of them and nothing behind), or spread them out
+//   copy_cache_line<kStreamed>  64 bytes to the start of a cache line, through the caches or past
+//             them
 #pragma once
 
 #include "layout.h"
@@ -84,6 +86,7 @@ struct Job {
   const void* line_gate;    // compute type, one per kept line
   const void* lane_gate;    // compute type, one per kept lane, padded to a full vector
   bool lane_first;
+  bool streamed;  // the result is written past the caches
   // Staged packing: a kept line in the compute type first, then what becomes of it.
   Stage stage;
   bool crossed;
@@ -136,10 +139,17 @@ struct Vec {
 template <class E>
 struct Mover {
   static constexpr Geometry kGeometry = {1, 1, 0, 0};
-  static void gather(const E* src, const uint8_t*, E* dst) { *dst = *src; }
-  static void gather_front(const E* src, const uint8_t*, int, E* dst) { *dst = *src; }
-  static void spread(const E* src, const uint8_t*, int count, E* dst) { *dst = count ? *src : 0; }
+  struct Pattern {};
+  static Pattern pattern(const uint8_t*) { return {}; }
+  static void gather(const E* src, Pattern, E* dst) { *dst = *src; }
+  static void gather_front(const E* src, Pattern, int, E* dst) { *dst = *src; }
+  static void spread(const E* src, Pattern, int count, E* dst) { *dst = count ? *src : 0; }
 };
+
+template <bool kStreamed>
+inline void copy_cache_line(const uint8_t* src, uint8_t* dst) {
+  std::memcpy(dst, src, sizeof(CacheLine));
+}
 #include "fold_pack_lines.h"
 #undef GATEPACK_TARGET
 #undef GATEPACK_ISA
@@ -216,22 +226,23 @@ struct Vec<double> {
 template <class E>
 struct Mover {
   static constexpr Geometry kGeometry = {32 / sizeof(E), 32 / sizeof(E), 4, sizeof(E) / 4};
-  GATEPACK_TARGET static __m256i shuffle(const E* src, __m256i pattern) {
-    return _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)),
-                                       pattern);
+  using Pattern = __m256i;
+  GATEPACK_TARGET static Pattern pattern(const uint8_t* p) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
   }
-  GATEPACK_TARGET static void gather(const E* src, const uint8_t* pattern, E* dst) {
-    const __m256i p = _mm256_load_si256(reinterpret_cast<const __m256i*>(pattern));
+  GATEPACK_TARGET static __m256i shuffle(const E* src, Pattern p) {
+    return _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)),
+                                       p);
+  }
+  GATEPACK_TARGET static void gather(const E* src, Pattern p, E* dst) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), shuffle(src, p));
   }
-  GATEPACK_TARGET static void gather_front(const E* src, const uint8_t* pattern, int count,
-                                           E* dst) {
+  GATEPACK_TARGET static void gather_front(const E* src, Pattern p, int count, E* dst) {
     E lanes[kGeometry.width];
-    gather(src, pattern, lanes);
+    gather(src, p, lanes);
     std::memcpy(dst, lanes, count * sizeof(E));
   }
-  GATEPACK_TARGET static void spread(const E* src, const uint8_t* pattern, int, E* dst) {
-    const __m256i p = _mm256_load_si256(reinterpret_cast<const __m256i*>(pattern));
+  GATEPACK_TARGET static void spread(const E* src, Pattern p, int, E* dst) {
     const __m256i closed = _mm256_srai_epi32(p, 31);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst),
                         _mm256_andnot_si256(closed, shuffle(src, p)));
@@ -242,22 +253,38 @@ struct Mover {
 template <>
 struct Mover<uint16_t> {
   static constexpr Geometry kGeometry = {8, 8, 1, 2};
-  GATEPACK_TARGET static void gather(const uint16_t* src, const uint8_t* pattern, uint16_t* dst) {
+  using Pattern = __m128i;
+  GATEPACK_TARGET static Pattern pattern(const uint8_t* p) {
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(p));
+  }
+  GATEPACK_TARGET static void gather(const uint16_t* src, Pattern p, uint16_t* dst) {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src));
-    const __m128i p = _mm_load_si128(reinterpret_cast<const __m128i*>(pattern));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm_shuffle_epi8(v, p));
   }
-  GATEPACK_TARGET static void gather_front(const uint16_t* src, const uint8_t* pattern, int count,
+  GATEPACK_TARGET static void gather_front(const uint16_t* src, Pattern p, int count,
                                            uint16_t* dst) {
     uint16_t lanes[kGeometry.width];
-    gather(src, pattern, lanes);
+    gather(src, p, lanes);
     std::memcpy(dst, lanes, count * sizeof(uint16_t));
   }
-  GATEPACK_TARGET static void spread(const uint16_t* src, const uint8_t* pattern, int,
-                                     uint16_t* dst) {
-    gather(src, pattern, dst);
+  GATEPACK_TARGET static void spread(const uint16_t* src, Pattern p, int, uint16_t* dst) {
+    gather(src, p, dst);
   }
 };
+
+template <bool kStreamed>
+GATEPACK_TARGET inline void copy_cache_line(const uint8_t* src, uint8_t* dst) {
+  const auto* from = reinterpret_cast<const __m256i*>(src);
+  auto* to = reinterpret_cast<__m256i*>(dst);
+  const __m256i a = _mm256_loadu_si256(from), b = _mm256_loadu_si256(from + 1);
+  if constexpr (kStreamed) {
+    _mm256_stream_si256(to, a);
+    _mm256_stream_si256(to + 1, b);
+  } else {
+    _mm256_store_si256(to, a);
+    _mm256_store_si256(to + 1, b);
+  }
+}
 #include "fold_pack_lines.h"
 #undef GATEPACK_TARGET
 #undef GATEPACK_ISA
@@ -332,26 +359,25 @@ struct Vec<double> {
 template <class E>
 struct Mover {
   static constexpr Geometry kGeometry = {64 / sizeof(E), 128 / sizeof(E), sizeof(E), 1};
-  GATEPACK_TARGET static __m512i gathered(const E* src, const uint8_t* pattern) {
-    const __m512i p = _mm512_load_si512(pattern);
+  using Pattern = __m512i;
+  GATEPACK_TARGET static Pattern pattern(const uint8_t* p) { return _mm512_load_si512(p); }
+  GATEPACK_TARGET static __m512i gathered(const E* src, Pattern p) {
     const __m512i a = _mm512_loadu_si512(src), b = _mm512_loadu_si512(src + kGeometry.width);
     if constexpr (sizeof(E) == 2) return _mm512_permutex2var_epi16(a, p, b);
     else if constexpr (sizeof(E) == 4) return _mm512_permutex2var_epi32(a, p, b);
     else return _mm512_permutex2var_epi64(a, p, b);
   }
-  GATEPACK_TARGET static void gather(const E* src, const uint8_t* pattern, E* dst) {
-    _mm512_storeu_si512(dst, gathered(src, pattern));
+  GATEPACK_TARGET static void gather(const E* src, Pattern p, E* dst) {
+    _mm512_storeu_si512(dst, gathered(src, p));
   }
-  GATEPACK_TARGET static void gather_front(const E* src, const uint8_t* pattern, int count,
-                                           E* dst) {
-    const __m512i v = gathered(src, pattern);
+  GATEPACK_TARGET static void gather_front(const E* src, Pattern p, int count, E* dst) {
+    const __m512i v = gathered(src, p);
     const uint64_t lanes = (uint64_t{1} << count) - 1;
     if constexpr (sizeof(E) == 2) _mm512_mask_storeu_epi16(dst, static_cast<__mmask32>(lanes), v);
     else if constexpr (sizeof(E) == 4) _mm512_mask_storeu_epi32(dst, static_cast<__mmask16>(lanes), v);
     else _mm512_mask_storeu_epi64(dst, static_cast<__mmask8>(lanes), v);
   }
-  GATEPACK_TARGET static void spread(const E* src, const uint8_t* pattern, int, E* dst) {
-    const __m512i p = _mm512_load_si512(pattern);
+  GATEPACK_TARGET static void spread(const E* src, Pattern p, int, E* dst) {
     const __m512i a = _mm512_loadu_si512(src);
     __m512i v;
     if constexpr (sizeof(E) == 2) {
@@ -364,6 +390,13 @@ struct Mover {
     _mm512_storeu_si512(dst, v);
   }
 };
+
+template <bool kStreamed>
+GATEPACK_TARGET inline void copy_cache_line(const uint8_t* src, uint8_t* dst) {
+  const __m512i v = _mm512_loadu_si512(src);
+  if constexpr (kStreamed) _mm512_stream_si512(reinterpret_cast<__m512i*>(dst), v);
+  else _mm512_store_si512(dst, v);
+}
 #include "fold_pack_lines.h"
 #undef GATEPACK_TARGET
 #undef GATEPACK_ISA

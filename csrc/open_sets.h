@@ -26,7 +26,7 @@ inline Tensor new_open_set(const Tensor& mask) {
 }
 
 inline void check_remap(const Tensor& ids, const Tensor& table) {
-  const Where where{"remap_ids", ""};
+  const Where where{"remap_ids"};
   const ScalarType t = ids.scalar_type();
   require(t == ScalarType::Long || t == ScalarType::Int, where("ids"),
           " must be int64 or int32, got ", dtype_name(t));

@@ -121,6 +121,72 @@ def test_e4m3_is_as_close_as_its_three_bits_allow(call):
 
 
 @PER_TEST
+@given(call=calls(), seed=st.integers(0, 1000))
+def test_packing_commutes_with_any_permutation(level, call, seed):
+    """Rows and columns renamed, with their gates, factors and open sets: what is kept has the same
+    values, in the new order. One matrix: the permuted lists of a call would say no more."""
+    generator = torch.Generator().manual_seed(seed)
+    w, rows, cols, z_out, z_in, a, b, scale, *_ = (x[0] for x in call[:-1])
+    dtype = None if call[-1] == E4M3 else call[-1]
+    parts = [w, a, b]
+    opened, gates, moves = [], [], []
+    for dim, (index, gate_values) in enumerate(((rows, z_out), (cols, z_in))):
+        order = torch.randperm(w.shape[dim], generator=generator)  # unit order[i] becomes unit i
+        for i, along in ((0, dim), (2, 0) if dim == 0 else (1, 1)):
+            parts[i] = None if parts[i] is None else parts[i].index_select(along, order)
+        old = torch.arange(w.shape[dim]) if index is None else index.long()
+        place = torch.full((w.shape[dim],), -1)
+        place[old] = torch.arange(len(old))
+        move = place[order][place[order] >= 0]  # kept unit move[i] becomes kept unit i
+        opened.append(None if index is None else (place[order] >= 0).nonzero()[:, 0])
+        gates.append(None if gate_values is None else gate_values[move])
+        moves.append(move)
+
+    def packed(w, rows, cols, z_out, z_in, a, b):
+        lists = ([x] for x in (w, rows, cols, z_out, z_in, a, b, scale, 1, 1, 0))
+        return op("pack_tensors")(*lists, dtype)[0][0]
+
+    moved = packed(parts[0], *opened, *gates, *parts[1:])
+    expected = packed(w, rows, cols, z_out, z_in, a, b)
+    assert_same_bytes(moved, expected[moves[0]][:, moves[1]])
+
+
+@PER_TEST
+@given(kept=st.lists(st.integers(-2, 30), max_size=12), by_rows=st.booleans())
+def test_index_is_refused_unless_increasing_and_inside(level, kept, by_rows):
+    """Before a byte is written: the matrix in front of the refused one keeps its result too."""
+    w, index = matrix(29, 29, torch.float32), torch.tensor(kept, dtype=torch.int64)
+    out = [torch.full((29, 29), 7.0), torch.full((len(kept), 29), 7.0)]
+    if not by_rows:
+        out[1] = torch.full((29, len(kept)), 7.0)
+    none, ones = [None] * 2, [1] * 2
+    sides = [[None, index], none] if by_rows else [none, [None, index]]
+    call = ([w, w], *sides, *[none] * 4, [1.0] * 2, ones, ones, [0] * 2, None, out, [])
+    if kept == sorted(set(kept)) and set(kept) <= set(range(29)):
+        op("pack_tensors_out")(*call)
+        assert_same_bytes(out[0], w)
+        assert_same_bytes(out[1], w.index_select(0 if by_rows else 1, index))
+        return
+    name = "rows" if by_rows else "cols"
+    with pytest.raises(ValueError, match=rf"pack_tensors: {name}\[1\] must be"), _ext.refusals():
+        op("pack_tensors_out")(*call)
+    assert all(bool((t == 7).all()) for t in out)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_rows_beyond_the_last_cache(level, dtype):
+    """33 MB and more leave the kernels another way; lines that begin anywhere in a cache line."""
+    w = torch.arange(6000 * 5003, dtype=torch.int32).view(dtype).view(-1, 5003)
+    w = w[:, 1:]
+    rows = (torch.arange(len(w)) % 3 != 0).nonzero()[:, 0]
+    packed, _ = pack_tensors([Piece(w, rows, row_multiple=64)])
+    assert packed[0].nbytes > 33 << 20
+    bits = w.view(torch.int16 if dtype == torch.bfloat16 else torch.int32)
+    assert torch.equal(packed[0][: len(rows)].view(bits.dtype), bits.index_select(0, rows))
+    assert not packed[0][len(rows) :].any()
+
+
+@PER_TEST
 @given(call=calls(out_types=(None,)))
 def test_unpack_returns_what_was_kept_and_zero_elsewhere(level, call):
     w, rows, cols, *_ = call

@@ -343,7 +343,7 @@ def build_info() -> dict:
 
 
 def _refuse_gate_gradient(op: str, z_out: Tensor | None, z_in: Tensor | None) -> None:
-    if (z_out is None and z_in is None) or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return
     for name, z in (("z_out", z_out), ("z_in", z_in)):
         if z is not None and z.requires_grad:
@@ -363,21 +363,35 @@ class refusals:
         return self
 
     def __exit__(self, kind, error, trace):
-        if kind is RuntimeError and str(error).partition(":")[0] in OPS:
-            raise ValueError(str(error)) from None
+        if kind is RuntimeError:
+            _raise_refusal(error)
+
+
+def _raise_refusal(error: RuntimeError) -> None:
+    if str(error).partition(":")[0] in OPS:
+        raise ValueError(str(error)) from None
+
+
+# A small matrix feels each look-up (benchmarks/bench_fold_pack.py).
+_ops = torch.ops.gatepack
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
 
 
 def _call(op, matrix: Tensor, *arguments) -> Tensor:
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return op(matrix, *arguments)
-    with refusals():
-        if torch.is_grad_enabled() and matrix.requires_grad:
+    try:
+        if _is_grad_enabled() and matrix.requires_grad:
             return op(matrix, *arguments)
-        # The autograd registration is Python code: 10 us a call on a CPU, which a small matrix
-        # feels (benchmarks/bench_fold_pack.py). Without a gradient to record there is nothing for
-        # it to do.
-        with torch._C._AutoDispatchBelowAutograd():
+        # The autograd registration is Python code, 10 us a call on a CPU, and without a gradient to
+        # record there is nothing for it to do.
+        with _below_autograd():
             return op(matrix, *arguments)
+    except RuntimeError as error:
+        _raise_refusal(error)
+        raise
 
 
 def fold_pack(
@@ -404,8 +418,9 @@ def fold_pack(
     """
     if _backend is None:
         _load()
-    _refuse_gate_gradient("fold_pack", z_out, z_in)
-    return _call(torch.ops.gatepack.fold_pack.default, w, rows, cols, z_out, z_in, dtype, stream)
+    if z_out is not None or z_in is not None:
+        _refuse_gate_gradient("fold_pack", z_out, z_in)
+    return _call(_ops.fold_pack.default, w, rows, cols, z_out, z_in, dtype, stream)
 
 
 def fold_pack_adjoint(
@@ -425,6 +440,6 @@ def fold_pack_adjoint(
     """
     if _backend is None:
         _load()
-    _refuse_gate_gradient("fold_pack_adjoint", z_out, z_in)
-    op = torch.ops.gatepack.fold_pack_adjoint.default
-    return _call(op, g, rows, cols, z_out, z_in, O, I, dtype)
+    if z_out is not None or z_in is not None:
+        _refuse_gate_gradient("fold_pack_adjoint", z_out, z_in)
+    return _call(_ops.fold_pack_adjoint.default, g, rows, cols, z_out, z_in, O, I, dtype)
