@@ -383,7 +383,7 @@ class TestInterruptedSave:
             fail_at(monkeypatch, os, "fsync", 2)
         else:
             monkeypatch.setattr(
-                checkpoint, "write_manifest" if point == "manifest" else "_sha256", full_disk
+                checkpoint, "write_manifest" if point == "manifest" else "file_sha256", full_disk
             )
         with pytest.raises(
             OSError,
