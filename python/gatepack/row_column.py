@@ -248,11 +248,14 @@ def attach_rows_columns(root: nn.Module, config: GateConfig) -> RowColumnGateSet
     gates.width = linear_shape(layers[0].linear(layers[0].family.out))[0]
     gates.to(next(root.parameters()).device).train(root.training)
     attachment = Attachment(root, gates)
+    inside = {name for layer in layers for name in _channel_gates(root, layer, gates)}
     for name in names:
         parent, _, child = name.rpartition(".")
+        rows, columns = f"{name}:rows", f"{name}:columns"
         site = Site(
-            in_gate=gates.gates.get(f"{name}:columns"), out_gate=gates.gates.get(f"{name}:rows")
-        )
+            in_gate=gates.gates.get(columns), out_gate=gates.gates.get(rows),
+            compact_in=columns in inside, compact_out=rows in inside,
+        )  # fmt: skip
         attachment.sites.append((root.get_submodule(parent), child, site))
     attachment.bind()
     attachment.watch(layers)
@@ -323,6 +326,16 @@ def _couplings(root: nn.Module, layer: Layer, gates: GateSet) -> Iterator[Coupli
     meeting = QUERY_KEY.get(root.config.model_type)
     if q is not None and k is not None and meeting is not None:
         yield Coupling(by_head(k, q, 2 if meeting == "pairs" else 1), shared=True)
+
+
+def _channel_gates(root: nn.Module, layer: Layer, gates: GateSet) -> list[str]:
+    """The gates of an MLP's channels where all of its linears have them, else none: these are open
+    together, so the linears hand each other open channels only."""
+    family = layer.family
+    names = [f"{layer.name}.{path}:rows" for path in family.up]
+    names.append(f"{layer.name}.{family.down}:columns")
+    whole = all(name in gates.gates for name in names) and _zero_stays_zero(root.config)
+    return names if whole else []
 
 
 def _zero_stays_zero(config) -> bool:

@@ -39,4 +39,7 @@ class Site:
     def kept(self, noise: bool = True) -> float:
         """Open fraction of the weight in the current sample, or without noise."""
         sides = (self.in_gate, self.out_gate or self.rows_gate)
+        # Linears that hand each other open units only must agree: the side that they share counts.
+        if self.compact_in or self.compact_out:
+            sides = (sides[0] if self.compact_in else sides[1],)
         return math.prod(gate.open_fraction(noise) for gate in sides if gate is not None)
