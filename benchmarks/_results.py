@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import _figures
@@ -30,6 +31,13 @@ def newest(rows: list[dict], *keys: str) -> list[dict]:
 def table(header: list[str], lines: list[list[str]]) -> str:
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def spread(values: list[float], form: str, middle: Callable[[list[float]], float]) -> str:
+    """The middle of the values, with the lowest and the highest where these differ in print."""
+    low, high = form.format(min(values)), form.format(max(values))
+    shown = form.format(middle(values))
+    return shown if low == high else f"{shown} ({low}-{high})"
 
 
 def conditions(row: dict) -> str:

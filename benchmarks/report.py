@@ -25,6 +25,7 @@ from _results import (
     loss_section,
     newest,
     rows_of,
+    spread,
     table,
     write_figures,
 )
@@ -41,23 +42,24 @@ def demo_section() -> str:
     for target in sorted({run["target"] for run in runs}, reverse=True):
         same = [run for run in runs if run["target"] == target]
 
-        def spread(values: list[float], form: str = "{:.2f}") -> str:
-            low, high = form.format(min(values)), form.format(max(values))
-            middle = form.format(statistics.median(values))
-            return middle if low == high else f"{middle} ({low}-{high})"
+        def over_seeds(values: list[float]) -> str:
+            return spread(values, "{:.2f}", statistics.median)
 
         lines.append(
             [
                 f"{1 - target:.0%}",
                 str(len(same)),
                 *(
-                    spread([run["perplexity"][k] for run in same])
+                    over_seeds([run["perplexity"][k] for run in same])
                     for k in ("base", "lora", "packed")
                 ),
-                spread(
+                over_seeds(
                     [run["bytes_on_disk"]["packed"] / run["bytes_on_disk"]["base"] for run in same]
                 ),
-                *(spread([r["speed"]["ratios"][k] for r in same]) for k in ("prefill", "decode")),
+                *(
+                    over_seeds([r["speed"]["ratios"][k] for r in same])
+                    for k in ("prefill", "decode")
+                ),
                 f"{max(run['error'] for run in same):.1e}",
             ]
         )

@@ -1,13 +1,13 @@
 """The quality page of the documentation, from benchmarks/results/quality (docs/hooks.py)."""
 
 import json
-import statistics
 import sys
 from pathlib import Path
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as the page's hook loads it by path
 
-from _results import RESULTS, conditions, table
+from _results import RESULTS, conditions, spread, table
 
 LANGUAGE_METHODS = {
     "dense": "LoRA, nothing removed",
@@ -39,14 +39,6 @@ def rows_of(bench: str) -> list[dict]:
     files = sorted((RESULTS / "quality").glob("*.json"))
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     return [row for row in rows if row["bench"] == bench]
-
-
-def spread(values: list[float], form: str) -> str:
-    """The mean, with the lowest and the highest value where there are several."""
-    mean = form.format(statistics.mean(values))
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({form.format(min(values))}-{form.format(max(values))})"
 
 
 def language_section(domain: str, rows: list[dict]) -> str:
@@ -82,21 +74,21 @@ def language_cells(runs: list[dict], dense: list[dict]) -> list[str]:
     def perplexities(rows, kind):
         return [next(iter(row["figures"][kind].values()))["perplexity"] for row in rows]
 
-    best = statistics.mean(perplexities(dense, "text")) if dense else None
+    best = mean(perplexities(dense, "text")) if dense else None
     removed = [1 - row["kept_fraction"] for row in runs]
-    ratio = "" if best is None else f"{best / statistics.mean(perplexities(runs, 'text')):.1%}"
+    ratio = "" if best is None else f"{best / mean(perplexities(runs, 'text')):.1%}"
     cells = [
-        spread(removed, "{:.1%}") if max(removed) else "0 %",
-        spread(perplexities(runs, "text"), "{:.2f}"),
+        spread(removed, "{:.1%}", mean) if max(removed) else "0 %",
+        spread(perplexities(runs, "text"), "{:.2f}", mean),
         ratio,
     ]
     for name in _choice_names(runs):
         found = [row["figures"]["choices"][name] for row in runs]
-        cells.append(spread([each["accuracy"] for each in found], "{:.1%}"))
-    cells.append(spread(perplexities(runs, "ood"), "{:.2f}"))
+        cells.append(spread([each["accuracy"] for each in found], "{:.1%}", mean))
+    cells.append(spread(perplexities(runs, "ood"), "{:.2f}", mean))
     for phase in ("prefill", "decode"):
         ratios = [row["speed"]["ratios"][phase] for row in runs if row["speed"]]
-        cells.append(spread(ratios, "{:.2f}") if ratios else "1")
+        cells.append(spread(ratios, "{:.2f}", mean) if ratios else "1")
     return [*cells, str(len(runs))]
 
 
@@ -116,9 +108,9 @@ def encoder_section(task: str, rows: list[dict]) -> str:
             lines.append(
                 [
                     title,
-                    spread(removed, "{:.1%}") if removed else "0 %",
-                    spread([row["accuracy"] for row in runs], "{:.1%}"),
-                    spread(ratios, "{:.2f}") if ratios else "1",
+                    spread(removed, "{:.1%}", mean) if removed else "0 %",
+                    spread([row["accuracy"] for row in runs], "{:.1%}", mean),
+                    spread(ratios, "{:.2f}", mean) if ratios else "1",
                     *_step_cells(runs),
                     str(len(runs)),
                 ]
@@ -149,10 +141,10 @@ def _step_cells(runs: list[dict]) -> list[str]:
     memory = [step["trained"]["ours_bytes"] / step["trained"]["masked_bytes"] for step in steps]
     return [
         *(
-            spread([step[phase]["ratio"] for step in steps], "{:.2f}")
+            spread([step[phase]["ratio"] for step in steps], "{:.2f}", mean)
             for phase in ("trained", "frozen")
         ),
-        spread(memory, "{:.0%}"),
+        spread(memory, "{:.0%}", mean),
     ]
 
 
