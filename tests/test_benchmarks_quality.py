@@ -153,8 +153,8 @@ def test_page_gives_the_spread_over_seeds(tmp_path, monkeypatch):
     jsonl(tmp_path / "quality" / "full.json", [{**full, "speed": None, "step": None}])
     monkeypatch.setattr(report_quality, "RESULTS", tmp_path)
     page = report_quality.quality_page()
-    spread = "20.0% (20.0%-20.0%) | 80.0% (70.0%-90.0%) | 1.10 (1.10-1.10)"
-    step = "1.50 (1.50-1.50) | 2.60 (1.60-3.60) | 75% (75%-75%)"
+    spread = "20.0% | 80.0% (70.0%-90.0%) | 1.10"
+    step = "1.50 | 2.60 (1.60-3.60) | 75%"
     assert f"| FineGates | {spread} | {step} | 3 |" in page
     assert "| full fine-tuning | 0 % | 90.0% | 1 |  |  |  | 1 |" in page
 

@@ -435,7 +435,8 @@ class TestValueGrads:
 
 
 class TestDeepcopy:
-    def test_copy_is_independent(self):
+    def test_copy_is_independent(self, monkeypatch):
+        monkeypatch.setenv("GATEPACK_BACKEND", "folded")  # sets the counts of heads
         model, gates = gated_llama(pattern="open", noise=0.01)
         logits = model(token_ids()).logits
         logits.backward(torch.randn_like(logits))
