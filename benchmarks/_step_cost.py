@@ -100,7 +100,7 @@ def _checked(model: nn.Module, batch: dict) -> float:
             name: relative_errors(_flat(make(batch).step((one,))), truth)
             for name, make in makes.items()
         }
-    # A loss is one number, which rounding may leave right by chance: the worse of both errors counts.
+    # A loss is one number, which rounding may leave right by chance: the worse error counts.
     ours, masked = max(errors["ours"]), max(errors["masked"])
     if not ours <= 3 * masked + torch.finfo(torch.float32).eps:
         raise SystemExit(
