@@ -35,6 +35,15 @@ def text(tmp_path):
     return str(write_documents(tmp_path / "text.jsonl"))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A forked process has no other; what was cut off goes on with as many as it had."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def invoke(*arguments):
     done = CliRunner().invoke(app, [str(each) for each in arguments], env={"COLUMNS": "200"})
     assert done.exit_code == 0, (done.output, done.exception)
@@ -44,7 +53,6 @@ def killed(*arguments):
     """Runs a command in a child that has to be killed before it ends."""
     process = os.fork()
     if process == 0:
-        torch.set_num_threads(1)
         CliRunner().invoke(app, [str(each) for each in arguments])
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL

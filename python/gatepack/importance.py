@@ -14,7 +14,7 @@ from torch import nn
 
 from gatepack.gates import Gate, GateSet
 from gatepack.hf import gates_of, hf_model
-from gatepack.modules import base_linear, linear_shape, weight_matrix
+from gatepack.modules import base_linear, weight_matrix
 from gatepack.samples import lane_indices
 
 DAMPING = 0.1
@@ -39,11 +39,17 @@ def calibrate(
 ) -> dict[str, Moments]:
     """Runs a gated model forward and backward over batches of inputs with labels: name -> Moments.
 
-    All gates must be open. Parameters keep their gradients as they were. Needs K^2 + N^2 floats per
-    gate.
+    Parameters keep their gradients as they were. Needs K^2 + N^2 floats per gate. Raises ValueError
+    if a unit is closed.
     """
     root = hf_model(model)
     gates = gates_of(model)
+    for name, is_open in gates.open_masks().items():
+        if not is_open.all():
+            raise ValueError(
+                f"calibrate needs every unit open, {name!r} has {int(is_open.sum())} of "
+                f"{len(is_open)}; calibrate before closing"
+            )
     inputs: dict[str, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor] = {}
     handles = [
@@ -90,13 +96,7 @@ def _recorder(name: str, inputs: dict, gradients: dict):
         store[name] = store[name] + moment if name in store else moment
 
     def hook(module, args, output):
-        x = args[0].detach()
-        expected = linear_shape(base_linear(module))[1]
-        if x.shape[-1] != expected:
-            raise ValueError(
-                f"calibrate needs every unit open, {name!r} runs {x.shape[-1]} of {expected} lanes"
-            )
-        add(inputs, x)
+        add(inputs, args[0].detach())
         output.register_hook(lambda grad: add(gradients, grad.detach()))
 
     return hook
