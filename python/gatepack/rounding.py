@@ -31,11 +31,22 @@ def compare(model: nn.Module, other: nn.Module, windows: torch.Tensor, what: str
     last place of the inputs of the model's linears does. what: the other model, for the message.
     """
     found = Apart.of(logits_by_window(model, windows), logits_by_window(other, windows), windows)
+    roundings = dict.fromkeys(linears_of(model), last_place)
+    return judge(found, model, windows, lambda: rounding_effect(model, windows, roundings), what)
+
+
+def judge(
+    found: "Apart",
+    model: nn.Module,
+    windows: torch.Tensor,
+    effect: Callable[[], "Apart"],
+    what: str,
+) -> dict:
+    """compare's figures of logits that are there; effect() is of the other's rounding."""
     bound, largest = rounding_bound(model, windows[:1])
     figures = {"max_abs_difference": found.largest, "bound": bound, "largest_logit": largest}
     if not found.largest <= bound:
-        effect = rounding_effect(model, windows, dict.fromkeys(linears_of(model), last_place))
-        figures["rounding"] = refuse_beyond(found, effect, what)
+        figures["rounding"] = refuse_beyond(found, effect(), what)
     return figures
 
 

@@ -23,14 +23,8 @@ from gatepack.exporters.parity import (
     torch_logits,
 )
 from gatepack.exporters.source import Source, cast_copy
-from gatepack.quality import ParityError, perplexity, rounding_bound
-from gatepack.rounding import (
-    Apart,
-    last_place,
-    logits_by_window,
-    refuse_beyond,
-    rounding_effect,
-)
+from gatepack.quality import ParityError, perplexity
+from gatepack.rounding import Apart, judge, last_place, logits_by_window, rounding_effect
 
 # Half a unit in the last place, of an element or, for q8_0, of the largest of its block; a scale of
 # q8_0 is itself a float16.
@@ -89,8 +83,7 @@ def compare_llama_cpp(source: Source, stored: nn.Module, kinds: dict, path: Path
         ]
     found = Apart.of(logits_by_window(stored, sample), theirs, sample)
     effect = rounding_effect(stored, sample, _roundings(stored, kinds))
-    bound, largest = rounding_bound(stored, sample[:1])
-    rounding = None if found.largest <= bound else refuse_beyond(found, effect, what)
+    judged = judge(found, stored, sample, lambda: effect, what)
     nats = [
         nn.functional.cross_entropy(logits[:-1], row[1:].long(), reduction="none")
         for row, logits in zip(sample, theirs, strict=True)
@@ -103,10 +96,7 @@ def compare_llama_cpp(source: Source, stored: nn.Module, kinds: dict, path: Path
     refuse_perplexity(figures["stored"], figures["export"], what, effect)
     return {
         "consumer": what,
-        "max_abs_difference": found.largest,
-        "bound": bound,
-        "largest_logit": largest,
-        **({} if rounding is None else {"rounding": rounding}),
+        **judged,
         "perplexity": figures,
         "greedy": _greedy(source.model, stored, continued, effect),
         "tokenized": {"same": tokenized, "texts": len(sample)},
