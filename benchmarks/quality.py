@@ -35,9 +35,7 @@ from gatepack.training import TrainConfig, close_to_budget, repaired_weights
 
 ONE_SHOT = ("Magnitude", "WandaSP", "FLAP", "Taylor", "ContextPruning")
 METHODS = ("dense", "recipe", "distilled", *ONE_SHOT, "FineGates", "ATP")
-TRAVEL = (
-    4.0  # how far FineGates may move a logit until gates freeze; it closes 1.55 below its start
-)
+TRAVEL = 4.0  # how far FineGates may move a logit until gates freeze; 1.55 down, it closes
 GENERATOR_RATE = 1e-2  # the published one is for thousands of steps
 DISTILLATION = Distillation(temperature=1.0, weight=0.5, task_weight=0.5)
 WINDOW, STRIDE = 512, 448  # tokens of a scored window, and of it those that count

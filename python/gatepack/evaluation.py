@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from gatepack.scoring import (
     wilson_interval,
 )
 from gatepack.texts import TextScore, check_windows, score_text, sha256_of, windows_of
-from gatepack.timing import Measurement, environment, measure
+from gatepack.timing import Measurement, environment, measure, seconds_of
 
 DEFAULT_TEXT = "Python's manual, held out"
 POOLED = "pooled"
@@ -206,9 +205,9 @@ def plan(
                         scored, tokenizer, documents, config.length, config.stride, config.windows
                     )
                 counts[f"{kind} {name}"] = len(ids)
-                seconds += len(ids) * _seconds(token_scores, scored, ids[:1], mask[:1])
+                seconds += len(ids) * seconds_of(token_scores, scored, ids[:1], mask[:1])
         for asked in questions.values():
-            seconds += len(asked) * _seconds(score_questions, scored, tokenizer, asked[:1])
+            seconds += len(asked) * seconds_of(score_questions, scored, tokenizer, asked[:1])
     if config.latency:
         other = None if beside is None else beside[0]
         seconds += config.repeats * _measure(loaded[0], config, other, 1).seconds
@@ -221,12 +220,6 @@ def plan(
         "seconds": seconds,
         "environment": environment(input_device(loaded[0])),
     }
-
-
-def _seconds(work: Callable, *arguments) -> float:
-    start = time.perf_counter()
-    work(*arguments)
-    return time.perf_counter() - start
 
 
 def _load(model: str, base: str | None, device: str, dtype: str) -> tuple[tuple, tuple | None]:

@@ -23,7 +23,7 @@ from gatepack.quality import ParityError, max_logit_difference, perplexity
 from gatepack.resume import STATE, State, fingerprint
 from gatepack.rounding import compare
 from gatepack.texts import sha256_of
-from gatepack.timing import environment
+from gatepack.timing import environment, seconds_of
 from gatepack.training import (
     FineTuning,
     TrainConfig,
@@ -203,9 +203,7 @@ def _timed(model, inputs: Inputs, config: TrainConfig, log: Log) -> tuple[float,
 
 def _seconds_of_scoring(model: nn.Module, windows: torch.Tensor) -> float:
     """Of all windows, from one."""
-    start = time.perf_counter()
-    perplexity(model, windows[:1])
-    return len(windows) * (time.perf_counter() - start)
+    return len(windows) * seconds_of(perplexity, model, windows[:1])
 
 
 def pack_checkpoint(config: PackConfig, log: Log) -> dict:

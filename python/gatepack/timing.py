@@ -269,6 +269,13 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def seconds_of(work: Callable, *arguments) -> float:
+    """How long work(*arguments) takes, which must wait for its own results."""
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
+
+
 def _prompts(runners: list[_Runner], batch_size: int, length: int, seed: int) -> torch.Tensor:
     vocabulary = min(vocabulary_size(runner.model) for runner in runners)
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,6 @@
 """Stage 7, command line: export by name, with a text to compare on and a timing for the card."""
 
 import contextlib
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from gatepack.progress import Log
 from gatepack.quality import ParityError, input_device, perplexity
 from gatepack.resume import STATE, State, fingerprint
 from gatepack.texts import sha256_of
-from gatepack.timing import environment, measure
+from gatepack.timing import environment, measure, seconds_of
 
 # Per weight; of q8_0, a block of 32 has a scale of 2.
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "q8_0": 34 / 32}
@@ -112,9 +111,7 @@ def dry_run(config: ExportConfig, log: Log) -> dict:
     """
     model, tokenizer = _load(config, log)
     windows = _windows(config, tokenizer)
-    start = time.perf_counter()
-    perplexity(model, windows[:1])
-    seconds = {"comparing": 2 * len(windows) * (time.perf_counter() - start)}
+    seconds = {"comparing": 2 * len(windows) * seconds_of(perplexity, model, windows[:1])}
     if config.speed:
         measured = measure(
             model, prompt_tokens=config.prompt_tokens, new_tokens=config.new_tokens, repeats=1
