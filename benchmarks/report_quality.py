@@ -48,9 +48,10 @@ def language_section(domain: str, rows: list[dict]) -> str:
     for kept in sorted({row["kept"] for row in rows}, reverse=True):
         for method, title in LANGUAGE_METHODS.items():
             runs = [row for row in rows if (row["method"], row["kept"]) == (method, kept)]
-            if runs:
-                lines.append([title, *language_cells(runs, dense)])
-    header = ["method", "removed", "perplexity", "of dense", *_choice_names(rows)]
+            for calibrated in sorted({_calibration_tokens(row) for row in runs}):
+                same = [row for row in runs if _calibration_tokens(row) == calibrated]
+                lines.append([title, f"{calibrated:,}", *language_cells(same, dense)])
+    header = ["method", "calibrated on", "removed", "perplexity", "of dense", *_choice_names(rows)]
     header += ["perplexity elsewhere", "prefill, x", "decode, x", "seeds"]
     train = rows[0]["train"]
     tokens = train["steps"] * train["batch_size"] * train["window"]
@@ -58,7 +59,8 @@ def language_section(domain: str, rows: list[dict]) -> str:
         [
             f"## {Path(rows[0]['model']).name}, {domain}",
             f"{tokens:,} tokens of training for every row, in {train['steps']} steps; LoRA of rank "
-            f"{train['lora_rank']}. Removed: of the blocks' weights, physically, by the same "
+            f"{train['lora_rank']}. Calibrated on: tokens that price and repair units. Removed: of "
+            "the blocks' weights, physically, by the same "
             "packer. Of dense: the perplexity of the first row over this one, that is how much is "
             "recovered. Multiple choice: accuracy on the first questions of the file named, a few "
             "dozen, so that differences of some points say nothing. Methods that train gates were "
@@ -68,6 +70,14 @@ def language_section(domain: str, rows: list[dict]) -> str:
             conditions(rows[-1]) + ".",
         ]
     )
+
+
+def _calibration_tokens(row: dict) -> int:
+    """0 for methods that look at no text before training."""
+    train = row["train"]
+    if row["method"] in ("dense", "Magnitude", "FineGates", "ATP"):
+        return 0
+    return train["calibration_batches"] * train["batch_size"] * train["window"]
 
 
 def language_cells(runs: list[dict], dense: list[dict]) -> list[str]:

@@ -66,6 +66,7 @@ def test_page_sets_methods_beside_the_dense_model(tmp_path, monkeypatch):
     stamp = {"device": "chip", "threads": 1, "torch": "2.9", "date": "2026-01-01", "commit": "abc"}
     shared = {"bench": "quality", "domain": "law", "model": "m/tiny", "dirty": False, **stamp}
     shared["train"] = {"steps": 10, "batch_size": 2, "window": 5, "lora_rank": 3, "seed": 0}
+    shared["train"]["calibration_batches"] = 4
     (tmp_path / "quality").mkdir()
     for method, kept, perplexity in (("dense", 1.0, 8.0), ("FLAP", 0.6, 16.0)):
         ratios = {"ratios": {"prefill": 1.5, "decode": 1.25}}
@@ -80,8 +81,8 @@ def test_page_sets_methods_beside_the_dense_model(tmp_path, monkeypatch):
     monkeypatch.setattr(report_quality, "RESULTS", tmp_path)
     page = report_quality.quality_page()
     assert "## tiny, law\n\n100 tokens of training for every row, in 10 steps" in page
-    assert "| LoRA, nothing removed | 0 % | 8.00 | 100.0% | 50.0% | 30.00 | 1 | 1 | 1 |" in page
-    assert "| FLAP | 40.0% | 16.00 | 50.0% | 50.0% | 30.00 | 1.50 | 1.25 | 1 |" in page
+    assert "| LoRA, nothing removed | 0 | 0 % | 8.00 | 100.0% | 50.0% | 30.00 | 1 | 1 | 1 |" in page
+    assert "| FLAP | 40 | 40.0% | 16.00 | 50.0% | 50.0% | 30.00 | 1.50 | 1.25 | 1 |" in page
     assert "chip, 1 threads, torch 2.9, 2026-01-01, commit abc." in page
 
 
