@@ -19,6 +19,8 @@ namespace gatepack {
 namespace {
 
 constexpr int64_t kGrainBytes = 128 << 10;  // below this a second thread costs more than it saves
+// Below this each thread takes one piece, always the same one: what it wrote last is in its cache.
+constexpr int64_t kSharedBytes = 4 << 20;
 // What is streamed passes through the L1 cache in pieces; small results gain nothing.
 constexpr int64_t kStagedBytes = 16 << 10;
 constexpr int64_t kLeastStreamed = 256 << 10;
@@ -67,14 +69,15 @@ std::vector<CacheLine> padded_gate(Gate gate, int64_t n, bool fp64) {
 #if defined(__linux__)
 // Fresh memory arrives page by page, and at 4 KiB the faults cost three times the copy (4096 x
 // 14336 fp32, 60 % of the rows: 98 ms against 24 ms; benchmarks/bench_fold_pack.py). Huge pages are
-// zeroed by the kernel before they are written, a second pass that only memory in use escapes.
+// zeroed by the kernel before they are written, a second pass that only memory in use escapes. Below
+// two of them nothing is asked: memory of that size is often in use, and asking takes 3 us.
 void prefer_huge_pages(const Tensor& out) {
   constexpr uintptr_t kHuge = 2 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
   const uintptr_t first = (begin + kHuge - 1) & ~(kHuge - 1);
   const uintptr_t last = (begin + out.numel() * out.element_size()) & ~(kHuge - 1);
   // Refusal is harmless: the kernel may be built without transparent huge pages.
-  if (last < first + kHuge) return;
+  if (last < first + 2 * kHuge) return;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 #else
@@ -233,11 +236,11 @@ class Work {
     end_of_stream();
   }
 
-  // Lines of a piece, of which there are at most 16 for each thread: whole cache lines across where
-  // lines become columns, and whole groups of gather_lines.
+  // Lines of a piece, of which there are at most 16 for each thread, and one where all is small:
+  // whole cache lines across where lines become columns, and whole groups of gather_lines.
   int64_t step(int64_t total, int64_t threads) const {
-    const int64_t bytes = std::max(kGrainBytes / 2, total / (16 * threads));
-    const int64_t lines = bytes / std::max<int64_t>(1, unit_bytes);
+    const int64_t pieces = total < kSharedBytes ? threads : 16 * threads;
+    const int64_t lines = (total / pieces + unit_bytes) / std::max<int64_t>(1, unit_bytes);
     return rounded_up(std::max<int64_t>(1, lines), call_.crossed ? 64 : 4);
   }
 
@@ -279,14 +282,14 @@ class Work {
 };
 
 // Runs pieces 0 .. n - 1 on torch's threads: each takes those of its own share, which are neighbours
-// in memory, then what others have left. Threads do not start together (1.6 us of the 12 us that a
-// thread needs for half of 576 x 1536 bf16), pieces do not cost the same, and cores are shared.
+// in memory, then what others have left. Pieces do not cost the same, and cores are shared.
 template <class Run>
 void share_out(int64_t n, int64_t threads, const Run& run) {
-  if (threads == 1) {
-    for (int64_t i = 0; i < n; ++i) run(i);
-    return;
-  }
+  const auto run_some = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i);
+  };
+  if (threads == 1) return run_some(0, n);
+  if (n <= threads) return torch::stable::parallel_for(0, n, 1, run_some);
   struct alignas(64) Share {
     std::atomic<int64_t> next;
     int64_t end;
