@@ -381,7 +381,7 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 _dispatch = torch._C._dispatch_call_boxed
-_has_torch_function = torch._C._has_torch_function
+_has_torch_function = torch._C._has_torch_function_variadic
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -429,8 +429,8 @@ def fold_pack(
         _refuse_gate_gradient("fold_pack", z_out, z_in)
     if (
         _is_compiling()
-        or _has_torch_function((w, rows, cols, z_out, z_in))
-        or (_is_grad_enabled() and w.requires_grad)
+        or _has_torch_function(w, rows, cols, z_out, z_in)
+        or (w.requires_grad and _is_grad_enabled())
         or _is_excluded(_AUTOGRAD)
     ):
         return _call(_ops.fold_pack.default, w, rows, cols, z_out, z_in, dtype, stream)
