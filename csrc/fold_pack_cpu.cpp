@@ -19,6 +19,9 @@ namespace gatepack {
 namespace {
 
 constexpr int64_t kGrainBytes = 128 << 10;  // below this a second thread costs more than it saves
+// For each thread. Below this it takes one piece, always the same one, and copies it in vectors:
+// what it wrote last is still in its core's caches.
+constexpr int64_t kCachedBytes = 2 << 20;
 // What is streamed passes through the L1 cache in pieces; small results gain nothing.
 constexpr int64_t kStagedBytes = 16 << 10;
 constexpr int64_t kLeastStreamed = 256 << 10;
@@ -68,13 +71,14 @@ std::vector<CacheLine> padded_gate(Gate gate, int64_t n, bool fp64) {
 // Fresh memory arrives page by page, and at 4 KiB the faults cost three times the copy (4096 x
 // 14336 fp32, 60 % of the rows: 98 ms against 24 ms; benchmarks/bench_fold_pack.py). Huge pages are
 // zeroed by the kernel before they are written, a second pass that only memory in use escapes.
+// Below two of them nothing is asked: memory of that size is often in use, and asking takes 3 us.
 void prefer_huge_pages(const Tensor& out) {
   constexpr uintptr_t kHuge = 2 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
   const uintptr_t first = (begin + kHuge - 1) & ~(kHuge - 1);
   const uintptr_t last = (begin + out.numel() * out.element_size()) & ~(kHuge - 1);
   // Refusal is harmless: the kernel may be built without transparent huge pages.
-  if (last < first + kHuge) return;
+  if (last < first + 2 * kHuge) return;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 #else
@@ -143,7 +147,7 @@ class Work {
   int64_t bytes() const { return out.numel() * static_cast<int64_t>(out.element_size()); }
 
   // Everything that is small; run() fills the lines of the result. total: bytes of all results.
-  void prepare(int64_t total) {
+  void prepare(int64_t total, int64_t threads) {
     const int64_t out_lines = adjoint_ ? call_.lines : call_.out_lines;
     const int64_t out_lanes = adjoint_ ? call_.lanes : call_.out_lanes;
     const bool e4m3 = out_type_ == ScalarType::Float8_e4m3fn;
@@ -197,7 +201,9 @@ class Work {
             line_gate_.data(),
             lane_gate_.data(),
             call_.lane_first,
-            total > kStreamedBytes,
+            total > kStreamedBytes            ? Copying::kStreamed
+            : total > threads * kCachedBytes ? Copying::kMemcpy
+                                             : Copying::kVectors,
             staged ? isa->choose_stage(in_type_) : nullptr,
             call_.crossed,
             call_.rank,
@@ -222,7 +228,7 @@ class Work {
     auto staged = cache_lines(std::min(most, end - begin) * unit_bytes);
     char* const result = static_cast<char*>(job_.dst);
     Job job = job_;
-    job.streamed = false;
+    job.copying = Copying::kVectors;
     for (int64_t i = begin; i < end; i += most) {
       const int64_t last = std::min(i + most, end);
       const uintptr_t start = reinterpret_cast<uintptr_t>(staged.data());
@@ -233,11 +239,11 @@ class Work {
     end_of_stream();
   }
 
-  // Lines of a piece, of which there are at most 16 for each thread: whole cache lines across where
-  // lines become columns, and whole groups of gather_lines.
+  // Lines of a piece, of which there are at most 16 for each thread, and one where all is small:
+  // whole cache lines across where lines become columns, and whole groups of gather_lines.
   int64_t step(int64_t total, int64_t threads) const {
-    const int64_t bytes = std::max(kGrainBytes / 2, total / (16 * threads));
-    const int64_t lines = bytes / std::max<int64_t>(1, unit_bytes);
+    const int64_t pieces = total > threads * kCachedBytes ? 16 * threads : threads;
+    const int64_t lines = (total / pieces + unit_bytes) / std::max<int64_t>(1, unit_bytes);
     return rounded_up(std::max<int64_t>(1, lines), call_.crossed ? 64 : 4);
   }
 
@@ -278,15 +284,16 @@ class Work {
   int64_t unit_bytes = 0;  // of the result, each
 };
 
-// Runs pieces 0 .. n - 1 on torch's threads: each takes those of its own share, which are neighbours
-// in memory, then what others have left. Threads do not start together (1.6 us of the 12 us that a
-// thread needs for half of 576 x 1536 bf16), pieces do not cost the same, and cores are shared.
+// Runs pieces 0 .. n - 1 on torch's threads: each takes those of its own share, which are
+// neighbours in memory, then what others have left: pieces do not cost the same, and cores are
+// shared.
 template <class Run>
 void share_out(int64_t n, int64_t threads, const Run& run) {
-  if (threads == 1) {
-    for (int64_t i = 0; i < n; ++i) run(i);
-    return;
-  }
+  const auto run_some = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i);
+  };
+  if (threads == 1) return run_some(0, n);
+  if (n <= threads) return torch::stable::parallel_for(0, n, 1, run_some);
   struct alignas(64) Share {
     std::atomic<int64_t> next;
     int64_t end;
@@ -319,7 +326,7 @@ void run_all(std::deque<Work>& works) {
   const int64_t threads = threads_for(total);
   std::vector<Piece> pieces;
   for (Work& work : works) {
-    work.prepare(total);
+    work.prepare(total, threads);
     const int64_t step = work.step(total, threads);
     for (int64_t i = 0; i < work.units; i += step) {
       pieces.push_back({&work, i, std::min(i + step, work.units)});
@@ -351,7 +358,7 @@ std::tuple<Tensors, Tensors> run_calls(const char* op, bool adjoint, const std::
 
 Tensor run_one(Work work) {
   const int64_t total = work.bytes(), threads = threads_for(total);
-  work.prepare(total);
+  work.prepare(total, threads);
   const int64_t step = work.step(total, threads);
   share_out((work.units + step - 1) / step, threads, [&](int64_t i) {
     work.run(i * step, std::min((i + 1) * step, work.units));

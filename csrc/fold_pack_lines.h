@@ -83,37 +83,51 @@ inline void pad_line(const Job& job, int64_t from, Out* line) {
   std::memset(static_cast<void*>(line + from), 0, (job.out_lanes - from) * sizeof(Out));
 }
 
-// dst = src. The CPU's own prefetcher stops at the end of a page and cannot know which line is kept
-// next: what lies kAhead bytes further on, past the end of src in `next`, is asked for by hand.
+// dst = src. In the caches, vectors alone are fastest. Out of memory, the CPU's own prefetcher
+// stops at the end of a page and cannot know which line is kept next: what lies kAhead bytes
+// further on, past the end of src in `next`, is asked for by hand.
 template <bool kStreamed>
 GATEPACK_TARGET void copy_line(const uint8_t* src, const uint8_t* next, int64_t n, uint8_t* dst) {
-  constexpr int64_t kLine = sizeof(CacheLine), kAhead = kStreamed ? 4096 : 2048;
+  constexpr int64_t kLine = sizeof(CacheLine), kAhead = 4096;
   const int64_t head = std::min<int64_t>(n, -reinterpret_cast<uintptr_t>(dst) % kLine);
   if (head > 0) std::memcpy(dst, src, head);
-  const int64_t turn = std::max<int64_t>(0, n - kAhead);
   int64_t at = head;
-  for (; at < turn; at += kLine) {
-    __builtin_prefetch(src + at + kAhead, 0, 0);
-    copy_cache_line<kStreamed>(src + at, dst + at);
-  }
-  for (; at + kLine <= n; at += kLine) {
-    __builtin_prefetch(next + at - turn, 0, 0);
-    copy_cache_line<kStreamed>(src + at, dst + at);
+  if constexpr (kStreamed) {
+    const int64_t turn = std::max<int64_t>(0, n - kAhead);
+    for (; at < turn; at += kLine) {
+      __builtin_prefetch(src + at + kAhead, 0, 0);
+      copy_cache_lines<true, 1>(src + at, dst + at);
+    }
+    for (; at + kLine <= n; at += kLine) {
+      __builtin_prefetch(next + at - turn, 0, 0);
+      copy_cache_lines<true, 1>(src + at, dst + at);
+    }
+  } else {
+    constexpr int64_t kLines = 4 * kLine;
+    for (; at + kLines <= n; at += kLines) copy_cache_lines<false, 4>(src + at, dst + at);
+    for (; at + kLine <= n; at += kLine) copy_cache_lines<false, 1>(src + at, dst + at);
   }
   if (at < n) std::memcpy(dst + at, src + at, n - at);
 }
 
-template <class E, bool kStreamed>
+template <class E, Copying kCopying>
 GATEPACK_TARGET void copy_lines(const Job& job, int64_t begin, int64_t end) {
+  const int64_t n = job.lanes * sizeof(E);
+  const auto source = [&](int64_t i) {
+    return reinterpret_cast<const uint8_t*>(source_line<E>(job, i));
+  };
   for (int64_t i = begin; i < end; ++i) {
-    const auto bytes = [](auto* p) { return reinterpret_cast<const uint8_t*>(p); };
-    copy_line<kStreamed>(bytes(source_line<E>(job, i)),
-                         bytes(source_line<E>(job, std::min(i + 1, job.kept_lines - 1))),
-                         job.lanes * sizeof(E),
-                         reinterpret_cast<uint8_t*>(static_cast<E*>(job.dst) + i * job.dst_stride));
+    uint8_t* const to = reinterpret_cast<uint8_t*>(static_cast<E*>(job.dst) + i * job.dst_stride);
+    if constexpr (kCopying == Copying::kMemcpy) {
+      std::memcpy(to, source(i), n);
+    } else {
+      const uint8_t* const next = source(std::min(i + 1, job.kept_lines - 1));
+      copy_line<kCopying == Copying::kStreamed>(source(i), next, n, to);
+    }
   }
 #if GATEPACK_X86
-  if (kStreamed) _mm_sfence();  // other threads see these stores before what this one does next
+  // Other threads see these stores before what this one does next.
+  if constexpr (kCopying == Copying::kStreamed) _mm_sfence();
 #endif
 }
 
@@ -126,8 +140,11 @@ GATEPACK_TARGET void pack_moved(const Job& job, int64_t begin, int64_t end) {
   }
   end = std::min(end, job.kept_lines);
   if (!job.blocks) {
-    return job.streamed ? copy_lines<E, true>(job, begin, end)
-                        : copy_lines<E, false>(job, begin, end);
+    switch (job.copying) {
+      case Copying::kVectors: return copy_lines<E, Copying::kVectors>(job, begin, end);
+      case Copying::kMemcpy: return copy_lines<E, Copying::kMemcpy>(job, begin, end);
+      case Copying::kStreamed: return copy_lines<E, Copying::kStreamed>(job, begin, end);
+    }
   }
   int64_t i = begin;
   for (; i + 4 <= end; i += 4) {

@@ -1,10 +1,15 @@
 """fold_pack and its adjoint: bytes against plain torch, adjointness, refusals, registrations."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrices import DTYPES, LEVELS, assert_same_bytes, gate, instruction_set, matrix
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatepack import _ext
 from gatepack._ext import fold_pack, fold_pack_adjoint, fold_pack_adjoint_ref, fold_pack_ref
@@ -280,3 +285,78 @@ def test_cuda_writes_the_bytes_of_the_cpu(shape, dtype, column_major):
                 back = fold_pack_adjoint(expected, r, c, z_out, z_in, m, n, w.dtype)
                 if out != torch.float64 or dtype == torch.float64:
                     assert_same_bytes(full.cpu(), back)
+
+
+class Seen(TorchDispatchMode):
+    """The names of the ops that reach the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+class Tagged(torch.Tensor):
+    """A subclass that overrides functions in the default way."""
+
+
+class TestPlainCall:
+    """What stands between Python and the dispatcher is left out for plain tensors only."""
+
+    w, rows = torch.arange(24.0).view(4, 6), torch.tensor([0, 3])
+
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    def test_dispatch_mode_sees_the_op(self, requires_grad):
+        w = self.w.clone().requires_grad_(requires_grad)
+        with Seen() as seen:
+            packed = fold_pack(w, self.rows)
+        assert seen.names == ["gatepack::fold_pack"]
+        assert packed.requires_grad == requires_grad
+
+    def test_function_mode_and_subclass(self):
+        class Named(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                names.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        names = []
+        with Named():
+            fold_pack(self.w, self.rows)
+        assert "gatepack.fold_pack.default" in names
+        assert type(fold_pack(self.w.as_subclass(Tagged), self.rows)) is Tagged
+        assert type(fold_pack(self.w, self.rows.as_subclass(Tagged))) is Tagged
+
+    def test_fakes_and_functorch(self):
+        with FakeTensorMode() as mode:
+            fake = fold_pack(mode.from_tensor(self.w), mode.from_tensor(self.rows))
+        assert type(fake) is FakeTensor and fake.shape == (2, 6)
+        batch = torch.stack([self.w, -self.w])
+        packed = torch.vmap(lambda w: fold_pack(w, self.rows))(batch)
+        assert torch.equal(packed, batch[:, self.rows])
+
+    def test_lazy_negation_is_resolved(self):
+        negative = torch._neg_view(self.w)
+        assert negative.is_neg()
+        assert torch.equal(fold_pack(negative, self.rows), -self.w[self.rows])
+
+    def test_profiler_names_the_op(self):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            fold_pack(self.w, self.rows)
+        assert "gatepack::fold_pack" in [event.key for event in profile.key_averages()]
+
+    def test_the_state_of_autograd_is_put_back(self):
+        key = torch._C.DispatchKey.AutogradFunctionality
+        for rows in (self.rows, -self.rows):
+            with contextlib.suppress(ValueError):
+                fold_pack(self.w, rows)
+            assert not torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+        with torch._C._AutoDispatchBelowAutograd():
+            fold_pack(self.w, self.rows)
+            assert torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+        with torch.inference_mode():
+            assert fold_pack(self.w, self.rows).is_inference()
+        with torch.no_grad():
+            assert not fold_pack(self.w.clone().requires_grad_(), self.rows).requires_grad

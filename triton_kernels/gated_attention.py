@@ -71,9 +71,11 @@ def gated_attention_ref(
         seen = seen & (key > position - window)
     if key_mask is not None:
         seen = seen & key_mask[:, None, None, :]
+    # Without heads, enable_gqa divides by zero in torch 2.9 and ends the process.
+    grouped = q.shape[2] != k.shape[2]
     with sdpa_kernel(SDPBackend.MATH):
         o = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), seen, scale=scale, enable_gqa=True
+            *(x.transpose(1, 2) for x in (q, k, v)), seen, scale=scale, enable_gqa=grouped
         ).transpose(1, 2)
     return o if z is None else o * torch.where(z != 0, z, 0.0).to(o.dtype)[:, None]
 
