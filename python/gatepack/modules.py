@@ -9,9 +9,9 @@ from torch import nn
 
 from gatepack.functional import (
     FoldedLinear,
+    add_low_rank,
     gate_lanes,
     linear,
-    low_rank,
     spread_lanes,
     take_lanes,
 )
@@ -268,12 +268,14 @@ def _folded(operands, x, in_open, out_open, rows, cols, full_in):
         y = FoldedLinear.apply(
             x, operands.w, operands.bias, z_in, z_out, rows, cols, in_lanes, out_lanes
         )  # fmt: skip
-    for adapter in operands.adapters:
-        low = low_rank(
-            adapter.dropout(x.to(adapter.a.dtype)), adapter.a, adapter.b, adapter.scaling,
-            z_in, z_out, rows, cols, in_lanes, out_lanes,
-        )  # fmt: skip
-        y = y + low.to(y.dtype)
+    return _adapted(y, x, operands.adapters, z_in, z_out, rows, cols, in_lanes, out_lanes)
+
+
+def _adapted(y: torch.Tensor, x: torch.Tensor, adapters: tuple[Adapter, ...], *where):
+    """y and what adapters add to it; where: gates and lanes, as add_low_rank takes them."""
+    for adapter in adapters:
+        inner = x if torch.is_autocast_enabled(x.device.type) else x.to(adapter.a.dtype)
+        y = add_low_rank(y, adapter.dropout(inner), adapter.a, adapter.b, adapter.scaling, *where)
     return y
 
 
@@ -323,13 +325,7 @@ def _triton(site, operands, x, z_out, group_out):
         dropout=dropout,
         seed=torch.randint(2**62, (), device=x.device) if dropout else None,
     )
-    for adapter in beside:
-        low = low_rank(
-            adapter.dropout(x.to(adapter.a.dtype)), adapter.a, adapter.b, adapter.scaling,
-            z_in, z_out, None, None, group_in, group_out,
-        )  # fmt: skip
-        y = y + low.to(y.dtype)
-    return y
+    return _adapted(y, x, beside, z_in, z_out, None, None, group_in, group_out)
 
 
 def as_operand(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
