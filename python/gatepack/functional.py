@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from gatepack import _ext
 from gatepack._ext import fold_pack, fold_pack_adjoint
+from gatepack._reference import gate_lanes_backward_ref, gate_lanes_ref
 from gatepack.paths import packs_again
 
 # Up to how many tokens gatepack._C computes a linear on a CPU: torch's own product of one token
@@ -91,17 +92,23 @@ class _GateLanes(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, z = ctx.saved_tensors
-        dx = _multiplied(dy, z, ctx.lanes) if ctx.needs_input_grad[0] else None
-        dz = None
-        if x is not None:
-            per_unit = column_dot(_tokens(dy), _tokens(x)).reshape(-1, ctx.lanes).sum(1)
-            dz = torch.where(z == 0, 0.0, per_unit).to(z.dtype)
-        return dx, dz, None
+        if x is None:
+            return _multiplied(dy, z, ctx.lanes), None, None
+        ours = _in_one_pass(x, z)
+        gradients = torch.ops.gatepack.gate_lanes_backward if ours else gate_lanes_backward_ref
+        return *gradients(dy.contiguous() if ours else dy, x, z, ctx.lanes), None
+
+
+def _in_one_pass(x: torch.Tensor, z: torch.Tensor) -> bool:
+    """Whether gatepack._C multiplies x by gate values z."""
+    known = x.dtype in FEW_TOKENS and z.dtype == torch.float32
+    return known and x.is_contiguous() and z.is_contiguous() and has_cpu_passes(x)
 
 
 def _multiplied(x: torch.Tensor, z: torch.Tensor, lanes: int) -> torch.Tensor:
-    lane = lane_values(z, lanes)
-    return torch.where(lane == 0, 0.0, x * lane).to(x.dtype)
+    if _in_one_pass(x, z):
+        return torch.ops.gatepack.gate_lanes(x, z, lanes)
+    return gate_lanes_ref(x, z, lanes)
 
 
 def gate_lanes(x: torch.Tensor, z: torch.Tensor, lanes: int) -> torch.Tensor:
