@@ -341,7 +341,8 @@ def _load() -> bool:
 
 def backend() -> Backend:
     """Which implementation fold_pack runs, and why; loads or builds it if no call has yet."""
-    _load()
+    if _backend is None:
+        _load()
     return _backend
 
 

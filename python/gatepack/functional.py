@@ -17,14 +17,18 @@ FEW_TOKENS = {torch.float32: 4, torch.bfloat16: 1}
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
+# Few tokens feel each look-up: a layer asks several times whether gatepack._C computes.
+_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch.jit.is_tracing
+
 
 def has_cpu_passes(x: torch.Tensor) -> bool:
     """Whether gatepack._C computes on x now: on a CPU, outside of tracing and autocast."""
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and type(x) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not _is_compiling()
+        and not _is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and _ext.backend().name != "torch"
     )

@@ -183,7 +183,6 @@ def gated_forward(
 ) -> torch.Tensor:
     """Forward of a linear at its site; dense_forward, ungated, must run if opaque says why."""
     site: Site = module.site
-    operands = opaque or operands_of(module)
     path = path_of(module, x)
     full_in = None if site.in_gate is None else site.in_gate.size * site.in_gate.lanes
     if full_in and x.shape[-1] != full_in and (path == "dense" or not site.compact_in):
@@ -191,6 +190,7 @@ def gated_forward(
     if path == "dense":
         y = _masked(site, dense_forward, x)
         return y if site.compact_out else _without_closed_rows(site, y)
+    operands = opaque or operands_of(module)
     if path == "triton":
         return _full_width(site, operands, dense_forward, x)
     in_open = None if site.in_gate is None else site.in_gate.open()
