@@ -219,8 +219,7 @@ def path_of(module: nn.Module, x: torch.Tensor) -> str:
     if decided:
         return decided
     tokens = x.numel() // max(x.shape[-1], 1)
-    kept = site.kept() if x.device.type == "cpu" else 1.0
-    return choose_path(tokens, width_of(module), x.device, kept).path
+    return choose_path(tokens, width_of(module), x.device, site.kept(x.device)).path
 
 
 def width_of(module: nn.Module) -> int:
