@@ -21,7 +21,7 @@ def calls() -> dict[str, Callable[[], object]]:
     w, z, rows = torch.randn(n, k), torch.rand(n // 2), torch.arange(0, n, 2)
     wide, packed = torch.randn(k, n), torch.randn(n // 2, k)
     a, u, dh = (torch.randn(tokens, n) for _ in range(3))
-    gates = torch.rand(n)
+    gates, heads = torch.rand(n), torch.rand(n // 64)
     x = torch.randn(4, k)
     one = ([w], [rows], [None], [z], [None], [None], [None], [1.0], [64], [64], [0], None)
     return {
@@ -38,6 +38,8 @@ def calls() -> dict[str, Callable[[], object]]:
         "swiglu_backward": lambda: ops.swiglu_backward(dh, a, u),
         "swiglu, gates": lambda: ops.swiglu(a, u, gates),
         "swiglu_backward, gates": lambda: ops.swiglu_backward(dh, a, u, gates),
+        "gate_lanes": lambda: ops.gate_lanes(a, heads, 64),
+        "gate_lanes_backward": lambda: ops.gate_lanes_backward(dh, a, heads, 64),
         "column_products": lambda: ops.column_products(a, u),
     }
 

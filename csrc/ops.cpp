@@ -54,6 +54,8 @@ STABLE_TORCH_LIBRARY_IMPL(gatepack, CPU, m) {
   m.impl("linear_few_tokens", TORCH_BOX(&linear_few_tokens_cpu));
   m.impl("swiglu", TORCH_BOX(&swiglu_cpu));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward_cpu));
+  m.impl("gate_lanes", TORCH_BOX(&gate_lanes_cpu));
+  m.impl("gate_lanes_backward", TORCH_BOX(&gate_lanes_backward_cpu));
   m.impl("column_products", TORCH_BOX(&column_products_cpu));
 }
 

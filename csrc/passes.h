@@ -2,6 +2,7 @@
 //
 //   linear_few_tokens  y[t, n] = sum_k x[t, k] * w[n, k] + bias[n], each row of w read once for all t
 //   swiglu             h = silu(a) * u * z, and its gradients, in one pass each; z [n] or none
+//   gate_lanes         y = x * z, z for each of `lanes` lanes, and its gradients, in one pass each
 //   column_products    y[n] = sum_t a[t, n] * b[t, n]
 //
 // Sixteen fp32 lanes at a time, whatever the registers are: every instruction set adds in the same
@@ -10,11 +11,15 @@
 
 #include "layout.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace gatepack {
 
 constexpr int kLanes = 16;
+constexpr int64_t kGrain = 1 << 16;   // bytes of the input for one piece of work
+constexpr int64_t kRun = 64;          // tokens in a sum of its own
+constexpr int64_t kGatedLanes = 128;  // lanes of a gated pass for one thread at a time
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints32 __attribute__((vector_size(4 * kLanes)));
@@ -45,6 +50,11 @@ GATEPACK_INLINE void store_some(float* to, const Floats& from, int64_t count) {
   if (count == kLanes) return store(to, from);
   std::memcpy(to, &from, count * sizeof(float));
 }
+GATEPACK_INLINE void store_some(bf16* to, const Floats& from, int64_t count) {
+  float lane[kLanes];
+  store(lane, from);
+  for (int64_t i = 0; i < count; ++i) narrow(lane[i], to[i]);
+}
 
 // Calls kernel<T>(arguments) compiled for the instruction set in use (simd_level).
 #if defined(__x86_64__)
@@ -72,10 +82,56 @@ GATEPACK_INLINE void store_some(float* to, const Floats& from, int64_t count) {
   }
 #endif
 
+// The sums of a run of tokens to those of lanes begin .. end - 1.
+GATEPACK_INLINE void add_run(const Floats* sum, float* y, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; n += kLanes, ++sum) {
+    const int64_t count = std::min<int64_t>(kLanes, end - n);
+    Floats total;
+    load_some(total, y + n, count);
+    total += *sum;
+    store_some(y + n, total, count);
+  }
+}
+
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+inline void require_dense(const char* op, const char* name, const Tensor& x, const Tensor& like) {
+  require(x.scalar_type() == like.scalar_type(), op, ": ", name, " must be ",
+          dtype_name(like.scalar_type()), ", got ", dtype_name(x.scalar_type()));
+  require(x.is_contiguous(), op, ": ", name, " must be contiguous");
+  require(!x.is_cuda(), op, ": ", name, " must be on the CPU");
+}
+
+inline bool require_float_or_bf16(const char* op, const char* name, const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  require(type == ScalarType::Float || type == ScalarType::BFloat16, op, ": ", name,
+          " must be float32 or bfloat16, got ", dtype_name(type));
+  return type == ScalarType::Float;
+}
+
+// run(begin, end) for n lanes of some tokens, kGatedLanes or less at a time.
+template <class Run>
+void over_lanes(int64_t n, int64_t tokens, const Run& run) {
+  const int64_t pieces = (n + kGatedLanes - 1) / kGatedLanes;
+  const int64_t each = kGatedLanes * std::max<int64_t>(1, tokens);
+  const int64_t grain = std::max<int64_t>(1, kGrain / 2 / each);
+  torch::stable::parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      run(i * kGatedLanes, std::min(n, (i + 1) * kGatedLanes));
+    }
+  });
+}
+
 Tensor linear_few_tokens_cpu(const Tensor& x, const Tensor& w, const OptTensor& bias);
 Tensor swiglu_cpu(const Tensor& a, const Tensor& u, const OptTensor& z);
 std::tuple<Tensor, Tensor, Tensor> swiglu_backward_cpu(const Tensor& dh, const Tensor& a,
                                                        const Tensor& u, const OptTensor& z);
+Tensor gate_lanes_cpu(const Tensor& x, const Tensor& z, int64_t lanes);
+std::tuple<Tensor, Tensor> gate_lanes_backward_cpu(const Tensor& dy, const Tensor& x,
+                                                   const Tensor& z, int64_t lanes);
 Tensor column_products_cpu(const Tensor& a, const Tensor& b);
 
 }  // namespace gatepack

@@ -8,11 +8,8 @@
 namespace gatepack {
 namespace {
 
-constexpr int64_t kGrain = 1 << 16;  // bytes of the input for one piece of work
-constexpr int kRows = 4;             // rows of w read side by side: one stream each
-constexpr int kSums = 2;             // sums per row, so that additions overlap
-constexpr int64_t kRun = 64;         // tokens in a sum of its own
-constexpr int64_t kGatedLanes = 128; // lanes of a gated pass for one thread at a time
+constexpr int kRows = 4;  // rows of w read side by side: one stream each
+constexpr int kSums = 2;  // sums per row, so that additions overlap
 
 template <class T>
 struct Linear {
@@ -178,14 +175,7 @@ GATEPACK_INLINE void gated_gradients(const Gated& job, int64_t begin, int64_t en
         store_some(job.second + i, du, count);
       }
     }
-    Floats* sum = run;
-    for (int64_t n = begin; n < end; n += kLanes, ++sum) {
-      const int64_t count = std::min<int64_t>(kLanes, end - n);
-      Floats total;
-      load_some(total, job.dz + n, count);
-      total += *sum;
-      store_some(job.dz + n, total, count);
-    }
+    add_run(run, job.dz, begin, end);
   }
 }
 
@@ -224,18 +214,6 @@ GATEPACK_COMPILE(run_gated, gated_lanes)
 GATEPACK_COMPILE(run_gated_gradients, gated_gradients)
 GATEPACK_COMPILE(run_columns, column_sums)
 
-template <class T>
-const T* data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
-void require_dense(const char* op, const char* name, const Tensor& x, const Tensor& like) {
-  require(x.scalar_type() == like.scalar_type(), op, ": ", name, " must be ",
-          dtype_name(like.scalar_type()), ", got ", dtype_name(x.scalar_type()));
-  require(x.is_contiguous(), op, ": ", name, " must be contiguous");
-  require(!x.is_cuda(), op, ": ", name, " must be on the CPU");
-}
-
 void require_like(const char* op, const char* name, const Tensor& x, const Tensor& like) {
   require_dense(op, name, x, like);
   require(x.dim() == like.dim() && x.sizes().equals(like.sizes()), op, ": ", name,
@@ -260,31 +238,30 @@ void linear(const Tensor& x, const Tensor& w, const OptTensor& bias, Tensor& y) 
   });
 }
 
-void require_fp32(const char* op, const Tensor& a) {
+// The job of swiglu or of its gradients, but for the results.
+Gated gated_job(const char* op, const Tensor& a, const Tensor& u, const OptTensor& z) {
   require(a.scalar_type() == ScalarType::Float, op, ": a must be float32, got ",
           dtype_name(a.scalar_type()));
-}
-
-void require_gates(const char* op, const Tensor& z, const Tensor& a) {
-  require_dense(op, "z", z, a);
-  require(a.dim() > 0 && z.dim() == 1 && z.size(0) == a.size(a.dim() - 1), op,
+  require_dense(op, "a", a, a);
+  require_like(op, "u", u, a);
+  Gated job{};
+  job.a = data<float>(a), job.u = data<float>(u);
+  if (!z) return job;
+  require_dense(op, "z", *z, a);
+  require(a.dim() > 0 && z->dim() == 1 && z->size(0) == a.size(a.dim() - 1), op,
           ": z must have one value for each of the last dimension of a");
+  job.z = data<float>(*z);
+  job.n = z->numel();
+  job.tokens = job.n ? a.numel() / job.n : 0;
+  return job;
 }
 
-// run(begin, end) for all lanes of a job whose tokens and gates are filled in here.
-template <class Run>
-void over_gated_lanes(Gated& job, const Tensor& a, const Tensor& z, const Run& run) {
-  job.z = data<float>(z);
-  job.n = z.numel();
-  job.tokens = job.n ? a.numel() / job.n : 0;
-  const int64_t pieces = (job.n + kGatedLanes - 1) / kGatedLanes;
-  const int64_t each = kGatedLanes * std::max<int64_t>(1, job.tokens);
-  const int64_t grain = std::max<int64_t>(1, kGrain / 2 / each);
-  torch::stable::parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      run(i * kGatedLanes, std::min(job.n, (i + 1) * kGatedLanes));
-    }
-  });
+// whole(begin, end) for the elements of a job without gates, lanes(begin, end) for the lanes of one
+// with them.
+template <class Whole, class Lane>
+void run_job(const Gated& job, int64_t elements, const Whole& whole, const Lane& lanes) {
+  if (job.z) return over_lanes(job.n, job.tokens, lanes);
+  torch::stable::parallel_for(0, elements, kGrain / 4, whole);
 }
 
 }  // namespace
@@ -314,60 +291,39 @@ Tensor linear_few_tokens_cpu(const Tensor& x, const Tensor& w, const OptTensor& 
 }
 
 Tensor swiglu_cpu(const Tensor& a, const Tensor& u, const OptTensor& z) {
-  require_fp32("swiglu", a);
-  require_dense("swiglu", "a", a, a);
-  require_like("swiglu", "u", u, a);
-  if (z) require_gates("swiglu", *z, a);
+  Gated job = gated_job("swiglu", a, u, z);
   Tensor h = torch::stable::new_empty(a, a.sizes(), ScalarType::Float);
-  Gated job{};
-  job.a = data<float>(a), job.u = data<float>(u);
   job.first = static_cast<float*>(h.mutable_data_ptr());
   const char* const level = simd_level();
-  if (z) {
-    over_gated_lanes(job, a, *z, [&](int64_t begin, int64_t end) {
-      run_gated<float>(level, job, begin, end);
-    });
-  } else {
-    torch::stable::parallel_for(0, a.numel(), kGrain / 4, [&](int64_t begin, int64_t end) {
-      run_swiglu<float>(level, job, begin, end);
-    });
-  }
+  run_job(
+      job, a.numel(),
+      [&](int64_t begin, int64_t end) { run_swiglu<float>(level, job, begin, end); },
+      [&](int64_t begin, int64_t end) { run_gated<float>(level, job, begin, end); });
   return h;
 }
 
 std::tuple<Tensor, Tensor, Tensor> swiglu_backward_cpu(const Tensor& dh, const Tensor& a,
                                                        const Tensor& u, const OptTensor& z) {
-  require_fp32("swiglu_backward", a);
-  require_dense("swiglu_backward", "a", a, a);
+  Gated job = gated_job("swiglu_backward", a, u, z);
   require_like("swiglu_backward", "dh", dh, a);
-  require_like("swiglu_backward", "u", u, a);
-  if (z) require_gates("swiglu_backward", *z, a);
   Tensor da = torch::stable::new_empty(a, a.sizes(), ScalarType::Float);
   Tensor du = torch::stable::new_empty(a, a.sizes(), ScalarType::Float);
   Tensor dz = torch::stable::new_zeros(a, {z ? z->numel() : 0}, ScalarType::Float);
-  Gated job{};
-  job.dh = data<float>(dh), job.a = data<float>(a), job.u = data<float>(u);
+  job.dh = data<float>(dh);
   job.first = static_cast<float*>(da.mutable_data_ptr());
   job.second = static_cast<float*>(du.mutable_data_ptr());
   job.dz = static_cast<float*>(dz.mutable_data_ptr());
   const char* const level = simd_level();
-  if (z) {
-    over_gated_lanes(job, a, *z, [&](int64_t begin, int64_t end) {
-      run_gated_gradients<float>(level, job, begin, end);
-    });
-  } else {
-    torch::stable::parallel_for(0, a.numel(), kGrain / 4, [&](int64_t begin, int64_t end) {
-      run_gradients<float>(level, job, begin, end);
-    });
-  }
+  run_job(
+      job, a.numel(),
+      [&](int64_t begin, int64_t end) { run_gradients<float>(level, job, begin, end); },
+      [&](int64_t begin, int64_t end) { run_gated_gradients<float>(level, job, begin, end); });
   return {da, du, dz};
 }
 
 Tensor column_products_cpu(const Tensor& a, const Tensor& b) {
   const char* const op = "column_products";
-  const ScalarType type = a.scalar_type();
-  require(type == ScalarType::Float || type == ScalarType::BFloat16, op,
-          ": a must be float32 or bfloat16, got ", dtype_name(type));
+  const bool wide = require_float_or_bf16(op, "a", a);
   require(a.dim() == 2, op, ": a must have 2 dimensions, got ", a.dim());
   require_dense(op, "a", a, a);
   require_like(op, "b", b, a);
@@ -378,7 +334,7 @@ Tensor column_products_cpu(const Tensor& a, const Tensor& b) {
   // Whole cache lines of the result, and at least two pages of a row at a time.
   torch::stable::parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
     std::fill(out + begin, out + end, 0.0f);
-    if (type == ScalarType::Float) {
+    if (wide) {
       const Columns<float> job{data<float>(a), data<float>(b), out, tokens, n};
       run_columns<float>(level, job, begin, end);
     } else {

@@ -23,4 +23,6 @@ GATEPACK_SCHEMA("linear_few_tokens(Tensor x, Tensor w, Tensor? bias) -> Tensor")
 GATEPACK_SCHEMA("swiglu(Tensor a, Tensor u, Tensor? z=None) -> Tensor")
 GATEPACK_SCHEMA("swiglu_backward(Tensor dh, Tensor a, Tensor u, Tensor? z=None) "
                 "-> (Tensor, Tensor, Tensor)")
+GATEPACK_SCHEMA("gate_lanes(Tensor x, Tensor z, int lanes) -> Tensor")
+GATEPACK_SCHEMA("gate_lanes_backward(Tensor dy, Tensor x, Tensor z, int lanes) -> (Tensor, Tensor)")
 GATEPACK_SCHEMA("column_products(Tensor a, Tensor b) -> Tensor")

@@ -125,17 +125,19 @@ def _remember(kept: list, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+@pytest.mark.parametrize("tokens", [(3, 5), (), (0,)], ids=str)
 @pytest.mark.parametrize("lanes", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_gate_lanes(dtype, lanes):
-    x, z = torch.randn(3, 5, 6 * lanes).to(dtype).requires_grad_(), torch.rand(6)
+def test_gate_lanes(dtype, lanes, tokens):
+    x, z = torch.randn(*tokens, 6 * lanes).to(dtype).requires_grad_(), torch.rand(6)
     z[2] = 0
     z.requires_grad_()
     y = gate_lanes(x, z, lanes)
     upstream = torch.randn_like(y)
     dx, dz = torch.autograd.grad(y, (x, z), upstream)
     wide = z.detach().double().repeat_interleave(lanes)
-    unit = (upstream.double() * x.double()).flatten(0, 1).sum(0).reshape(6, lanes).sum(1)
+    products = (upstream.double() * x.double()).reshape(-1, 6 * lanes)
+    unit = products.sum(0).reshape(6, lanes).sum(1)
     unit[2] = 0
     torch.testing.assert_close(y.double(), (x.double() * wide).to(dtype).double())
     torch.testing.assert_close(dx.double(), (upstream.double() * wide).to(dtype).double())

@@ -1,4 +1,4 @@
-"""FoldedLinear and low_rank against the dense masked computation, forward and every gradient."""
+"""FoldedLinear and add_low_rank against the dense masked computation, with every gradient."""
 
 import itertools
 
@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from gatepack.functional import (
     FoldedLinear,
+    add_low_rank,
     column_dot,
     lane_values,
-    low_rank,
     spread_lanes,
     take_lanes,
 )
@@ -71,10 +71,12 @@ def masked_dense(x, w, b, z_in, z_out, rows, cols, in_lanes, out_lanes):
 
 
 def compare(inputs, x_shape, rows, cols, in_lanes=1, out_lanes=1):
-    x, w, b, z_in, z_out = inputs
     where = (rows, cols, in_lanes, out_lanes)
-    got = FoldedLinear.apply(x, w, b, z_in, z_out, *where)
-    expected = masked_dense(x, w, b, z_in, z_out, *where)
+    assert_same(FoldedLinear.apply(*inputs, *where), masked_dense(*inputs, *where), inputs)
+
+
+def assert_same(got, expected, inputs):
+    """The values, and the gradients of all inputs that are not None."""
     assert got.shape == expected.shape and got.dtype == expected.dtype
     assert torch.allclose(got, expected, rtol=0, atol=1e-13)
     wanted = [leaf for leaf in inputs if leaf is not None]
@@ -242,27 +244,50 @@ def test_column_dot_accumulates_in_fp32():
     assert column_dot(a.double(), b.double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("where", ["all", "both"])
-@pytest.mark.parametrize("gated", [True, False])
-def test_low_rank_equals_masked_dense(where, gated):
+@pytest.mark.parametrize(
+    ("gate_in", "gate_out"), list(itertools.product([False, True], repeat=2)), ids=str
+)
+@pytest.mark.parametrize("where", list(SETS))
+def test_low_rank_equals_masked_dense(where, gate_in, gate_out):
     rows, cols = map(index, SETS[where])
-    r = 3
-    a = random(r, K, seed=1).requires_grad_()
-    b = random(N, r, seed=2).requires_grad_()
-    x = random(5, K if cols is None else cols.numel(), seed=3).requires_grad_()
-    z_in = gate(x.shape[-1], torch.float64) if gated else None
-    z_out = gate(N if rows is None else rows.numel(), torch.float64) if gated else None
-    got = low_rank(x, a, b, 0.25, z_in, z_out, rows, cols, 1, 1)
-    expected = 0.25 * masked_dense(x, b @ a, None, z_in, z_out, rows, cols, 1, 1)
-    assert (got - expected).abs().max() <= 1e-13
-    wanted = [leaf for leaf in (x, a, b, z_in, z_out) if leaf is not None]
-    upstream = random(*got.shape, seed=4)
+    a = random(3, K, seed=1).requires_grad_()
+    b = random(N, 3, seed=2).requires_grad_()
+    x = random(2, 5, K if cols is None else cols.numel(), seed=3).requires_grad_()
+    y = random(2, 5, N if rows is None else rows.numel(), seed=5).requires_grad_()
+    z_in = gate(x.shape[-1]) if gate_in else None
+    z_out = gate(y.shape[-1]) if gate_out else None
+    got = add_low_rank(y, x, a, b, 0.25, z_in, z_out, rows, cols, 1, 1)
+    expected = y + 0.25 * masked_dense(x, b @ a, None, z_in, z_out, rows, cols, 1, 1)
+    assert_same(got, expected, (y, x, a, b, z_in, z_out))
+
+
+def test_low_rank_of_heads_and_of_other_dtypes():
+    """Groups of lanes, and an fp32 adapter of a bf16 model: the product is fp32, the sum bf16."""
+    cols, rows = lanes_of([0, 1], 4), lanes_of([2], 4)
+    a, b = (random(*shape, dtype=torch.float32) for shape in ((3, K), (N, 3)))
+    x, y = random(5, 8, dtype=torch.float32, seed=3), random(5, 4, seed=5).bfloat16()
+    z_in, z_out = gate(2), gate(1)
+    inputs = [t.requires_grad_() for t in (y, x, a, b, z_in, z_out)]
+    got = add_low_rank(y, x, a, b, 0.25, z_in, z_out, rows, cols, 4, 4)
+    low = 0.25 * masked_dense(x, b @ a, None, z_in, z_out, rows, cols, 4, 4)
+    expected = y + low.bfloat16()
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected)
+    upstream = random(5, 4, seed=9).bfloat16()
     for mine, theirs in zip(
-        torch.autograd.grad(got, wanted, upstream),
-        torch.autograd.grad(expected, wanted, upstream),
+        torch.autograd.grad(got, inputs, upstream),
+        torch.autograd.grad(expected, inputs, upstream),
         strict=True,
     ):
-        assert (mine - theirs).abs().max() <= 1e-12
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_low_rank_gives_closed_units_no_gradient():
+    a, b, x, y = (random(*shape) for shape in ((3, K), (N, 3), (5, K), (5, N)))
+    z_in = torch.zeros(2).requires_grad_()
+    got = add_low_rank(y, x, a, b, 2.0, z_in, None, None, None, 8, 1)
+    assert torch.equal(got, y)
+    assert torch.autograd.grad(got, z_in, random(5, N))[0].tolist() == [0.0, 0.0]
 
 
 def test_lane_values():

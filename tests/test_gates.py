@@ -393,6 +393,20 @@ class TestOpen:
         assert torch.equal(current.values, gates.deterministic_values()[6:])
         assert gates["a:heads"].open().ones
 
+    def test_values_of_all_gates_are_one_step_of_autograd(self):
+        gates = make_gates(noise=0.0)
+        gates.set_open({"a:heads": torch.arange(6) < 2, "b:channels": torch.arange(16) != 3})
+        heads, channels = (gates[name].open() for name in ("a:heads", "b:channels"))
+        assert heads.values.grad_fn is not None
+        nodes = [current.values.grad_fn.next_functions for current in (heads, channels)]
+        assert nodes[0] == nodes[1]
+        upstream = torch.randn(15)
+        (heads.values.sum() + (channels.values * upstream).sum()).backward()
+        grads = gates.split(gates.value_grads())
+        assert grads["a:heads"].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+        assert torch.equal(grads["b:channels"][channels.units], upstream)
+        assert grads["b:channels"][3] == 0
+
     def test_lane_indices(self):
         units = torch.tensor([1, 4])
         assert lane_indices(units, 1) is units

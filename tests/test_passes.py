@@ -138,6 +138,76 @@ def test_closed_lanes_give_zero_whatever_they_hold():
         assert grad.isfinite().all() and not grad[..., [7, 9]].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "tokens, units, lanes", [(0, 4, 2), (1, 1, 1), (3, 0, 5), (3, 9, 64), (70, 5, 37), (65, 300, 1)]
+)
+def test_gated_lanes_and_their_gradients_are_as_close_as_torch(dtype, tokens, units, lanes):
+    x, dy = (normal(tokens, units * lanes, dtype=dtype) for _ in range(2))
+    z = torch.rand(units)
+    z[::3] = 0
+    wide, closed = z.repeat_interleave(lanes), z == 0
+    y = ops.gate_lanes(x, z, lanes)
+    dx, dz = ops.gate_lanes_backward(dy, x, z, lanes)
+    # One rounding, as in torch.
+    assert torch.equal(y, (x * wide).to(dtype)) and torch.equal(dx, (dy * wide).to(dtype))
+    assert not dz[closed].any()
+    products = dy.double() * x.double()
+    exact = products.sum(0).reshape(units, lanes).sum(1)
+    theirs = (dy.float() * x.float()).sum(0).reshape(units, lanes).sum(1)
+    terms = products.abs().sum(0).reshape(units, lanes).sum(1)[~closed]
+    most = terms.max().item() if terms.numel() else 0.0
+    assert_close_to_fp64(
+        "dz", dz[~closed], theirs[~closed], exact[~closed], factor=3.0, terms=2 * most
+    )
+
+
+def test_closed_units_stop_what_is_no_number():
+    x, dy, z = normal(3, 40), normal(3, 40), torch.ones(10)
+    x[:, 8], dy[1, 9], z[2] = float("nan"), float("inf"), 0
+    dx, dz = ops.gate_lanes_backward(dy, x, z, 4)
+    for found in (ops.gate_lanes(x, z, 4), dx):
+        assert found.isfinite().all() and not found[:, 8:12].any()
+    assert dz.isfinite().all() and dz[2] == 0
+
+
+def test_gated_lanes_do_not_depend_on_the_number_of_threads():
+    x, dy, z = normal(300, 700), normal(300, 700), torch.rand(100)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append((ops.gate_lanes(x, z, 7), *ops.gate_lanes_backward(dy, x, z, 7)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_gated_lanes(dtype):
+    x, z = normal(3, 12, dtype=dtype), torch.rand(4)
+    torch.library.opcheck(ops.gate_lanes.default, (x, z, 3))
+    torch.library.opcheck(ops.gate_lanes_backward.default, (x, x, z, 3))
+
+
+@pytest.mark.parametrize(
+    "x, z, lanes, message",
+    [
+        (normal(2, 8).double(), torch.ones(4), 2, "x must be float32 or bfloat16, got float64"),
+        (normal(2, 8).t(), torch.ones(1), 2, "x must be contiguous"),
+        (normal(2, 8), torch.ones(4).double(), 2, "z must be float32, contiguous and on the CPU"),
+        (normal(2, 8), torch.ones(8)[::2], 2, "z must be float32, contiguous and on the CPU"),
+        (normal(2, 8), torch.ones(4), 0, "lanes must be at least 1, got 0"),
+        (normal(2, 8), torch.ones(3), 2, "z must have one value for every 2 of the last"),
+    ],
+)
+def test_gated_lanes_refuse(x, z, lanes, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ops.gate_lanes(x, z, lanes)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ops.gate_lanes_backward(x, x, z, lanes)
+
+
 def test_swiglu_refuses_gates_of_another_size():
     a = normal(2, 8)
     for z in (torch.ones(7), torch.ones(2, 8), torch.ones(8).double(), torch.ones(16)[::2]):
@@ -178,6 +248,9 @@ def test_every_instruction_set_writes_the_same_bytes(simd):
                 *ops.swiglu_backward(dh, a, u),
                 ops.swiglu(a, u, z),
                 *ops.swiglu_backward(dh, a, u, z),
+                ops.gate_lanes(a, z[:15], 5),
+                *ops.gate_lanes_backward(dh, a, z[:15], 5),
+                *ops.gate_lanes_backward(dh.bfloat16(), a.bfloat16(), z[:15], 5),
                 ops.column_products(a, u),
             )
         )

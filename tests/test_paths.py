@@ -74,13 +74,16 @@ def test_a_cpu_never_packs_what_is_all_open():
     assert paths.choose_path(10**9, 576, CPU) == ("dense", "nothing is closed")
 
 
-@pytest.mark.parametrize(("kept", "tokens"), [(0.4, 262), (0.6, 200), (1.0, 150)])
+@pytest.mark.parametrize(("kept", "tokens"), [(0.4, 311), (0.6, 230), (1.0, 164)])
 def test_backward_packs_again_where_that_is_cheap(kept, tokens):
-    assert paths.packs_again(tokens + 1, 576, CPU, kept)
-    assert not paths.packs_again(tokens - 1, 576, CPU, kept)
-    assert not paths.packs_again(tokens + 1, 4096, CPU, kept)
-    assert not paths.packs_again(tokens + 1, 576, GPU, kept)
-    assert not paths.packs_again(tokens + 1, 576, CPU, 0.0)
+    mlp = (1536, 576)
+    assert paths.packs_again(tokens + 1, mlp, CPU, kept)
+    assert not paths.packs_again(tokens, mlp, CPU, kept)
+    assert not paths.packs_again(tokens + 1, (576, 576), CPU, kept)
+    assert not paths.packs_again(tokens + 1, (4096, 14336), CPU, kept)
+    assert not paths.packs_again(tokens + 1, mlp, GPU, kept)
+    assert not paths.packs_again(tokens + 1, mlp, CPU, 0.0)
+    assert not paths.packs_again(tokens + 1, (0, 576), CPU, kept)
 
 
 def test_force(gpu, monkeypatch):

@@ -31,6 +31,8 @@ from gatepack._reference import (
     empty_like_order,
     fold_pack_adjoint_ref,
     fold_pack_ref,
+    gate_lanes_backward_ref,
+    gate_lanes_ref,
     linear_few_tokens_ref,
     open_sets_ref,
     pack_tensors_out_ref,
@@ -62,6 +64,8 @@ OPS = (
     "linear_few_tokens",
     "swiglu",
     "swiglu_backward",
+    "gate_lanes",
+    "gate_lanes_backward",
     "column_products",
 )
 _SOURCE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
@@ -249,6 +253,14 @@ def _swiglu_backward_fake(dh, a, u, z=None):
     return torch.empty_like(a), torch.empty_like(u), a.new_empty(0 if z is None else z.shape[0])
 
 
+def _gate_lanes_fake(x, z, lanes):
+    return torch.empty_like(x)
+
+
+def _gate_lanes_backward_fake(dy, x, z, lanes):
+    return torch.empty_like(x), torch.empty_like(z)
+
+
 def _column_products_fake(a, b):
     return a.new_empty(a.shape[1], dtype=torch.float32)
 
@@ -295,6 +307,8 @@ _TABLE = (
     ("linear_few_tokens", linear_few_tokens_ref, _linear_few_tokens_fake, None),
     ("swiglu", swiglu_ref, _swiglu_fake, None),
     ("swiglu_backward", swiglu_backward_ref, _swiglu_backward_fake, None),
+    ("gate_lanes", gate_lanes_ref, _gate_lanes_fake, None),
+    ("gate_lanes_backward", gate_lanes_backward_ref, _gate_lanes_backward_fake, None),
     ("column_products", column_products_ref, _column_products_fake, None),
 )
 
@@ -329,7 +343,8 @@ def _load() -> bool:
 
 def backend() -> Backend:
     """Which implementation fold_pack runs, and why; loads or builds it if no call has yet."""
-    _load()
+    if _backend is None:
+        _load()
     return _backend
 
 

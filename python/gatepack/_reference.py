@@ -365,5 +365,17 @@ def swiglu_backward_ref(
     return dh * u * (s * (1 + a * (1 - s))), dh * (a * s), dz
 
 
+def gate_lanes_ref(x: Tensor, z: Tensor, lanes: int) -> Tensor:
+    z = z.repeat_interleave(lanes)
+    return torch.where(z == 0, 0.0, x * z).to(x.dtype)
+
+
+def gate_lanes_backward_ref(dy: Tensor, x: Tensor, z: Tensor, lanes: int) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    products = (dy.to(wide) * x.to(wide)).reshape(x.shape[:-1].numel(), x.shape[-1])
+    dz = torch.where(z == 0, 0.0, products.sum(0).reshape(-1, lanes).sum(1)).to(z.dtype)
+    return gate_lanes_ref(dy, z, lanes), dz
+
+
 def column_products_ref(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() * b.float()).sum(0)

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from gatepack import _ext
 from gatepack._ext import fold_pack, fold_pack_adjoint
+from gatepack._reference import gate_lanes_backward_ref, gate_lanes_ref
 from gatepack.paths import packs_again
 
 # Up to how many tokens gatepack._C computes a linear on a CPU: torch's own product of one token
@@ -16,14 +17,18 @@ FEW_TOKENS = {torch.float32: 4, torch.bfloat16: 1}
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
+# Few tokens feel each look-up: a layer asks several times whether gatepack._C computes.
+_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch.jit.is_tracing
+
 
 def has_cpu_passes(x: torch.Tensor) -> bool:
     """Whether gatepack._C computes on x now: on a CPU, outside of tracing and autocast."""
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and type(x) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not _is_compiling()
+        and not _is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and _ext.backend().name != "torch"
     )
@@ -91,17 +96,23 @@ class _GateLanes(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, z = ctx.saved_tensors
-        dx = _multiplied(dy, z, ctx.lanes) if ctx.needs_input_grad[0] else None
-        dz = None
-        if x is not None:
-            per_unit = column_dot(_tokens(dy), _tokens(x)).reshape(-1, ctx.lanes).sum(1)
-            dz = torch.where(z == 0, 0.0, per_unit).to(z.dtype)
-        return dx, dz, None
+        if x is None:
+            return _multiplied(dy, z, ctx.lanes), None, None
+        ours = _in_one_pass(x, z)
+        gradients = torch.ops.gatepack.gate_lanes_backward if ours else gate_lanes_backward_ref
+        return *gradients(dy.contiguous() if ours else dy, x, z, ctx.lanes), None
+
+
+def _in_one_pass(x: torch.Tensor, z: torch.Tensor) -> bool:
+    """Whether gatepack._C multiplies x by gate values z."""
+    known = x.dtype in FEW_TOKENS and z.dtype == torch.float32
+    return known and x.is_contiguous() and z.is_contiguous() and has_cpu_passes(x)
 
 
 def _multiplied(x: torch.Tensor, z: torch.Tensor, lanes: int) -> torch.Tensor:
-    lane = lane_values(z, lanes)
-    return torch.where(lane == 0, 0.0, x * lane).to(x.dtype)
+    if _in_one_pass(x, z):
+        return torch.ops.gatepack.gate_lanes(x, z, lanes)
+    return gate_lanes_ref(x, z, lanes)
 
 
 def gate_lanes(x: torch.Tensor, z: torch.Tensor, lanes: int) -> torch.Tensor:
@@ -201,7 +212,7 @@ class FoldedLinear(torch.autograd.Function):
         packed = fold_pack(w, rows, cols, lane_out, lane_in, x.dtype, stream=True)
         tokens = x.numel() // max(x.shape[-1], 1)
         kept = packed.numel() / max(w.numel(), 1)
-        ctx.again = packs_again(tokens, min(w.shape), x.device, kept)
+        ctx.again = packs_again(tokens, w.shape, x.device, kept)
         packed_bias = None
         if bias is not None:
             packed_bias = bias if rows is None else bias.index_select(0, rows)
@@ -263,19 +274,60 @@ def _unit_gradient(per_lane: torch.Tensor, z: torch.Tensor, lanes: int) -> torch
     return torch.where(z > 0, per_unit / z, 0.0).to(z.dtype)
 
 
-def low_rank(x, a, b, scaling, z_in, z_out, rows, cols, in_lanes, out_lanes) -> torch.Tensor:
-    """s * z_out * (B[R] (A[:, C] (z_in * x))) on compact lanes, gates folded into the factors.
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, x, a, b, scaling, z_in, z_out, rows, cols, in_lanes, out_lanes):
+        packed_a, packed_b = a.to(x.dtype), b.to(x.dtype)
+        if cols is not None or z_in is not None:
+            packed_a = fold_pack(a, None, cols, None, lane_values(z_in, in_lanes), x.dtype)
+        if rows is not None or z_out is not None:
+            packed_b = fold_pack(b, rows, None, lane_values(z_out, out_lanes), None, x.dtype)
+        inner = F.linear(_tokens(x), packed_a).mul_(scaling)
+        ctx.save_for_backward(x, inner, packed_a, packed_b, z_in, z_out, rows, cols)
+        ctx.scaling, ctx.lanes = scaling, (in_lanes, out_lanes)
+        ctx.a, ctx.b = (a.shape, a.dtype), (b.shape, b.dtype)
+        if y.dtype == x.dtype:
+            return torch.addmm(_tokens(y), inner, packed_b.t()).view(y.shape)
+        return y + F.linear(inner, packed_b).to(y.dtype).view(y.shape)
 
-    x [*, |C|], a [r, K], b [N, r] -> [*, |R|]. Plain autograd: the gates' gradients need the r-row
-    factors only.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, inner, packed_a, packed_b, z_in, z_out, rows, cols = ctx.saved_tensors
+        in_lanes, out_lanes = ctx.lanes
+        needs_y, needs_x, needs_a, needs_b, _, needs_z_in, needs_z_out, *_ = ctx.needs_input_grad
+        dx = da = db = dz_in = dz_out = None
+        dy2 = _tokens(dy).to(x.dtype)
+        d_inner = (dy2 @ packed_b).mul_(ctx.scaling)
+        if needs_x:
+            dx = (d_inner @ packed_a).view(x.shape)
+        if needs_a or needs_z_in:
+            da = d_inner.t() @ _tokens(x)
+            if z_in is not None and needs_z_in:
+                dz_in = _unit_gradient(column_dot(da, packed_a), z_in, in_lanes)
+            da = _spread_factor(da, None, cols, None, lane_values(z_in, in_lanes), *ctx.a)
+        if needs_b or needs_z_out:
+            db = dy2.t() @ inner
+            if z_out is not None and needs_z_out:
+                dz_out = _unit_gradient(column_dot(db.t(), packed_b.t()), z_out, out_lanes)
+            db = _spread_factor(db, rows, None, lane_values(z_out, out_lanes), None, *ctx.b)
+        return dy if needs_y else None, dx, da, db, None, dz_in, dz_out, None, None, None, None
+
+
+def _spread_factor(grad, rows, cols, lane_out, lane_in, shape, dtype) -> torch.Tensor:
+    """The gradient of a packed factor as one of the whole factor."""
+    if grad.shape == shape and lane_out is None and lane_in is None:
+        return grad.to(dtype)
+    return fold_pack_adjoint(grad, rows, cols, lane_out, lane_in, *shape, dtype)
+
+
+def add_low_rank(y, x, a, b, scaling, z_in, z_out, rows, cols, in_lanes, out_lanes) -> torch.Tensor:
+    """y + s * z_out * (B[R] (A[:, C] (z_in * x))) on compact lanes, gates folded into the factors.
+
+    y [*, |R|], x [*, |C|], a [r, K], b [N, r]; gates, R and C as in FoldedLinear. The product is
+    one of x's dtype. Gradients of all but s; those of the gates come from the r-row factors.
     """
-    a = a if cols is None else a.index_select(1, cols)
-    b = b if rows is None else b.index_select(0, rows)
-    if z_in is not None:
-        a = (a * lane_values(z_in, in_lanes)).to(a.dtype)
-    if z_out is not None:
-        b = (b * lane_values(z_out, out_lanes)[:, None]).to(b.dtype)
-    return F.linear(F.linear(x, a), b * scaling)
+    return _LowRank.apply(y, x, a, b, scaling, z_in, z_out, rows, cols, in_lanes, out_lanes)
 
 
 def sampled_values(gates) -> torch.Tensor:

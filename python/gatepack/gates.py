@@ -242,9 +242,10 @@ class GateSet(nn.Module):
 
     def _key(self) -> tuple:
         """What a sample depends on, besides noise."""
+        # Not by way of __getattr__: every read of a gate asks for this.
         return (
-            self.logits._version,
-            self.closed._version,
+            self._parameters["logits"]._version,
+            self._buffers["closed"]._version,
             self.training,
             self.frozen,
             self._all_open,
@@ -253,15 +254,12 @@ class GateSet(nn.Module):
 
     def sample(self) -> Sample:
         """The current sample; draws one if there is none or what it depends on has changed."""
-        wants_grad = torch.is_grad_enabled() and self.logits.requires_grad
         current = self._sample
-        if (
-            current is None
-            or current.key != self._key()
-            or (wants_grad and not current.flat.requires_grad)
-        ):
+        if current is None or current.key != self._key():
             return self.draw()
-        return current
+        if current.flat.requires_grad or not torch.is_grad_enabled():
+            return current
+        return self.draw() if self.logits.requires_grad else current
 
     def value_grads(self) -> torch.Tensor:
         """dL/dz of the last backward, fp32 [N]; 0 for closed units, for which nothing ran."""

@@ -1,6 +1,7 @@
 """Stage 3, modules: attach gates to a Hugging Face model by swapping children, and detach."""
 
 import fnmatch
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -162,13 +163,8 @@ class Attachment:
         before, because closed heads have keys and values at full width only."""
         gates, device = self.gates, self.gates.logits.device
         before = gates.paths
-        if device.type == "cpu":
-            gates.paths = {
-                name: choose_path(tokens, gates.width, device, site.kept()).path
-                for name, site in self.gated.items()
-            }
-        else:
-            gates.paths = dict.fromkeys(self.gated, choose_path(tokens, gates.width, device).path)
+        path_of = functools.cache(functools.partial(choose_path, tokens, gates.width, device))
+        gates.paths = {name: path_of(site.kept(device)).path for name, site in self.gated.items()}
         if cache is not None and cache.get_seq_length() > 0:
             for _, _, gate in self.attentions:
                 gates.paths[gate.name] = before.get(gate.name, gates.paths[gate.name])

@@ -110,7 +110,7 @@ def _gated_row(name: str, module: nn.Module) -> Explained:
     if isinstance(operands, str):
         return Explained(name, _role(module.site), "dense", "dense", operands)
     width, device = width_of(module), base_linear(module).weight.device
-    kept = module.site.kept(noise=False) if device.type == "cpu" else 1.0
+    kept = module.site.kept(device, noise=False)
     few = choose_path(1, width, device, kept)
     many = choose_path(few_tokens(width, device, kept) + 1, width, device, kept)
     why = few.why if few == many else f"{few.path}: {few.why}; {many.path}: {many.why}"

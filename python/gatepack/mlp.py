@@ -122,13 +122,12 @@ def _takes_gated(down: nn.Module, x: torch.Tensor) -> bool:
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether a hook inside the module would be left out by an op that does not call it."""
-    return any(
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
-        for part in module.modules()
-    )
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ) or any(_is_watched(part) for part in module._modules.values() if part is not None)
 
 
 def _why_not_whole(operands: Operands | str) -> str:

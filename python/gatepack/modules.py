@@ -9,9 +9,9 @@ from torch import nn
 
 from gatepack.functional import (
     FoldedLinear,
+    add_low_rank,
     gate_lanes,
     linear,
-    low_rank,
     spread_lanes,
     take_lanes,
 )
@@ -183,7 +183,6 @@ def gated_forward(
 ) -> torch.Tensor:
     """Forward of a linear at its site; dense_forward, ungated, must run if opaque says why."""
     site: Site = module.site
-    operands = opaque or operands_of(module)
     path = path_of(module, x)
     full_in = None if site.in_gate is None else site.in_gate.size * site.in_gate.lanes
     if full_in and x.shape[-1] != full_in and (path == "dense" or not site.compact_in):
@@ -191,6 +190,7 @@ def gated_forward(
     if path == "dense":
         y = _masked(site, dense_forward, x)
         return y if site.compact_out else _without_closed_rows(site, y)
+    operands = opaque or operands_of(module)
     if path == "triton":
         return _full_width(site, operands, dense_forward, x)
     in_open = None if site.in_gate is None else site.in_gate.open()
@@ -219,8 +219,7 @@ def path_of(module: nn.Module, x: torch.Tensor) -> str:
     if decided:
         return decided
     tokens = x.numel() // max(x.shape[-1], 1)
-    kept = site.kept() if x.device.type == "cpu" else 1.0
-    return choose_path(tokens, width_of(module), x.device, kept).path
+    return choose_path(tokens, width_of(module), x.device, site.kept(x.device)).path
 
 
 def width_of(module: nn.Module) -> int:
@@ -268,12 +267,14 @@ def _folded(operands, x, in_open, out_open, rows, cols, full_in):
         y = FoldedLinear.apply(
             x, operands.w, operands.bias, z_in, z_out, rows, cols, in_lanes, out_lanes
         )  # fmt: skip
-    for adapter in operands.adapters:
-        low = low_rank(
-            adapter.dropout(x.to(adapter.a.dtype)), adapter.a, adapter.b, adapter.scaling,
-            z_in, z_out, rows, cols, in_lanes, out_lanes,
-        )  # fmt: skip
-        y = y + low.to(y.dtype)
+    return _adapted(y, x, operands.adapters, z_in, z_out, rows, cols, in_lanes, out_lanes)
+
+
+def _adapted(y: torch.Tensor, x: torch.Tensor, adapters: tuple[Adapter, ...], *where):
+    """y and what adapters add to it; where: gates and lanes, as add_low_rank takes them."""
+    for adapter in adapters:
+        inner = x if torch.is_autocast_enabled(x.device.type) else x.to(adapter.a.dtype)
+        y = add_low_rank(y, adapter.dropout(inner), adapter.a, adapter.b, adapter.scaling, *where)
     return y
 
 
@@ -323,13 +324,7 @@ def _triton(site, operands, x, z_out, group_out):
         dropout=dropout,
         seed=torch.randint(2**62, (), device=x.device) if dropout else None,
     )
-    for adapter in beside:
-        low = low_rank(
-            adapter.dropout(x.to(adapter.a.dtype)), adapter.a, adapter.b, adapter.scaling,
-            z_in, z_out, None, None, group_in, group_out,
-        )  # fmt: skip
-        y = y + low.to(y.dtype)
-    return y
+    return _adapted(y, x, beside, z_in, z_out, None, None, group_in, group_out)
 
 
 def as_operand(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

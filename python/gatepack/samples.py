@@ -3,6 +3,7 @@
 import functools
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -14,17 +15,13 @@ class Open:
 
     units: sorted unique int64 [n], or None when all run. values: fp32 [n], differentiable. ones:
     every running gate is exactly 1, so that multiplying by it can be left out where no gradient is
-    wanted. A head gate whose units are all closed keeps one unit with value 0: attention has no
-    zero-head form, and 0 contributes nothing.
+    wanted.
     """
 
     def __init__(self, gate: "Gate", values: torch.Tensor, units: torch.Tensor | None, ones: bool):
-        if units is not None and units.numel() == 0 and gate.kind == "heads":
-            units = torch.zeros(1, dtype=torch.int64, device=values.device)
-            ones = False
         self.gate = gate
         self.units = units
-        self.values = values if units is None else values.index_select(0, units)
+        self.values = values
         self.ones = ones
 
     @property
@@ -94,24 +91,37 @@ class Sample:
     def _counts(self) -> dict[str, tuple[int, int]]:
         """How many units of each gate are open, and how many of those are exactly 1."""
         flat = self.flat.detach()
-        is_open = flat > 0
-        # Two counts per gate cross to the host in one copy.
-        segments = self._segments()
-        counts = torch.zeros(2, len(self.gates), dtype=torch.int64, device=flat.device)
-        counts[0].index_add_(0, segments, is_open.long())
-        counts[1].index_add_(0, segments, (is_open & (flat == 1)).long())
-        names = (gate.name for gate in self.gates)
-        return dict(zip(names, zip(*counts.tolist(), strict=True), strict=True))
+        is_open, is_one = flat > 0, flat == 1
+        names = [gate.name for gate in self.gates]
+        if flat.device.type == "cpu":
+            count = np.count_nonzero
+            places = [slice(gate.start, gate.start + gate.size) for gate in self.gates]
+            found = [[count(mask[i]) for i in places] for mask in (is_open.numpy(), is_one.numpy())]
+        else:
+            # Two counts per gate cross to the host in one copy.
+            segments = self._segments()
+            counts = torch.zeros(2, len(self.gates), dtype=torch.int64, device=flat.device)
+            counts[0].index_add_(0, segments, is_open.long())
+            counts[1].index_add_(0, segments, is_one.long())
+            found = counts.tolist()
+        return dict(zip(names, zip(*found, strict=True), strict=True))
 
     @functools.cached_property
     def _open(self) -> dict[str, Open]:
-        open_counts = [n_open for n_open, _ in self._counts.values()]
-        indices = torch.split((self.flat.detach() > 0).nonzero().squeeze(1), open_counts)
+        index = (self.flat.detach() > 0).nonzero().squeeze(1)
+        sizes = [n_open for n_open, _ in self._counts.values()]
+        # One gather for all gates: each of its own would be a step of autograd.
+        values = torch.split(self.flat.index_select(0, index), sizes)
         found = {}
-        for gate, index in zip(self.gates, indices, strict=True):
+        for gate, units, part in zip(self.gates, torch.split(index, sizes), values, strict=True):
             n_open, n_one = self._counts[gate.name]
-            units = None if n_open == gate.size else index - gate.start
-            found[gate.name] = Open(gate, self.values[gate.name], units, n_one == n_open)
+            if n_open == 0 and gate.kind == "heads":
+                # Attention has no form without heads: one runs with value 0 and adds nothing.
+                first = torch.zeros(1, dtype=torch.int64, device=index.device)
+                found[gate.name] = Open(gate, self.values[gate.name][:1], first, False)
+                continue
+            units = None if n_open == gate.size else units - gate.start
+            found[gate.name] = Open(gate, part, units, n_one == n_open)
         return found
 
     @functools.cached_property

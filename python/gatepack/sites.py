@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 from gatepack.gates import Gate
 
 
@@ -36,8 +38,11 @@ class Site:
         """The gate whose path the linear takes."""
         return self.in_gate or self.out_gate or self.rows_gate
 
-    def kept(self, noise: bool = True) -> float:
-        """Open fraction of the weight in the current sample, or without noise."""
+    def kept(self, device: torch.device, noise: bool = True) -> float:
+        """Open fraction of the weight in the current sample, or without noise, on a CPU. Elsewhere
+        1: paths do not go by it there, and counting would wait for the device."""
+        if device.type != "cpu":
+            return 1.0
         sides = (self.in_gate, self.out_gate or self.rows_gate)
         # Linears that hand each other open units only must agree: the side that they share counts.
         if self.compact_in or self.compact_out:
