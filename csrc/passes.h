@@ -1,8 +1,7 @@
-// Passes over activations and thin products on the CPU, where torch's own leave bandwidth unused:
+// Passes over activations on the CPU, where torch's own leave bandwidth unused:
 //
-//   linear_few_tokens  y[t, n] = sum_k x[t, k] * w[n, k] + bias[n], each row of w read once for all t
-//   swiglu             h = silu(a) * u * z, and its gradients, in one pass each; z [n] or none
-//   column_products    y[n] = sum_t a[t, n] * b[t, n]
+//   swiglu           h = silu(a) * u * z, and its gradients, in one pass each; z [n] or none
+//   column_products  y[n] = sum_t a[t, n] * b[t, n]
 //
 // Sixteen fp32 lanes at a time, whatever the registers are: every instruction set adds in the same
 // order and writes the same bytes. No product is contracted into an addition.
@@ -72,7 +71,18 @@ GATEPACK_INLINE void store_some(float* to, const Floats& from, int64_t count) {
   }
 #endif
 
-Tensor linear_few_tokens_cpu(const Tensor& x, const Tensor& w, const OptTensor& bias);
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+inline void require_dense(const char* op, const char* name, const Tensor& x, const Tensor& like) {
+  require(x.scalar_type() == like.scalar_type(), op, ": ", name, " must be ",
+          dtype_name(like.scalar_type()), ", got ", dtype_name(x.scalar_type()));
+  require(x.is_contiguous(), op, ": ", name, " must be contiguous");
+  require(!x.is_cuda(), op, ": ", name, " must be on the CPU");
+}
+
 Tensor swiglu_cpu(const Tensor& a, const Tensor& u, const OptTensor& z);
 std::tuple<Tensor, Tensor, Tensor> swiglu_backward_cpu(const Tensor& dh, const Tensor& a,
                                                        const Tensor& u, const OptTensor& z);

@@ -18,7 +18,13 @@ CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidd
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-DUSE_CUDA"]
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
 
-CXX_SOURCES = ["ops.cpp", "fold_pack_cpu.cpp", "open_sets_cpu.cpp", "passes_cpu.cpp"]
+CXX_SOURCES = [
+    "ops.cpp",
+    "fold_pack_cpu.cpp",
+    "open_linear_cpu.cpp",
+    "open_sets_cpu.cpp",
+    "passes_cpu.cpp",
+]
 CUDA_SOURCES = ["fold_pack_cuda.cu", "open_sets_cuda.cu"]
 
 

@@ -32,6 +32,8 @@ from gatepack._reference import (
     fold_pack_adjoint_ref,
     fold_pack_ref,
     linear_few_tokens_ref,
+    open_linear_backward_ref,
+    open_linear_ref,
     open_sets_ref,
     pack_tensors_out_ref,
     pack_tensors_ref,
@@ -60,6 +62,8 @@ OPS = (
     "open_sets",
     "remap_ids",
     "linear_few_tokens",
+    "open_linear",
+    "open_linear_backward",
     "swiglu",
     "swiglu_backward",
     "column_products",
@@ -240,6 +244,16 @@ def _linear_few_tokens_fake(x, w, bias):
     return x.new_empty(x.shape[0], w.shape[0])
 
 
+def _open_linear_fake(x, w, bias, rows, cols, z_out, z_in, out_lanes, in_lanes):
+    return x.new_empty(x.shape[0], _kept(rows, w.shape[0]))
+
+
+def _open_linear_backward_fake(dy, x, y, w, rows, cols, z_out, z_in, out_lanes, in_lanes):
+    dz_out = dy.new_empty(0 if y is None else z_out.shape[0], dtype=torch.float32)
+    dz_in = dy.new_empty(0 if x is None else z_in.shape[0], dtype=torch.float32)
+    return dy.new_empty(dy.shape[0], _kept(cols, w.shape[1])), dz_out, dz_in
+
+
 def _swiglu_fake(a, u, z=None):
     return torch.empty_like(a)
 
@@ -292,6 +306,8 @@ _TABLE = (
     ("open_sets", open_sets_ref, _open_sets_fake, None),
     ("remap_ids", remap_ids_ref, _remap_ids_fake, None),
     ("linear_few_tokens", linear_few_tokens_ref, _linear_few_tokens_fake, None),
+    ("open_linear", open_linear_ref, _open_linear_fake, None),
+    ("open_linear_backward", open_linear_backward_ref, _open_linear_backward_fake, None),
     ("swiglu", swiglu_ref, _swiglu_fake, None),
     ("swiglu_backward", swiglu_backward_ref, _swiglu_backward_fake, None),
     ("column_products", column_products_ref, _column_products_fake, None),
