@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from gatepack.functional import (
-    FoldedLinear,
+    folded_linear,
     gate_lanes,
     linear,
     low_rank,
     spread_lanes,
     take_lanes,
+    tokens_in_place,
 )
 from gatepack.gates import Gate
 from gatepack.paths import choose_path
@@ -81,7 +82,12 @@ def base_linear(module: nn.Module) -> nn.Module:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether module is GPT-2's transposed linear, weight [K, N]."""
-    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+    return _is_conv1d_class(type(module))
+
+
+@functools.cache
+def _is_conv1d_class(module_class: type) -> bool:
+    return any(cls.__name__ == "Conv1D" for cls in module_class.__mro__)
 
 
 def weight_matrix(linear: nn.Module) -> torch.Tensor:
@@ -220,7 +226,12 @@ def path_of(module: nn.Module, x: torch.Tensor) -> str:
         return decided
     tokens = x.numel() // max(x.shape[-1], 1)
     kept = site.kept() if x.device.type == "cpu" else 1.0
-    return choose_path(tokens, width_of(module), x.device, kept).path
+    return choose_path(tokens, width_of(module), x.device, kept, most_in_place(module)).path
+
+
+def most_in_place(module: nn.Module) -> int:
+    """Up to how many tokens gatepack._C multiplies with the weight of a linear where it lies."""
+    return tokens_in_place(weight_matrix(base_linear(module)))
 
 
 def width_of(module: nn.Module) -> int:
@@ -261,11 +272,11 @@ def _folded(operands, x, in_open, out_open, rows, cols, full_in):
     in_lanes = 1 if in_open is None else in_open.gate.lanes
     out_lanes = 1 if out_open is None else out_open.gate.lanes
     if rows is None and cols is None and z_in is None and z_out is None:
-        y = F.linear(
+        y = linear(
             x, operands.w.to(x.dtype), None if operands.bias is None else operands.bias.to(x.dtype)
         )
     else:
-        y = FoldedLinear.apply(
+        y = folded_linear(
             x, operands.w, operands.bias, z_in, z_out, rows, cols, in_lanes, out_lanes
         )  # fmt: skip
     for adapter in operands.adapters:

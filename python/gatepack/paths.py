@@ -79,16 +79,21 @@ def few_tokens(width: int, device: torch.device, kept: float = 1.0) -> float:
     return next(r.tokens for r in RULES if arch.startswith(r.arch) and width <= r.width)
 
 
-def choose_path(tokens: int, width: int, device: torch.device, kept: float = 1.0) -> Choice:
+def choose_path(
+    tokens: int, width: int, device: torch.device, kept: float = 1.0, in_place: int = 0
+) -> Choice:
     """The path of a forward of `tokens` tokens through layers of a residual width.
 
-    kept: open fraction of the weights, which counts on a CPU only. GATEPACK_BACKEND forces a path;
-    a CUDA graph under capture forces "triton".
+    On a CPU only, kept: open fraction of the weights; in_place: up to how many tokens their open
+    part is multiplied where it lies. GATEPACK_BACKEND forces a path; a CUDA graph under capture
+    forces "triton".
     """
     forced = _env.backend()
     if forced:
         return Choice(forced, "GATEPACK_BACKEND")
     if device.type == "cpu":
+        if tokens <= in_place:
+            return Choice("folded", f"at most {in_place} tokens, with nothing packed")
         limit = few_tokens(width, device, kept)
         if limit == math.inf:
             return Choice("dense", "nothing is closed")
