@@ -4,7 +4,6 @@
 //   open_linear           y[t, i] = z_out[i] * (sum_c w[rows[i], cols[c]] * z_in[c] * x[t, c]
 //                                               + bias[rows[i]])
 //   open_linear_backward  dx, dz_in and dz_out of it from dy
-//   linear_few_tokens     y = x w^T + bias, without gates
 //
 // Rows of w that are closed are never read. Closed columns are, times 0: next to open ones they
 // share their cache lines.
@@ -15,8 +14,6 @@
 #include <tuple>
 
 namespace gatepack {
-
-Tensor linear_few_tokens_cpu(const Tensor& x, const Tensor& w, const OptTensor& bias);
 
 Tensor open_linear_cpu(const Tensor& x, const Tensor& w, const OptTensor& bias,
                        const OptTensor& rows, const OptTensor& cols, const OptTensor& z_out,

@@ -1,4 +1,4 @@
-// open_linear, its gradients and linear_few_tokens on the CPU.
+// open_linear and its gradients on the CPU.
 #include "open_linear.h"
 
 #include "fold_pack_cover.h"
@@ -17,17 +17,99 @@ constexpr int64_t kColumns = 3 * kLanes;
 constexpr int64_t kRun = 64;          // rows of w for all tokens, then the next ones
 constexpr int64_t kAhead = 4;         // rows of w that are asked for before their turn
 
-// Sums of sixteen lanes that registers hold: 24 with AVX-512, else 4 (of dots) or 6.
-template <class T>
-struct Wide {
-  using Weight = T;
-  static constexpr bool wide = true;
+// A register of 64, 32 or 16 bytes of fp32, and bf16 read into it.
+template <int kBytes>
+struct Register;
+#define GATEPACK_REGISTER(bytes)                                         \
+  template <>                                                            \
+  struct Register<bytes> {                                               \
+    typedef float Floats __attribute__((vector_size(bytes)));            \
+    typedef int32_t Ints __attribute__((vector_size(bytes)));            \
+    typedef uint16_t Halves __attribute__((vector_size(bytes / 2)));     \
+    static GATEPACK_INLINE void load(Floats& to, const float* from) {    \
+      std::memcpy(&to, from, bytes);                                     \
+    }                                                                    \
+    static GATEPACK_INLINE void load(Floats& to, const bf16* from) {     \
+      Halves raw;                                                        \
+      std::memcpy(&raw, from, bytes / 2);                                \
+      const Ints bits = __builtin_convertvector(raw, Ints) << 16;        \
+      std::memcpy(&to, &bits, bytes);                                    \
+    }                                                                    \
+  };
+GATEPACK_REGISTER(64)
+GATEPACK_REGISTER(32)
+GATEPACK_REGISTER(16)
+
+// Sixteen lanes in registers of kBytes each. Every width adds in the same order.
+template <int kBytes>
+struct Lanes {
+  static constexpr int kParts = 4 * kLanes / kBytes;
+  static constexpr bool kWide = kBytes == 64;  // and then there are 32 registers, else 16
+  typename Register<kBytes>::Floats part[kParts];
+
+  template <class T>
+  GATEPACK_INLINE void load(const T* from) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) Register<kBytes>::load(part[p], from + p * kBytes / 4);
+  }
+  GATEPACK_INLINE void store(float* to) const { std::memcpy(to, part, sizeof part); }
+
+  // The first `count` of the lanes, zero behind them.
+  template <class T>
+  GATEPACK_INLINE void load(const T* from, int64_t count) {
+    if (count == kLanes) return load(from);
+    T padded[kLanes] = {};
+    std::memcpy(padded, from, count * sizeof(T));
+    load(padded);
+  }
+  GATEPACK_INLINE void store(float* to, int64_t count) const {
+    std::memcpy(to, part, count * sizeof(float));
+  }
+
+  GATEPACK_INLINE void add_product(const Lanes& a, const Lanes& b) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) part[p] += a.part[p] * b.part[p];
+  }
+  GATEPACK_INLINE void add_product(const Lanes& a, float b) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) part[p] += a.part[p] * b;
+  }
+
+  GATEPACK_INLINE float total() const {
+    typedef float Four __attribute__((vector_size(16)));
+    Four four[4];
+    std::memcpy(four, part, sizeof four);
+    const Four sums = (four[0] + four[2]) + (four[1] + four[3]);
+    return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+  }
 };
-template <class T>
-struct Narrow {
-  using Weight = T;
-  static constexpr bool wide = false;
-};
+
+// Calls kernel<T, bytes of a register>(job, begin, end) compiled for the instruction set in use.
+#if defined(__x86_64__)
+#define GATEPACK_COMPILE_WIDTHS(name, kernel)                                             \
+  template <class T, class Job>                                                           \
+  __attribute__((target(GATEPACK_AVX512))) void name##_avx512(const Job& job, int64_t begin, \
+                                                              int64_t end) {              \
+    kernel<T, 64>(job, begin, end);                                                       \
+  }                                                                                       \
+  template <class T, class Job>                                                           \
+  __attribute__((target(GATEPACK_AVX2))) void name##_avx2(const Job& job, int64_t begin,  \
+                                                          int64_t end) {                  \
+    kernel<T, 32>(job, begin, end);                                                       \
+  }                                                                                       \
+  template <class T, class Job>                                                           \
+  void name(const char* level, const Job& job, int64_t begin, int64_t end) {              \
+    if (!std::strcmp(level, "avx512")) return name##_avx512<T>(job, begin, end);          \
+    if (!std::strcmp(level, "avx2")) return name##_avx2<T>(job, begin, end);              \
+    kernel<T, 16>(job, begin, end);                                                       \
+  }
+#else
+#define GATEPACK_COMPILE_WIDTHS(name, kernel)                                             \
+  template <class T, class Job>                                                           \
+  void name(const char*, const Job& job, int64_t begin, int64_t end) {                    \
+    kernel<T, 16>(job, begin, end);                                                       \
+  }
+#endif
 
 // The open rows of a weight.
 template <class T>
@@ -37,8 +119,10 @@ struct Rows {
   const int64_t* open;  // null: all
   int64_t n;
 
+  // The last one again past the end.
   GATEPACK_INLINE const T* at(int64_t i) const {
-    return w + (open ? open[std::min(i, n - 1)] : std::min(i, n - 1)) * stride;
+    i = std::min(i, n - 1);
+    return w + (open ? open[i] : i) * stride;
   }
 };
 
@@ -52,88 +136,77 @@ struct Dots {
   T* y;            // [tokens, n]
 };
 
-GATEPACK_INLINE float total(const Floats& sums) {
-  typedef float Eight __attribute__((vector_size(32)));
-  typedef float Four __attribute__((vector_size(16)));
-  Eight eight[2];
-  std::memcpy(eight, &sums, sizeof eight);
-  eight[0] += eight[1];
-  Four four[2];
-  std::memcpy(four, eight, sizeof four);
-  four[0] += four[1];
-  return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
-}
-
 // Rows i .. i + R - 1, of which those before `end` are written, for N tokens from t on.
-template <class T, int R, int N>
+template <class T, int kBytes, int R, int N>
 GATEPACK_INLINE void dot_tile(const Dots<T>& job, int64_t i, int64_t end, int64_t t) {
   const T *row[R], *next[R];
   const float* x[N];
   for (int r = 0; r < R; ++r) row[r] = job.rows.at(i + r), next[r] = job.rows.at(i + R + r);
   for (int j = 0; j < N; ++j) x[j] = job.x + std::min(t + j, job.tokens - 1) * job.rows.k;
-  Floats sums[R][N] = {};
+  Lanes<kBytes> sums[R][N] = {};
   int64_t k = 0;
   for (; k + kLanes <= job.rows.k; k += kLanes) {
-    Floats weight[R];
+    Lanes<kBytes> weight[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      load(weight[r], row[r] + k);
+      weight[r].load(row[r] + k);
       // The hardware's prefetch ends with each page; this one asks for the rows that come next.
       if (t == 0) __builtin_prefetch(next[r] + k);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
-      Floats in;
-      load(in, x[j] + k);
+      Lanes<kBytes> in;
+      in.load(x[j] + k);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[r][j] += in * weight[r];
+      for (int r = 0; r < R; ++r) sums[r][j].add_product(in, weight[r]);
     }
   }
   if (k < job.rows.k) {
     const int64_t count = job.rows.k - k;
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
-      Floats in, weight;
-      load_some(in, x[j] + k, count);
+      Lanes<kBytes> in, weight;
+      in.load(x[j] + k, count);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        load_some(weight, row[r] + k, count);
-        sums[r][j] += in * weight;
+        weight.load(row[r] + k, count);
+        sums[r][j].add_product(in, weight);
       }
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     if (i + r >= end) break;
-    const float bias = job.bias ? widen(job.bias[(row[r] - job.rows.w) / job.rows.stride]) : 0.0f;
+    const int64_t n = job.rows.open ? job.rows.open[i + r] : i + r;
+    const float bias = job.bias ? widen(job.bias[n]) : 0.0f;
     const float z = job.z ? job.z[i + r] : 1.0f;
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
       if (t + j >= job.tokens) break;
-      narrow((total(sums[r][j]) + bias) * z, job.y[(t + j) * job.rows.n + i + r]);
+      narrow((sums[r][j].total() + bias) * z, job.y[(t + j) * job.rows.n + i + r]);
     }
   }
 }
 
-template <class T, int R, int N>
-GATEPACK_INLINE void dot_tiles(const Dots<T>& job, int64_t begin, int64_t end, int64_t t) {
-  for (int64_t i = begin; i < end; i += R) dot_tile<T, R, N>(job, i, end, t);
+template <class T, int kBytes, int R, int N>
+GATEPACK_INLINE void dot_tiles(const Dots<T>& job, int64_t begin, int64_t end, int64_t& t) {
+  for (int64_t i = begin; i < end; i += R) dot_tile<T, kBytes, R, N>(job, i, end, t);
+  t += N;
 }
 
-template <class Tile>
-GATEPACK_INLINE void dots(const Dots<typename Tile::Weight>& job, int64_t begin, int64_t end) {
-  using T = typename Tile::Weight;
+template <class T, int kBytes>
+GATEPACK_INLINE void dots(const Dots<T>& job, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += kPanel) {
     const int64_t last = std::min(i + kPanel, end);
     for (int64_t t = 0, left; (left = job.tokens - t) > 0;) {
-      if constexpr (Tile::wide) {
-        if (left >= 9 || left == 6 || left == 5) dot_tiles<T, 4, 6>(job, i, last, t), t += 6;
-        else if (left >= 3) dot_tiles<T, 6, 4>(job, i, last, t), t += 4;
-        else if (left == 2) dot_tiles<T, 8, 2>(job, i, last, t), t += 2;
-        else dot_tiles<T, 8, 1>(job, i, last, t), t += 1;
+      if constexpr (Lanes<kBytes>::kWide) {
+        if (left > 8 || left == 6 || left == 5) dot_tiles<T, kBytes, 4, 6>(job, i, last, t);
+        else if (left > 2) dot_tiles<T, kBytes, 6, 4>(job, i, last, t);
+        else if (left > 1) dot_tiles<T, kBytes, 8, 2>(job, i, last, t);
+        else dot_tiles<T, kBytes, 8, 1>(job, i, last, t);
       } else {
-        if (left >= 2) dot_tiles<T, 2, 2>(job, i, last, t), t += 2;
-        else dot_tiles<T, 4, 1>(job, i, last, t), t += 1;
+        if (left > 1) dot_tiles<T, kBytes, 2, 2>(job, i, last, t);
+        else dot_tiles<T, kBytes, 4, 1>(job, i, last, t);
       }
     }
   }
@@ -153,12 +226,12 @@ struct Part {
 };
 
 // V vectors from column k on (the last one may be cut off) for N tokens from t on.
-template <class T, int N, int V>
+template <class T, int kBytes, int N, int V>
 GATEPACK_INLINE void sum_tile(const Sums<T>& job, const Part& part, int64_t k) {
   const int64_t count = std::min<int64_t>(kLanes, part.k + part.columns - k);
   const float* dy[N];
   float* dx[N];
-  Floats sums[N][V] = {};
+  Lanes<kBytes> sums[N][V] = {};
 #pragma GCC unroll 8
   for (int j = 0; j < N; ++j) {
     const int64_t t = std::min(part.t + j, job.tokens - 1);
@@ -167,13 +240,13 @@ GATEPACK_INLINE void sum_tile(const Sums<T>& job, const Part& part, int64_t k) {
     if (part.i == 0) continue;
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      if (V == 1) load_some(sums[j][v], dx[j], count);
-      else load(sums[j][v], dx[j] + v * kLanes);
+      if (V == 1) sums[j][v].load(dx[j], count);
+      else sums[j][v].load(dx[j] + v * kLanes);
     }
   }
   for (int64_t i = part.i; i < part.end; ++i) {
     const T* const row = job.rows.at(i) + k;
-    Floats weight[V];
+    Lanes<kBytes> weight[V];
     if (part.t == 0) {
       const T* const ahead = job.rows.at(i + kAhead) + k;
 #pragma GCC unroll 8
@@ -181,55 +254,55 @@ GATEPACK_INLINE void sum_tile(const Sums<T>& job, const Part& part, int64_t k) {
     }
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      if (V == 1) load_some(weight[v], row, count);
-      else load(weight[v], row + v * kLanes);
+      if (V == 1) weight[v].load(row, count);
+      else weight[v].load(row + v * kLanes);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
+      const float g = dy[j][i];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sums[j][v] += weight[v] * dy[j][i];
+      for (int v = 0; v < V; ++v) sums[j][v].add_product(weight[v], g);
     }
   }
 #pragma GCC unroll 8
   for (int j = 0; j < N; ++j) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      if (V == 1) store_some(dx[j], sums[j][v], count);
-      else store(dx[j] + v * kLanes, sums[j][v]);
+      if (V == 1) sums[j][v].store(dx[j], count);
+      else sums[j][v].store(dx[j] + v * kLanes);
     }
   }
 }
 
-template <class T, int N, int V>
+template <class T, int kBytes, int N, int V>
 GATEPACK_INLINE void sum_tiles(const Sums<T>& job, const Part& part) {
   int64_t k = part.k;
   const int64_t end = k + part.columns;
-  for (; k + V * kLanes <= end; k += V * kLanes) sum_tile<T, N, V>(job, part, k);
-  for (; k < end; k += kLanes) sum_tile<T, N, 1>(job, part, k);
+  for (; k + V * kLanes <= end; k += V * kLanes) sum_tile<T, kBytes, N, V>(job, part, k);
+  for (; k < end; k += kLanes) sum_tile<T, kBytes, N, 1>(job, part, k);
 }
 
 // Columns begin .. end - 1 of dx.
-template <class Tile>
-GATEPACK_INLINE void column_sums(const Sums<typename Tile::Weight>& job, int64_t begin,
-                                 int64_t end) {
-  using T = typename Tile::Weight;
-  constexpr int64_t V = Tile::wide ? 6 : 3, N = Tile::wide ? 4 : 2;
+template <class T, int kBytes>
+GATEPACK_INLINE void column_sums(const Sums<T>& job, int64_t begin, int64_t end) {
+  constexpr bool wide = Lanes<kBytes>::kWide;
+  constexpr int64_t V = wide ? 6 : 3, N = wide ? 4 : 2;
   const int64_t run = job.tokens > N ? kRun : job.rows.n;
   for (int64_t k = begin; k < end; k += V * kLanes) {
     const int64_t columns = std::min(V * kLanes, end - k);
     for (int64_t i = 0; i < job.rows.n; i += run) {
       for (int64_t t = 0, left; (left = job.tokens - t) > 0;) {
         const Part part{k, columns, i, std::min(i + run, job.rows.n), t};
-        if (left > 2 && Tile::wide) sum_tiles<T, 4, V>(job, part), t += 4;
-        else if (left > 1) sum_tiles<T, 2, V>(job, part), t += 2;
-        else sum_tiles<T, 1, V>(job, part), t += 1;
+        if (wide && left > 2) sum_tiles<T, kBytes, N, V>(job, part), t += N;
+        else if (left > 1) sum_tiles<T, kBytes, 2, V>(job, part), t += 2;
+        else sum_tiles<T, kBytes, 1, V>(job, part), t += 1;
       }
     }
   }
 }
 
-GATEPACK_COMPILE(run_dots, dots)
-GATEPACK_COMPILE(run_sums, column_sums)
+GATEPACK_COMPILE_WIDTHS(run_dots, dots)
+GATEPACK_COMPILE_WIDTHS(run_sums, column_sums)
 
 void require_weight(const char* op, const Tensor& w) {
   const ScalarType type = w.scalar_type();
@@ -255,7 +328,6 @@ void require_bias(const char* op, const Tensor& bias, const Tensor& w) {
 // The open lanes of one side of a weight, and what multiplies them.
 class Side {
  public:
-  Side(int64_t n) : n_(n), index_({""}, "", {}, n, n, true) {}
   Side(const Where& where, const char* name, const OptTensor& index, const char* gate_name,
        const OptTensor& gate, int64_t lanes, int64_t bound, const Tensor& w)
       : n_(index ? index->numel() : bound),
@@ -290,7 +362,7 @@ class Side {
   }
 
  private:
-  int64_t n_, lanes_ = 1;
+  int64_t n_, lanes_;
   Units index_;
   const float* units_ = nullptr;
   std::vector<float> spread_;
@@ -307,16 +379,13 @@ void parallel(int64_t n, int64_t values_each, const Function& function) {
   torch::stable::parallel_for(0, n, grain, function);
 }
 
-bool has_wide_registers(const char* level) { return !std::strcmp(level, "avx512"); }
-
 template <class T>
 void multiply(const Dots<T>& job) {
   const char* const level = simd_level();
   const int64_t bytes = std::max<int64_t>(1, job.rows.k * sizeof(T));
   const int64_t grain = rounded_up(std::max<int64_t>(1, kGrain / bytes), 8);
   torch::stable::parallel_for(0, job.rows.n, grain, [&](int64_t begin, int64_t end) {
-    if (has_wide_registers(level)) run_dots<Wide<T>>(level, job, begin, end);
-    else run_dots<Narrow<T>>(level, job, begin, end);
+    run_dots<T>(level, job, begin, end);
   });
 }
 
@@ -379,9 +448,7 @@ void add_up(const Sums<T>& job) {
   const int64_t grain = std::max<int64_t>(1, kGrain / bytes);
   const int64_t steps = (job.rows.k + kColumns - 1) / kColumns;
   torch::stable::parallel_for(0, steps, grain, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kColumns, last = std::min(end * kColumns, job.rows.k);
-    if (has_wide_registers(level)) run_sums<Wide<T>>(level, job, first, last);
-    else run_sums<Narrow<T>>(level, job, first, last);
+    run_sums<T>(level, job, begin * kColumns, std::min(end * kColumns, job.rows.k));
   });
 }
 
@@ -419,16 +486,6 @@ Tensor backward(const Tensor& dy, const Tensor& w, const Side& out, const Side& 
 
 }  // namespace
 
-Tensor linear_few_tokens_cpu(const Tensor& x, const Tensor& w, const OptTensor& bias) {
-  const char* const op = "linear_few_tokens";
-  require_weight(op, w);
-  require_matrix(op, "x", x, w, w.size(1));
-  if (bias) require_bias(op, *bias, w);
-  const Side out(w.size(0)), in(w.size(1));
-  return w.scalar_type() == ScalarType::Float ? forward<float>(x, w, bias, out, in)
-                                              : forward<bf16>(x, w, bias, out, in);
-}
-
 Tensor open_linear_cpu(const Tensor& x, const Tensor& w, const OptTensor& bias,
                        const OptTensor& rows, const OptTensor& cols, const OptTensor& z_out,
                        const OptTensor& z_in, int64_t out_lanes, int64_t in_lanes) {
@@ -459,8 +516,8 @@ std::tuple<Tensor, Tensor, Tensor> open_linear_backward_cpu(
           ": x and y must have as many tokens as dy");
   Tensor dx = w.scalar_type() == ScalarType::Float ? backward<float>(dy, w, out, in)
                                                    : backward<bf16>(dy, w, out, in);
-  const Tensor none = torch::stable::new_empty(dy, {0}, ScalarType::Float);
-  return {dx, y ? out.gradient(dy, *y) : none, x ? in.gradient(*x, dx) : none};
+  const auto none = [&] { return torch::stable::new_empty(dy, {0}, ScalarType::Float); };
+  return {dx, y ? out.gradient(dy, *y) : none(), x ? in.gradient(*x, dx) : none()};
 }
 
 }  // namespace gatepack

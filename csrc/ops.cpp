@@ -52,7 +52,6 @@ STABLE_TORCH_LIBRARY_IMPL(gatepack, CPU, m) {
   m.impl("unpack_tensors_out", TORCH_BOX(&unpack_tensors_out_cpu));
   m.impl("open_sets", TORCH_BOX(&open_sets_cpu));
   m.impl("remap_ids", TORCH_BOX(&remap_ids_cpu));
-  m.impl("linear_few_tokens", TORCH_BOX(&linear_few_tokens_cpu));
   m.impl("open_linear", TORCH_BOX(&open_linear_cpu));
   m.impl("open_linear_backward", TORCH_BOX(&open_linear_backward_cpu));
   m.impl("swiglu", TORCH_BOX(&swiglu_cpu));

@@ -47,14 +47,16 @@ GATEPACK_INLINE void store_some(float* to, const Floats& from, int64_t count) {
 
 // Calls kernel<T>(arguments) compiled for the instruction set in use (simd_level).
 #if defined(__x86_64__)
+#define GATEPACK_AVX512 "avx512f,avx512bw,avx512vl,avx512dq"
+#define GATEPACK_AVX2 "avx2,f16c"
 #define GATEPACK_COMPILE(name, kernel)                                                       \
   template <class T, class... Arguments>                                                     \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) void name##_avx512(          \
+  __attribute__((target(GATEPACK_AVX512))) void name##_avx512(                               \
       const Arguments&... arguments) {                                                       \
     kernel<T>(arguments...);                                                                 \
   }                                                                                          \
   template <class T, class... Arguments>                                                     \
-  __attribute__((target("avx2,f16c"))) void name##_avx2(const Arguments&... arguments) {     \
+  __attribute__((target(GATEPACK_AVX2))) void name##_avx2(const Arguments&... arguments) {   \
     kernel<T>(arguments...);                                                                 \
   }                                                                                          \
   template <class T, class... Arguments>                                                     \

@@ -31,7 +31,6 @@ from gatepack._reference import (
     empty_like_order,
     fold_pack_adjoint_ref,
     fold_pack_ref,
-    linear_few_tokens_ref,
     open_linear_backward_ref,
     open_linear_ref,
     open_sets_ref,
@@ -61,7 +60,6 @@ OPS = (
     "unpack_tensors_out",
     "open_sets",
     "remap_ids",
-    "linear_few_tokens",
     "open_linear",
     "open_linear_backward",
     "swiglu",
@@ -240,10 +238,6 @@ def _remap_ids_fake(ids, table):
     return torch.empty_like(ids)
 
 
-def _linear_few_tokens_fake(x, w, bias):
-    return x.new_empty(x.shape[0], w.shape[0])
-
-
 def _open_linear_fake(x, w, bias, rows, cols, z_out, z_in, out_lanes, in_lanes):
     return x.new_empty(x.shape[0], _kept(rows, w.shape[0]))
 
@@ -305,7 +299,6 @@ _TABLE = (
     ("unpack_tensors_out", unpack_tensors_out_ref, _out_fake, None),
     ("open_sets", open_sets_ref, _open_sets_fake, None),
     ("remap_ids", remap_ids_ref, _remap_ids_fake, None),
-    ("linear_few_tokens", linear_few_tokens_ref, _linear_few_tokens_fake, None),
     ("open_linear", open_linear_ref, _open_linear_fake, None),
     ("open_linear_backward", open_linear_backward_ref, _open_linear_backward_fake, None),
     ("swiglu", swiglu_ref, _swiglu_fake, None),

@@ -345,10 +345,6 @@ def remap_ids_ref(ids, table) -> Tensor:
     return names.view(ids.shape).to(ids.dtype)
 
 
-def linear_few_tokens_ref(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, w, bias)
-
-
 def _lane_values(z: Tensor | None, lanes: int) -> Tensor | float:
     return 1.0 if z is None else z.repeat_interleave(lanes)
 
@@ -387,9 +383,8 @@ def open_linear_backward_ref(
     out_lanes: int,
     in_lanes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    none = dy.new_empty(0, dtype=torch.float32)
     dx = (dy.float() * _lane_values(z_out, out_lanes)) @ _select(w, rows, cols).float()
-    dz_in, dz_out = none, none
+    dz_in, dz_out = (dy.new_empty(0, dtype=torch.float32) for _ in range(2))
     if x is not None:
         dz_in = torch.where(z_in > 0, _per_unit(x, dx, in_lanes), 0.0)
     if y is not None:

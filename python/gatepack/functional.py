@@ -1,5 +1,6 @@
 """Stage 3, modules: the torch backend, fold-pack and then plain matmuls on the small shapes."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -11,10 +12,18 @@ from gatepack import _env, _ext
 from gatepack._ext import fold_pack, fold_pack_adjoint
 from gatepack.paths import packs_again
 
-# Up to how many tokens gatepack._C multiplies with a weight where it lies, on a CPU.
-FEW_TOKENS = {torch.float32: 64, torch.bfloat16: 1}
+# Up to how many tokens gatepack._C multiplies with a weight where it lies on a CPU, by instruction
+# set: from there on torch's blocked matmul on packed weights is faster. 2 threads of an AMD EPYC
+# with AVX-512, 576 x 1536 and 60 % open, forward and backward in us of all three weights of an MLP:
+# fp32 ROWS
+FEW_TOKENS = {
+    "avx512": {torch.float32: 64, torch.bfloat16: 4},
+    "avx2": {torch.float32: 16, torch.bfloat16: 1},
+    "scalar": {torch.float32: 4, torch.bfloat16: 1},
+}
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PRODUCTS = (torch.float32, torch.bfloat16)
 _ops = torch.ops.gatepack
 
 
@@ -30,18 +39,24 @@ def has_cpu_passes(x: torch.Tensor) -> bool:
     )
 
 
+@functools.cache
+def few_tokens() -> dict[torch.dtype, int]:
+    """Of FEW_TOKENS, what holds for the loaded gatepack._C."""
+    return FEW_TOKENS[_ext.build_info()["simd"]]
+
+
 def tokens_in_place(w: torch.Tensor) -> int:
     """Up to how many tokens open_linear multiplies with w [N, K] now, 0 where it does not.
 
     A frozen weight on a CPU, fp32 or bf16, with stride 1 along K, outside of tracing and autocast.
     """
-    return FEW_TOKENS[w.dtype] if _lies_ready(w) and has_cpu_passes(w) else 0
+    return few_tokens().get(w.dtype, 0) if _lies_ready(w) and has_cpu_passes(w) else 0
 
 
 def _lies_ready(w: torch.Tensor) -> bool:
     """Whether gatepack._C can multiply with w where it lies, and no gradient of w is wanted."""
     frozen = not (w.requires_grad and torch.is_grad_enabled())
-    return frozen and w.dtype in FEW_TOKENS and w.stride(-1) == 1 and type(w) in _PLAIN
+    return frozen and w.stride(-1) == 1 and type(w) in _PLAIN
 
 
 class _OpenLinear(torch.autograd.Function):
@@ -94,13 +109,22 @@ def open_linear(
     tokens_in_place(w) tokens, or none, and in another dtype than that of w.
     """
     tokens = x.numel() // max(x.shape[-1], 1)
-    if not 0 < tokens <= FEW_TOKENS.get(x.dtype, 0) or x.dtype != w.dtype or not _lies_ready(w):
+    if not has_cpu_passes(x) or not 0 < tokens <= few_tokens().get(x.dtype, 0):
         return None
-    if x.shape[-1] != (w.shape[1] if cols is None else cols.shape[0]) or x.device != w.device:
+    if x.dtype != w.dtype or x.device != w.device or not _lies_ready(w):
         return None
-    if (bias is not None and bias.dtype != w.dtype) or not has_cpu_passes(x):
+    if x.shape[-1] != (w.shape[1] if cols is None else cols.shape[0]):
         return None
-    return _OpenLinear.apply(x, w, bias, z_in, z_out, rows, cols, in_lanes, out_lanes)
+    if bias is not None and bias.dtype != w.dtype:
+        return None
+    arguments = x, w, bias, z_in, z_out, rows, cols, in_lanes, out_lanes
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
+        return _OpenLinear.apply(*arguments)
+    # A Function costs 10 us a call, a tenth of a decoding step.
+    y = _ops.open_linear.default(
+        _tokens(x).contiguous(), w, bias, rows, cols, z_out, z_in, out_lanes, in_lanes
+    )
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -185,7 +209,7 @@ def open_mlp(
     open channels, or None for 1; index int64 [n], None: all. None where it is not computed so.
     """
     tokens = x.numel() // max(x.shape[-1], 1)
-    if not 0 < tokens <= FEW_TOKENS[torch.float32] or not has_cpu_passes(x):
+    if not has_cpu_passes(x) or not 0 < tokens <= few_tokens()[torch.float32]:
         return None
     if any(w.dtype != torch.float32 or x.dtype != w.dtype or not _lies_ready(w) for w in weights):
         return None
@@ -228,7 +252,7 @@ def gate_lanes(x: torch.Tensor, z: torch.Tensor, lanes: int) -> torch.Tensor:
 
 def column_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """sum_t a[t, n] * b[t, n] -> [n], at least fp32; a, b [T, n]."""
-    known = a.dtype == b.dtype and a.dtype in FEW_TOKENS and a.is_contiguous() and b.is_contiguous()
+    known = a.dtype == b.dtype and a.dtype in _PRODUCTS and a.is_contiguous() and b.is_contiguous()
     if known and has_cpu_passes(a):
         return torch.ops.gatepack.column_products(a, b)
     if a.dtype in (torch.float16, torch.bfloat16):
