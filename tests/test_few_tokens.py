@@ -1,5 +1,4 @@
-"""What a CPU does with few tokens: weights multiplied where they lie, or the path "dense", and where
-it meets "folded"."""
+"""What a CPU does with few tokens: products with weights where they lie, or the path "dense"."""
 
 import copy
 from functools import partial

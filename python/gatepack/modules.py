@@ -4,7 +4,6 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from gatepack.functional import (
@@ -407,7 +406,7 @@ def _check_covers(argument: str, gate: Gate | None, features: int) -> None:
 class PackedLinear(nn.Linear):
     """A linear with its closed rows and columns removed; dense_shape is what it had, (out, in).
 
-    On a CPU, for few tokens without gradients, gatepack._C computes it on all threads.
+    On a CPU, for few tokens and without a gradient of the weight, gatepack._C computes it.
     """
 
     dense_shape: tuple[int, int]

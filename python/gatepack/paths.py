@@ -1,11 +1,13 @@
 """Stage 3, modules: which path computes gated layers, by shape and device, from one table.
 
 "folded"  pack the open part of the weights once per forward, then vendor matmuls on the small
-          shapes. The counts of open units cross to the host once per forward.
+          shapes. The counts of open units cross to the host once per forward. With few tokens on a
+          CPU gatepack._C multiplies with the open part where it lies, and nothing is packed.
 "triton"  gates inside the kernels, at full width between layers: only open lanes are read, nothing
           is packed, and nothing waits for the host, so that a step captures into a CUDA graph.
 "dense"   the ungated forward at its full price, between multiplications by the gates: on a CPU
-          where packing costs more than it saves, for few tokens or where little is closed.
+          where packing costs more than it saves, for few tokens or where little is closed, of
+          weights that gatepack._C does not multiply with where they lie.
 """
 
 import functools
