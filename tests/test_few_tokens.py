@@ -192,6 +192,7 @@ def test_an_mlp_in_place_is_its_linears(pattern, monkeypatch):
     x = torch.randn(2, 3, 48).requires_grad_()
     upstream = torch.randn(2, 3, 48)
     for _ in range(2):
+        gates.draw()
         y = mlp(x)
         results.append((y, *torch.autograd.grad(y, (x, gates.logits), upstream)))
         mlp.up_proj.register_forward_hook(lambda *_: None)
