@@ -33,7 +33,10 @@ def calls() -> dict[str, Callable[[], object]]:
         "fold_pack_adjoint": lambda: ops.fold_pack_adjoint(packed, rows, None, z, None, n, k, None),
         "pack_tensors": lambda: ops.pack_tensors(*one),
         "open_sets": lambda: ops.open_sets([gates > 0.4]),
-        "linear_few_tokens": lambda: ops.linear_few_tokens(x, w, None),
+        "open_linear": lambda: ops.open_linear(x, w, None, rows, None, None, None, 1, 1),
+        "open_linear_backward": lambda: ops.open_linear_backward(
+            x, None, None, wide, None, rows, None, None, 1, 1
+        ),
         "swiglu": lambda: ops.swiglu(a, u),
         "swiglu_backward": lambda: ops.swiglu_backward(dh, a, u),
         "swiglu, gates": lambda: ops.swiglu(a, u, gates),

@@ -1,5 +1,6 @@
 // Defines the ops of schemas.h and registers the CPU kernels. Importing the module runs this.
 #include "fold_pack_cpu.h"
+#include "open_linear.h"
 #include "open_sets.h"
 #include "passes.h"
 
@@ -51,7 +52,8 @@ STABLE_TORCH_LIBRARY_IMPL(gatepack, CPU, m) {
   m.impl("unpack_tensors_out", TORCH_BOX(&unpack_tensors_out_cpu));
   m.impl("open_sets", TORCH_BOX(&open_sets_cpu));
   m.impl("remap_ids", TORCH_BOX(&remap_ids_cpu));
-  m.impl("linear_few_tokens", TORCH_BOX(&linear_few_tokens_cpu));
+  m.impl("open_linear", TORCH_BOX(&open_linear_cpu));
+  m.impl("open_linear_backward", TORCH_BOX(&open_linear_backward_cpu));
   m.impl("swiglu", TORCH_BOX(&swiglu_cpu));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward_cpu));
   m.impl("gate_lanes", TORCH_BOX(&gate_lanes_cpu));

@@ -1,9 +1,8 @@
-// Passes over activations and thin products on the CPU, where torch's own leave bandwidth unused:
+// Passes over activations on the CPU, where torch's own leave bandwidth unused:
 //
-//   linear_few_tokens  y[t, n] = sum_k x[t, k] * w[n, k] + bias[n], each row of w read once for all t
-//   swiglu             h = silu(a) * u * z, and its gradients, in one pass each; z [n] or none
-//   gate_lanes         y = x * z, z for each of `lanes` lanes, and its gradients, in one pass each
-//   column_products    y[n] = sum_t a[t, n] * b[t, n]
+//   swiglu           h = silu(a) * u * z, and its gradients, in one pass each; z [n] or none
+//   gate_lanes       y = x * z, z for each of `lanes` lanes, and its gradients, in one pass each
+//   column_products  y[n] = sum_t a[t, n] * b[t, n]
 //
 // Sixteen fp32 lanes at a time, whatever the registers are: every instruction set adds in the same
 // order and writes the same bytes. No product is contracted into an addition.
@@ -58,14 +57,16 @@ GATEPACK_INLINE void store_some(bf16* to, const Floats& from, int64_t count) {
 
 // Calls kernel<T>(arguments) compiled for the instruction set in use (simd_level).
 #if defined(__x86_64__)
+#define GATEPACK_AVX512 "avx512f,avx512bw,avx512vl,avx512dq"
+#define GATEPACK_AVX2 "avx2,f16c"
 #define GATEPACK_COMPILE(name, kernel)                                                       \
   template <class T, class... Arguments>                                                     \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) void name##_avx512(          \
+  __attribute__((target(GATEPACK_AVX512))) void name##_avx512(                               \
       const Arguments&... arguments) {                                                       \
     kernel<T>(arguments...);                                                                 \
   }                                                                                          \
   template <class T, class... Arguments>                                                     \
-  __attribute__((target("avx2,f16c"))) void name##_avx2(const Arguments&... arguments) {     \
+  __attribute__((target(GATEPACK_AVX2))) void name##_avx2(const Arguments&... arguments) {   \
     kernel<T>(arguments...);                                                                 \
   }                                                                                          \
   template <class T, class... Arguments>                                                     \
@@ -125,7 +126,6 @@ void over_lanes(int64_t n, int64_t tokens, const Run& run) {
   });
 }
 
-Tensor linear_few_tokens_cpu(const Tensor& x, const Tensor& w, const OptTensor& bias);
 Tensor swiglu_cpu(const Tensor& a, const Tensor& u, const OptTensor& z);
 std::tuple<Tensor, Tensor, Tensor> swiglu_backward_cpu(const Tensor& dh, const Tensor& a,
                                                        const Tensor& u, const OptTensor& z);

@@ -1,4 +1,4 @@
-// linear_few_tokens, swiglu, swiglu_backward and column_products on the CPU.
+// swiglu, swiglu_backward and column_products on the CPU.
 #include "passes.h"
 
 #include "fold_pack_cpu.h"
@@ -7,69 +7,6 @@
 
 namespace gatepack {
 namespace {
-
-constexpr int kRows = 4;  // rows of w read side by side: one stream each
-constexpr int kSums = 2;  // sums per row, so that additions overlap
-
-template <class T>
-struct Linear {
-  const T *x, *w, *bias;
-  T* y;
-  int64_t tokens, n, k, w_stride;
-};
-
-template <class T>
-GATEPACK_INLINE float dot_end(const Floats* sums) {
-  const Floats all = sums[0] + sums[1];
-  float lane[kLanes];
-  store(lane, all);
-  for (int width = kLanes / 2; width; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  }
-  return lane[0];
-}
-
-// Rows begin .. begin + kRows - 1 (the last ones repeated at the end of w) for every token.
-template <class T>
-GATEPACK_INLINE void linear_rows(const Linear<T>& job, int64_t begin, int64_t end) {
-  constexpr int64_t step = kSums * kLanes;
-  // The hardware's prefetch ends with each page; this one asks for the rows that come next.
-  const int64_t ahead = kRows * job.w_stride;
-  for (int64_t n = begin; n < end; n += kRows) {
-    const T* row[kRows];
-    for (int r = 0; r < kRows; ++r) row[r] = job.w + std::min(n + r, end - 1) * job.w_stride;
-    for (int64_t t = 0; t < job.tokens; ++t) {
-      const T* x = job.x + t * job.k;
-      Floats sums[kRows][kSums] = {};
-      int64_t k = 0;
-      for (; k + step <= job.k; k += step) {
-        for (int s = 0; s < kSums; ++s) {
-          Floats in, weight;
-          load(in, x + k + s * kLanes);
-          for (int r = 0; r < kRows; ++r) {
-            load(weight, row[r] + k + s * kLanes);
-            if (t == 0) __builtin_prefetch(row[r] + ahead + k + s * kLanes);
-            sums[r][s] += in * weight;
-          }
-        }
-      }
-      for (; k < job.k; k += kLanes) {
-        const int64_t count = std::min<int64_t>(kLanes, job.k - k);
-        Floats in, weight;
-        load_some(in, x + k, count);
-        for (int r = 0; r < kRows; ++r) {
-          load_some(weight, row[r] + k, count);
-          sums[r][0] += in * weight;
-        }
-      }
-      for (int r = 0; r < kRows && n + r < end; ++r) {
-        float y = dot_end<T>(sums[r]);
-        if (job.bias) y += widen(job.bias[n + r]);
-        narrow(y, job.y[t * job.n + n + r]);
-      }
-    }
-  }
-}
 
 // 1 / (1 + exp(-a)): exp by 2^i * p(r), r in [-ln 2 / 2, ln 2 / 2], p as in Cephes' expf (1 ulp).
 GATEPACK_INLINE void sigmoid(Floats& out, const Floats& a) {
@@ -207,7 +144,6 @@ GATEPACK_INLINE void column_sums(const Columns<T>& job, int64_t begin, int64_t e
   }
 }
 
-GATEPACK_COMPILE(run_linear, linear_rows)
 GATEPACK_COMPILE(run_swiglu, swiglu_lanes)
 GATEPACK_COMPILE(run_gradients, swiglu_gradients)
 GATEPACK_COMPILE(run_gated, gated_lanes)
@@ -218,24 +154,6 @@ void require_like(const char* op, const char* name, const Tensor& x, const Tenso
   require_dense(op, name, x, like);
   require(x.dim() == like.dim() && x.sizes().equals(like.sizes()), op, ": ", name,
           " must have the shape of a");
-}
-
-template <class T>
-void linear(const Tensor& x, const Tensor& w, const OptTensor& bias, Tensor& y) {
-  const Linear<T> job{data<T>(x),
-                      data<T>(w),
-                      bias ? data<T>(*bias) : nullptr,
-                      static_cast<T*>(y.mutable_data_ptr()),
-                      x.size(0),
-                      w.size(0),
-                      w.size(1),
-                      w.stride(0)};
-  const char* const level = simd_level();
-  const int64_t bytes = std::max<int64_t>(1, job.k * sizeof(T));
-  const int64_t grain = rounded_up(std::max<int64_t>(1, kGrain / bytes), kRows);
-  torch::stable::parallel_for(0, job.n, grain, [&](int64_t begin, int64_t end) {
-    run_linear<T>(level, job, begin, end);
-  });
 }
 
 // The job of swiglu or of its gradients, but for the results.
@@ -265,30 +183,6 @@ void run_job(const Gated& job, int64_t elements, const Whole& whole, const Lane&
 }
 
 }  // namespace
-
-Tensor linear_few_tokens_cpu(const Tensor& x, const Tensor& w, const OptTensor& bias) {
-  const char* const op = "linear_few_tokens";
-  const ScalarType type = w.scalar_type();
-  require(type == ScalarType::Float || type == ScalarType::BFloat16, op,
-          ": w must be float32 or bfloat16, got ", dtype_name(type));
-  require(w.dim() == 2 && (w.size(1) < 2 || w.stride(1) == 1), op,
-          ": w must be a matrix with stride 1 along its rows");
-  require(!w.is_cuda(), op, ": w must be on the CPU");
-  require_dense(op, "x", x, w);
-  require(x.dim() == 2 && x.size(1) == w.size(1), op, ": x must be [T, ", w.size(1), "]");
-  if (bias) {
-    require_dense(op, "bias", *bias, w);
-    require(bias->dim() == 1 && bias->size(0) == w.size(0), op, ": bias must have ", w.size(0),
-            " values");
-  }
-  Tensor y = torch::stable::new_empty(x, {x.size(0), w.size(0)}, type);
-  if (type == ScalarType::Float) {
-    linear<float>(x, w, bias, y);
-  } else {
-    linear<bf16>(x, w, bias, y);
-  }
-  return y;
-}
 
 Tensor swiglu_cpu(const Tensor& a, const Tensor& u, const OptTensor& z) {
   Gated job = gated_job("swiglu", a, u, z);

@@ -19,7 +19,11 @@ GATEPACK_SCHEMA("unpack_tensors_out(Tensor[] g, Tensor?[] rows, Tensor?[] cols, 
                 "Tensor?[] z_in, int[] O, int[] I, ScalarType? dtype, Tensor(a!)[] out) -> ()")
 GATEPACK_SCHEMA("open_sets(Tensor[] masks) -> Tensor[]")
 GATEPACK_SCHEMA("remap_ids(Tensor ids, Tensor table) -> Tensor")
-GATEPACK_SCHEMA("linear_few_tokens(Tensor x, Tensor w, Tensor? bias) -> Tensor")
+GATEPACK_SCHEMA("open_linear(Tensor x, Tensor w, Tensor? bias, Tensor? rows, Tensor? cols, "
+                "Tensor? z_out, Tensor? z_in, int out_lanes, int in_lanes) -> Tensor")
+GATEPACK_SCHEMA("open_linear_backward(Tensor dy, Tensor? x, Tensor? y, Tensor w, Tensor? rows, "
+                "Tensor? cols, Tensor? z_out, Tensor? z_in, int out_lanes, int in_lanes) "
+                "-> (Tensor, Tensor, Tensor)")
 GATEPACK_SCHEMA("swiglu(Tensor a, Tensor u, Tensor? z=None) -> Tensor")
 GATEPACK_SCHEMA("swiglu_backward(Tensor dh, Tensor a, Tensor u, Tensor? z=None) "
                 "-> (Tensor, Tensor, Tensor)")

@@ -77,6 +77,22 @@ def free_calls(monkeypatch):
     monkeypatch.setattr("gatepack.paths.CALL", 0.0)
 
 
+@pytest.fixture
+def simd_levels():
+    """simd_levels() runs through the instruction sets of gatepack._C; the best one is put back."""
+    from gatepack import _ext
+
+    best, names = _ext.build_info()["simd"], ("scalar", "avx2", "avx512")
+
+    def levels():
+        for name in names[: names.index(best) + 1]:
+            torch.ops.gatepack.set_simd_level(name)
+            yield name
+
+    yield levels
+    torch.ops.gatepack.set_simd_level(best)
+
+
 @pytest.fixture(scope="session")
 def device():
     """Where kernels run: the GPU, or the CPU under Triton's interpreter."""

@@ -1,4 +1,4 @@
-"""What a CPU does with few tokens: the path "dense", and where it meets "folded"."""
+"""What a CPU does with few tokens: products with weights where they lie, or the path "dense"."""
 
 import copy
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 from tiny import dense_gradients, mask_dense, set_gates, tiny_model, token_ids
 
 import gatepack as gp
-from gatepack import functional, paths
+from gatepack import _ext, functional, paths
 from gatepack.functional import gate_lanes
 
 pytestmark = pytest.mark.usefixtures("free_calls")
@@ -63,15 +63,32 @@ def test_closed_gates_get_no_gradient():
     assert gates.value_grads()[~closed].any()
 
 
-def test_weights_of_closed_units_may_hold_anything():
+@pytest.fixture(params=["dense", "folded"])
+def few_path(request, monkeypatch):
+    """The path of few tokens in fp32: with gatepack._C that multiplies in place, or without."""
+    if request.param == "dense":
+        monkeypatch.setattr(functional, "few_tokens", dict)
+    elif _ext.backend().name == "torch":
+        pytest.skip("gatepack._C could not be built")
+    return request.param
+
+
+def frozen(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("gatepack" in name or "lora" in name)
+    return model
+
+
+def test_weights_of_closed_units_may_hold_anything(few_path):
     """NaN in what a closed channel computes goes nowhere."""
     model, gates = gated("open", dtype=torch.float32)
+    frozen(model)
     gates.close("model.layers.0.mlp:channels", [3])
     expected = model(token_ids(1, 3)).logits
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3] = float("nan")
     got = model(token_ids(1, 3)).logits
-    assert gates["model.layers.0.mlp:channels"].path == "dense"
+    assert gates["model.layers.0.mlp:channels"].path == few_path
     assert torch.equal(got, expected)
 
 
@@ -144,7 +161,49 @@ def test_gate_lanes(dtype, lanes, tokens):
     torch.testing.assert_close(dz.double(), unit, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_see_gated_inputs():
+@pytest.mark.parametrize("pattern", ["mixed", "open", "ragged", "single", "closed"])
+@pytest.mark.parametrize("model_type", ["llama", "bert", "gpt2"])
+def test_in_place_equals_the_masked_model(model_type, pattern):
+    if _ext.backend().name == "torch":
+        pytest.skip("gatepack._C could not be built")
+    model, gates = gated(pattern, model_type, torch.float32)
+    frozen(model)
+    values = gates.split(gates.deterministic_values())
+    masked = mask_dense(tiny_model(model_type, torch.float32), values)
+    model.train(), masked.train()
+    ids = token_ids(2, 3)
+    got, expected = model(ids).logits, masked(ids).logits
+    if model_type != "gpt2":  # whose weights lie the other way
+        assert set(paths_of(gates).values()) == {"folded"}
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    upstream = torch.randn_like(got)
+    (wanted,) = torch.autograd.grad(expected, gates.logits, upstream)
+    (found,) = torch.autograd.grad(got, gates.logits, upstream)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("pattern", ["mixed", "open"])
+def test_an_mlp_in_place_is_its_linears(pattern, monkeypatch):
+    if _ext.backend().name == "torch":
+        pytest.skip("gatepack._C could not be built")
+    model, gates = gated(pattern, dtype=torch.float32)
+    mlp, results = frozen(model).model.layers[0].mlp, []
+    whole = functional.open_mlp
+    ran = []
+    monkeypatch.setattr("gatepack.mlp.open_mlp", lambda *a: ran.append(1) or whole(*a))
+    x = torch.randn(2, 3, 48).requires_grad_()
+    upstream = torch.randn(2, 3, 48)
+    for _ in range(2):
+        gates.draw()
+        y = mlp(x)
+        results.append((y, *torch.autograd.grad(y, (x, gates.logits), upstream)))
+        mlp.up_proj.register_forward_hook(lambda *_: None)
+    assert len(ran) == 1
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_see_gated_inputs(few_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["down_proj", "o_proj"], init_lora_weights=False)
     plain = peft.get_peft_model(tiny_model("llama", torch.float32), config)
@@ -155,5 +214,5 @@ def test_adapters_see_gated_inputs():
     values = gates.split(gates.deterministic_values())
     masked = mask_dense(plain.get_base_model(), values)
     got, expected = model(token_ids(1, 2)).logits, masked(token_ids(1, 2)).logits
-    assert set(paths_of(gates).values()) == {"dense"}
+    assert set(paths_of(gates).values()) == {few_path}
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())

@@ -1,83 +1,21 @@
-"""The CPU passes of gatepack._C against torch, and where modules use them."""
-
-import copy
+"""The CPU passes of gatepack._C against torch."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from gatepack import _ext
-from gatepack.functional import FEW_TOKENS, column_dot, gate_lanes, linear_few_tokens, swiglu
-from gatepack.modules import PackedLinear
+from gatepack.functional import column_dot, gate_lanes, swiglu
 from gatepack.testing import assert_close_to_fp64
 
 pytestmark = pytest.mark.skipif(
     _ext.backend().name == "torch", reason="gatepack._C could not be built"
 )
 ops = torch.ops.gatepack
-LEVELS = ("scalar", "avx2", "avx512")
 
 
 def normal(*size: int, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(*size).to(dtype)
-
-
-@pytest.fixture
-def simd():
-    """Sets the instruction set of gatepack._C, and puts back the best one."""
-    before = _ext.build_info()["simd"]
-    yield torch.ops.gatepack.set_simd_level
-    torch.ops.gatepack.set_simd_level(before)
-
-
-def supported() -> list[str]:
-    return list(LEVELS[: LEVELS.index(_ext.build_info()["simd"]) + 1])
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("n, k", [(1, 1), (3, 15), (5, 33), (64, 576), (131, 100), (0, 8), (8, 0)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_is_as_close_as_torch(dtype, n, k, bias):
-    for tokens in (1, 3):
-        x, w = normal(tokens, k, dtype=dtype), normal(n, k, dtype=dtype)
-        b = normal(n, dtype=dtype) if bias else None
-        exact = F.linear(x.double(), w.double(), None if b is None else b.double())
-        got = ops.linear_few_tokens(x, w, b)
-        # fp32 sums may be as long as k.
-        terms = (x.double().abs() @ w.double().abs().t()).max().item() if n * k else 0.0
-        theirs = F.linear(x, w, b)
-        assert_close_to_fp64("y", got, theirs, exact, terms=4 * terms)
-
-
-def test_linear_takes_rows_of_a_wider_matrix():
-    x, wide = normal(2, 40), normal(9, 64)
-    torch.testing.assert_close(
-        ops.linear_few_tokens(x, wide[:, :40], None), x @ wide[:, :40].t(), rtol=1e-5, atol=1e-5
-    )
-
-
-def test_infinity_and_nan_stay_where_they_are():
-    x, w = torch.ones(1, 20), torch.ones(4, 20)
-    w[1, 3], w[2, 19] = float("inf"), float("nan")
-    y = ops.linear_few_tokens(x, w, None)[0]
-    assert y[0] == 20 and y[1] == float("inf") and y[2].isnan() and y[3] == 20
-
-
-@pytest.mark.parametrize(
-    "x, w, bias, message",
-    [
-        (normal(1, 3), normal(2, 4), None, r"x must be \[T, 4\]"),
-        (normal(1, 4), normal(2, 4).double(), None, "w must be float32 or bfloat16, got float64"),
-        (normal(1, 4).bfloat16(), normal(2, 4), None, "x must be float32, got bfloat16"),
-        (normal(1, 4), normal(4, 2).t(), None, "stride 1 along its rows"),
-        (normal(1, 4), normal(2, 4), normal(3), "bias must have 2 values"),
-        (normal(1, 8)[:, ::2], normal(2, 4), None, "x must be contiguous"),
-    ],
-)
-def test_linear_refuses(x, w, bias, message):
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        ops.linear_few_tokens(x, w, bias)
 
 
 @pytest.mark.parametrize("size", [(0,), (1,), (5, 31), (7, 64)])
@@ -234,16 +172,12 @@ def test_column_products_are_as_close_as_torch(dtype, tokens, n):
     assert_close_to_fp64("sums", got, theirs, exact, terms=2 * terms)
 
 
-def test_every_instruction_set_writes_the_same_bytes(simd):
-    x, w, bias = normal(3, 100), normal(37, 100), normal(37)
+def test_every_instruction_set_writes_the_same_bytes(simd_levels):
     a, u, dh, z = normal(9, 75), normal(9, 75), normal(9, 75), torch.rand(75)
     found = []
-    for level in supported():
-        simd(level)
+    for _ in simd_levels():
         found.append(
             (
-                ops.linear_few_tokens(x, w, bias),
-                ops.linear_few_tokens(x.bfloat16(), w.bfloat16(), bias.bfloat16()),
                 ops.swiglu(a, u),
                 *ops.swiglu_backward(dh, a, u),
                 ops.swiglu(a, u, z),
@@ -257,44 +191,3 @@ def test_every_instruction_set_writes_the_same_bytes(simd):
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
             assert torch.equal(one, two)
-
-
-def packed_linear(dtype=torch.float32) -> PackedLinear:
-    linear = nn.Linear(24, 12, dtype=dtype)
-    part = nn.Parameter(linear.weight.detach()[:8].clone()), nn.Parameter(linear.bias.detach()[:8])
-    return PackedLinear.from_linear(linear, *part).requires_grad_(False)
-
-
-def calls(monkeypatch) -> list:
-    """Shapes that linear_few_tokens is called with from here on."""
-    seen, own = [], ops.linear_few_tokens
-    monkeypatch.setattr(
-        torch.ops.gatepack,
-        "linear_few_tokens",
-        lambda x, w, b: seen.append(tuple(x.shape)) or own(x, w, b),
-    )
-    return seen
-
-
-@pytest.mark.parametrize("dtype", FEW_TOKENS)
-def test_packed_linear_uses_it_for_few_tokens(dtype, monkeypatch):
-    packed, seen = packed_linear(dtype), calls(monkeypatch)
-    few = FEW_TOKENS[dtype]
-    for shape in ((24,), (1, few, 24), (1, few + 1, 24), (0, 24)):
-        x = normal(*shape, dtype=dtype)
-        torch.testing.assert_close(packed(x), F.linear(x, packed.weight, packed.bias))
-    assert seen == [(1, 24), (few, 24)]
-
-
-def test_packed_linear_leaves_the_rest_to_torch(monkeypatch):
-    packed, seen = packed_linear(), calls(monkeypatch)
-    x = normal(1, 24)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert packed(x).dtype == torch.bfloat16
-    torch.compile(packed, backend="eager", fullgraph=True)(x)
-    trained = copy.deepcopy(packed).requires_grad_(True)
-    trained(x).sum().backward()
-    assert trained.weight.grad is not None and not seen
-    with pytest.raises(RuntimeError):
-        packed(normal(1, 23))
-    assert linear_few_tokens(x.double(), packed.weight.double(), None) is None

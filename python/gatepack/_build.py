@@ -22,6 +22,7 @@ CXX_SOURCES = [
     "ops.cpp",
     "fold_pack_cpu.cpp",
     "gate_lanes_cpu.cpp",
+    "open_linear_cpu.cpp",
     "open_sets_cpu.cpp",
     "passes_cpu.cpp",
 ]

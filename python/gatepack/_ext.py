@@ -33,7 +33,8 @@ from gatepack._reference import (
     fold_pack_ref,
     gate_lanes_backward_ref,
     gate_lanes_ref,
-    linear_few_tokens_ref,
+    open_linear_backward_ref,
+    open_linear_ref,
     open_sets_ref,
     pack_tensors_out_ref,
     pack_tensors_ref,
@@ -61,7 +62,8 @@ OPS = (
     "unpack_tensors_out",
     "open_sets",
     "remap_ids",
-    "linear_few_tokens",
+    "open_linear",
+    "open_linear_backward",
     "swiglu",
     "swiglu_backward",
     "gate_lanes",
@@ -241,8 +243,14 @@ def _remap_ids_fake(ids, table):
     return torch.empty_like(ids)
 
 
-def _linear_few_tokens_fake(x, w, bias):
-    return x.new_empty(x.shape[0], w.shape[0])
+def _open_linear_fake(x, w, bias, rows, cols, z_out, z_in, out_lanes, in_lanes):
+    return x.new_empty(x.shape[0], _kept(rows, w.shape[0]))
+
+
+def _open_linear_backward_fake(dy, x, y, w, rows, cols, z_out, z_in, out_lanes, in_lanes):
+    dz_out = dy.new_empty(0 if y is None else z_out.shape[0], dtype=torch.float32)
+    dz_in = dy.new_empty(0 if x is None else z_in.shape[0], dtype=torch.float32)
+    return dy.new_empty(dy.shape[0], _kept(cols, w.shape[1])), dz_out, dz_in
 
 
 def _swiglu_fake(a, u, z=None):
@@ -304,7 +312,8 @@ _TABLE = (
     ("unpack_tensors_out", unpack_tensors_out_ref, _out_fake, None),
     ("open_sets", open_sets_ref, _open_sets_fake, None),
     ("remap_ids", remap_ids_ref, _remap_ids_fake, None),
-    ("linear_few_tokens", linear_few_tokens_ref, _linear_few_tokens_fake, None),
+    ("open_linear", open_linear_ref, _open_linear_fake, None),
+    ("open_linear_backward", open_linear_backward_ref, _open_linear_backward_fake, None),
     ("swiglu", swiglu_ref, _swiglu_fake, None),
     ("swiglu_backward", swiglu_backward_ref, _swiglu_backward_fake, None),
     ("gate_lanes", gate_lanes_ref, _gate_lanes_fake, None),

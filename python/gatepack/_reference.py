@@ -345,8 +345,51 @@ def remap_ids_ref(ids, table) -> Tensor:
     return names.view(ids.shape).to(ids.dtype)
 
 
-def linear_few_tokens_ref(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, w, bias)
+def _lane_values(z: Tensor | None, lanes: int) -> Tensor | float:
+    return 1.0 if z is None else z.repeat_interleave(lanes)
+
+
+def open_linear_ref(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    z_out: Tensor | None,
+    z_in: Tensor | None,
+    out_lanes: int,
+    in_lanes: int,
+) -> Tensor:
+    part = _select(w, rows, cols).float()
+    y = (x.float() * _lane_values(z_in, in_lanes)) @ part.t()
+    if bias is not None:
+        y = y + (bias if rows is None else bias[rows]).float()
+    return (y * _lane_values(z_out, out_lanes)).to(x.dtype)
+
+
+def _per_unit(a: Tensor, b: Tensor, lanes: int) -> Tensor:
+    return (a.float() * b.float()).sum(0).reshape(-1, lanes).sum(1)
+
+
+def open_linear_backward_ref(
+    dy: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    w: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    z_out: Tensor | None,
+    z_in: Tensor | None,
+    out_lanes: int,
+    in_lanes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = (dy.float() * _lane_values(z_out, out_lanes)) @ _select(w, rows, cols).float()
+    dz_in, dz_out = (dy.new_empty(0, dtype=torch.float32) for _ in range(2))
+    if x is not None:
+        dz_in = torch.where(z_in > 0, _per_unit(x, dx, in_lanes), 0.0)
+    if y is not None:
+        dz_out = torch.where(z_out > 0, _per_unit(dy, y, out_lanes) / z_out, 0.0)
+    return (dx * _lane_values(z_in, in_lanes)).to(dy.dtype), dz_out, dz_in
 
 
 def swiglu_ref(a: Tensor, u: Tensor, z: Tensor | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from gatepack.modules import (
     gate_linear,
     is_gated,
     linear_shape,
+    most_in_place,
     ungate_linear,
 )
 from gatepack.paths import choose_path, has_kernels
@@ -110,7 +111,7 @@ class Attachment:
         self.sites: list[tuple[nn.Module, str, Site]] = []
         self.mlps: list[tuple[nn.Module, str]] = []
         self.attentions: list[tuple[nn.Module, Family, Gate]] = []
-        self.gated: dict[str, Site] = {}  # gate -> a site of it
+        self.gated: dict[str, tuple[nn.Module, str, Site]] = {}  # gate -> a site of it
         self.handle = None
 
     def watch(self, layers: list[Layer]) -> None:
@@ -119,7 +120,7 @@ class Attachment:
         # base model directly.
         trunk = self.root.get_submodule(".".join(layers[0].name.split(".")[:-2]))
         self.handle = trunk.register_forward_pre_hook(self.before_forward, with_kwargs=True)
-        self.gated = {site.gate.name: site for _, _, site in self.sites}
+        self.gated = {place[2].gate.name: place for place in self.sites}
         self.gates.attachment = self
         self.root.add_module(GATES_NAME, self.gates)
         self.root.config.gatepack = {
@@ -164,7 +165,10 @@ class Attachment:
         gates, device = self.gates, self.gates.logits.device
         before = gates.paths
         path_of = functools.cache(functools.partial(choose_path, tokens, gates.width, device))
-        gates.paths = {name: path_of(site.kept(device)).path for name, site in self.gated.items()}
+        gates.paths = {
+            name: path_of(site.kept(device), most_in_place(parent._modules[child])).path
+            for name, (parent, child, site) in self.gated.items()
+        }
         if cache is not None and cache.get_seq_length() > 0:
             for _, _, gate in self.attentions:
                 gates.paths[gate.name] = before.get(gate.name, gates.paths[gate.name])

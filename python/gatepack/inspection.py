@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 
 from gatepack import _ext
-from gatepack.functional import FEW_TOKENS, has_cpu_passes
+from gatepack.functional import tokens_in_place
 from gatepack.hf import GATES_NAME, hf_model, layers_of
 from gatepack.mlp import GatedMLP
 from gatepack.modules import (
@@ -15,6 +15,7 @@ from gatepack.modules import (
     base_linear,
     is_gated,
     linear_shape,
+    most_in_place,
     operands_of,
     width_of,
 )
@@ -76,8 +77,8 @@ def explain(model: nn.Module) -> Explanation:
             if isinstance(module, PackedLinear):
                 was = f" of {module.dense_shape[1]} -> {module.dense_shape[0]}"
             why = "closed units are removed"
-            if isinstance(module, PackedLinear) and has_cpu_passes(module.weight):
-                few = FEW_TOKENS.get(module.weight.dtype, 0)
+            if isinstance(module, PackedLinear):
+                few = tokens_in_place(module.weight)
                 why += f"; up to {few} tokens: gatepack._C" if few else ""
             rows.append(Explained(name, f"{inner} -> {out}{was}", "packed", "packed", why))
     backend = _ext.backend()
@@ -111,8 +112,10 @@ def _gated_row(name: str, module: nn.Module) -> Explained:
         return Explained(name, _role(module.site), "dense", "dense", operands)
     width, device = width_of(module), base_linear(module).weight.device
     kept = module.site.kept(device, noise=False)
-    few = choose_path(1, width, device, kept)
-    many = choose_path(few_tokens(width, device, kept) + 1, width, device, kept)
+    in_place = most_in_place(module)
+    limit = max(few_tokens(width, device, kept), in_place)
+    few = choose_path(1, width, device, kept, in_place)
+    many = choose_path(limit + 1, width, device, kept, in_place)
     why = few.why if few == many else f"{few.path}: {few.why}; {many.path}: {many.why}"
     return Explained(name, _role(module.site), few.path, many.path, why)
 

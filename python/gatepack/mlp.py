@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gatepack import _env
-from gatepack.functional import swiglu
+from gatepack.functional import open_mlp, swiglu
 from gatepack.gates import Gate
 from gatepack.modules import (
     Operands,
@@ -59,6 +59,9 @@ class GatedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         operands = self._operands()
         if isinstance(operands, str):
+            y = self._in_place(x)
+            if y is not None:
+                return y
             gate, up, down = self.linears()
             if type(self.act_fn).__name__ in _SILU and not _is_watched(self.act_fn):
                 if _takes_gated(down, x):
@@ -79,12 +82,31 @@ class GatedMLP(nn.Module):
 
     def _operands(self) -> list[Operands] | str:
         """The operands of gate, up and down for the op, or why the MLP runs linear by linear."""
+        device = base_linear(self.linears()[-1]).weight.device
+        if not has_kernels(device):
+            return f"no kernels on {device.type}"
+        return self._whole()
+
+    def _in_place(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The MLP in one pass over the open channels of weights that stay where they are, or None
+        where that is not its path or not all that acts on it."""
+        down = self.linears()[-1]
+        if x.device.type != "cpu" or type(self.act_fn).__name__ not in _SILU:
+            return None
+        operands = self._whole()
+        if isinstance(operands, str) or any(linear.adapters for linear in operands):
+            return None
+        if path_of(down, x) != "folded":
+            return None
+        current = down.site.in_gate.open()
+        weights, biases = [linear.w for linear in operands], [linear.bias for linear in operands]
+        return open_mlp(x, weights, biases, multipliers(current), current.lanes)
+
+    def _whole(self) -> list[Operands] | str:
+        """The operands of gate, up and down where the MLP is more than its linears, or why not."""
         *ups, down = self.linears()
         if not is_gated(down) or down.site.in_gate is None:
             return "no channel gate"
-        device = base_linear(down).weight.device
-        if not has_kernels(device):
-            return f"no kernels on {device.type}"
         if _env.backend() in ("folded", "dense"):
             return "GATEPACK_BACKEND"
         if type(self.act_fn).__name__ not in _ACTIVATIONS:

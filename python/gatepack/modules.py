@@ -4,16 +4,16 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from gatepack.functional import (
-    FoldedLinear,
     add_low_rank,
+    folded_linear,
     gate_lanes,
     linear,
     spread_lanes,
     take_lanes,
+    tokens_in_place,
 )
 from gatepack.gates import Gate
 from gatepack.paths import choose_path
@@ -81,7 +81,12 @@ def base_linear(module: nn.Module) -> nn.Module:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether module is GPT-2's transposed linear, weight [K, N]."""
-    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+    return _is_conv1d_class(type(module))
+
+
+@functools.cache
+def _is_conv1d_class(module_class: type) -> bool:
+    return any(cls.__name__ == "Conv1D" for cls in module_class.__mro__)
 
 
 def weight_matrix(linear: nn.Module) -> torch.Tensor:
@@ -219,7 +224,13 @@ def path_of(module: nn.Module, x: torch.Tensor) -> str:
     if decided:
         return decided
     tokens = x.numel() // max(x.shape[-1], 1)
-    return choose_path(tokens, width_of(module), x.device, site.kept(x.device)).path
+    kept = site.kept(x.device)
+    return choose_path(tokens, width_of(module), x.device, kept, most_in_place(module)).path
+
+
+def most_in_place(module: nn.Module) -> int:
+    """Up to how many tokens gatepack._C multiplies with the weight of a linear where it lies."""
+    return tokens_in_place(weight_matrix(base_linear(module)))
 
 
 def width_of(module: nn.Module) -> int:
@@ -260,11 +271,11 @@ def _folded(operands, x, in_open, out_open, rows, cols, full_in):
     in_lanes = 1 if in_open is None else in_open.gate.lanes
     out_lanes = 1 if out_open is None else out_open.gate.lanes
     if rows is None and cols is None and z_in is None and z_out is None:
-        y = F.linear(
+        y = linear(
             x, operands.w.to(x.dtype), None if operands.bias is None else operands.bias.to(x.dtype)
         )
     else:
-        y = FoldedLinear.apply(
+        y = folded_linear(
             x, operands.w, operands.bias, z_in, z_out, rows, cols, in_lanes, out_lanes
         )  # fmt: skip
     return _adapted(y, x, operands.adapters, z_in, z_out, rows, cols, in_lanes, out_lanes)
@@ -391,7 +402,7 @@ def _check_covers(argument: str, gate: Gate | None, features: int) -> None:
 class PackedLinear(nn.Linear):
     """A linear with its closed rows and columns removed; dense_shape is what it had, (out, in).
 
-    On a CPU, for few tokens without gradients, gatepack._C computes it on all threads.
+    On a CPU, for few tokens and without a gradient of the weight, gatepack._C computes it.
     """
 
     dense_shape: tuple[int, int]

@@ -1,11 +1,13 @@
 """Stage 3, modules: which path computes gated layers, by shape and device, from one table.
 
 "folded"  pack the open part of the weights once per forward, then vendor matmuls on the small
-          shapes. The counts of open units cross to the host once per forward.
+          shapes. The counts of open units cross to the host once per forward. With few tokens on a
+          CPU gatepack._C multiplies with the open part where it lies, and nothing is packed.
 "triton"  gates inside the kernels, at full width between layers: only open lanes are read, nothing
           is packed, and nothing waits for the host, so that a step captures into a CUDA graph.
 "dense"   the ungated forward at its full price, between multiplications by the gates: on a CPU
-          where packing costs more than it saves, for few tokens or where little is closed.
+          where packing costs more than it saves, for few tokens or where little is closed, of
+          weights that gatepack._C does not multiply with where they lie.
 """
 
 import functools
@@ -79,16 +81,21 @@ def few_tokens(width: int, device: torch.device, kept: float = 1.0) -> float:
     return next(r.tokens for r in RULES if arch.startswith(r.arch) and width <= r.width)
 
 
-def choose_path(tokens: int, width: int, device: torch.device, kept: float = 1.0) -> Choice:
+def choose_path(
+    tokens: int, width: int, device: torch.device, kept: float = 1.0, in_place: int = 0
+) -> Choice:
     """The path of a forward of `tokens` tokens through layers of a residual width.
 
-    kept: open fraction of the weights, which counts on a CPU only. GATEPACK_BACKEND forces a path;
-    a CUDA graph under capture forces "triton".
+    On a CPU only, kept: open fraction of the weights; in_place: up to how many tokens their open
+    part is multiplied where it lies. GATEPACK_BACKEND forces a path; a CUDA graph under capture
+    forces "triton".
     """
     forced = _env.backend()
     if forced:
         return Choice(forced, "GATEPACK_BACKEND")
     if device.type == "cpu":
+        if tokens <= in_place:
+            return Choice("folded", f"at most {in_place} tokens, with nothing packed")
         limit = few_tokens(width, device, kept)
         if limit == math.inf:
             return Choice("dense", "nothing is closed")
