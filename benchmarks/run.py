@@ -85,7 +85,7 @@ def cases_of(part: str, device: str) -> list[tuple[str, str, dict]]:
         ]
         found += [
             ("level", "train_step", {"model": "smollm2-135m", "tokens": tokens, "kept": 0.6})
-            for tokens in (16, 64)
+            for tokens in (1, 4, 16, 64)
         ]
         for name in ("decode", "prefill"):
             found += [("level", name, {**prompt, "kept": s}) for s in SHARES]
