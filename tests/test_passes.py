@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import profile
 
 from gatepack import _ext
 from gatepack.functional import column_dot, gate_lanes, swiglu
@@ -74,6 +75,19 @@ def test_closed_lanes_give_zero_whatever_they_hold():
     h = swiglu(a.requires_grad_(), u.requires_grad_(), z)
     for grad in torch.autograd.grad(h, (a, u, z), torch.ones_like(h)):
         assert grad.isfinite().all() and not grad[..., [7, 9]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_functions_of_python_take_the_passes(dtype):
+    x, dy = normal(3, 40, dtype=dtype).requires_grad_(), normal(3, 40, dtype=dtype)
+    z = torch.rand(8, requires_grad=True)
+    with profile() as trace:
+        torch.autograd.grad(gate_lanes(x, z, 5), (x, z), dy)
+        column_dot(x.detach(), dy)
+    taken = {event.key for event in trace.key_averages()}
+    assert taken >= {
+        f"gatepack::{name}" for name in ("gate_lanes", "gate_lanes_backward", "column_products")
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -239,19 +239,19 @@ class _GateLanes(torch.autograd.Function):
         if x is None:
             return _multiplied(dy, z, ctx.lanes), None, None
         ours = _in_one_pass(x, z)
-        gradients = torch.ops.gatepack.gate_lanes_backward if ours else gate_lanes_backward_ref
+        gradients = _ops.gate_lanes_backward if ours else gate_lanes_backward_ref
         return *gradients(dy.contiguous() if ours else dy, x, z, ctx.lanes), None
 
 
 def _in_one_pass(x: torch.Tensor, z: torch.Tensor) -> bool:
     """Whether gatepack._C multiplies x by gate values z."""
-    known = x.dtype in FEW_TOKENS and z.dtype == torch.float32
+    known = x.dtype in _PRODUCTS and z.dtype == torch.float32
     return known and x.is_contiguous() and z.is_contiguous() and has_cpu_passes(x)
 
 
 def _multiplied(x: torch.Tensor, z: torch.Tensor, lanes: int) -> torch.Tensor:
     if _in_one_pass(x, z):
-        return torch.ops.gatepack.gate_lanes(x, z, lanes)
+        return _ops.gate_lanes(x, z, lanes)
     return gate_lanes_ref(x, z, lanes)
 
 
