@@ -281,7 +281,7 @@ def test_instructions_without_valgrind_say_so(monkeypatch, tmp_path, capsys):
 def test_every_op_is_counted():
     """What runs under callgrind runs without it."""
     calls = _counted.calls()
-    assert len(calls) == 16
+    assert len(calls) == 17
     for call in calls.values():
         call()
 

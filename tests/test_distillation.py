@@ -273,7 +273,8 @@ def test_in_a_trainer_whatever_the_accumulation(tmp_path):
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        assert all(entry["distillation/kl"] >= 0 for entry in logs)
+        # The first steps compare a model with itself: rounding may leave a little less than 0.
+        assert all(entry["distillation/kl"] >= -1e-6 for entry in logs)
         assert all("gates/kept_fraction" in entry for entry in logs)
         assert abs(gp.gates_of(model).kept_fraction() - 0.6) <= 0.005
         first.append(logs[1]["loss"])

@@ -8,7 +8,7 @@ import torch
 from tiny import dense_gradients, mask_dense, set_gates, tiny_model, token_ids
 
 import gatepack as gp
-from gatepack import _ext, functional, paths
+from gatepack import _ext, functional, in_place, paths
 from gatepack.functional import gate_lanes
 
 pytestmark = pytest.mark.usefixtures("free_calls")
@@ -67,7 +67,7 @@ def test_closed_gates_get_no_gradient():
 def few_path(request, monkeypatch):
     """The path of few tokens in fp32: with gatepack._C that multiplies in place, or without."""
     if request.param == "dense":
-        monkeypatch.setattr(functional, "few_tokens", dict)
+        monkeypatch.setattr(in_place, "few_tokens", dict)
     elif _ext.backend().name == "torch":
         pytest.skip("gatepack._C could not be built")
     return request.param
@@ -188,7 +188,7 @@ def test_an_mlp_in_place_is_its_linears(pattern, monkeypatch):
         pytest.skip("gatepack._C could not be built")
     model, gates = gated(pattern, dtype=torch.float32)
     mlp, results = frozen(model).model.layers[0].mlp, []
-    whole = functional.open_mlp
+    whole = in_place.open_mlp
     ran = []
     monkeypatch.setattr("gatepack.mlp.open_mlp", lambda *a: ran.append(1) or whole(*a))
     x = torch.randn(2, 3, 48).requires_grad_()

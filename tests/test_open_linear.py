@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import gatepack as gp
-from gatepack import _ext, functional
+from gatepack import _ext, in_place
 from gatepack._reference import open_linear_backward_ref, open_linear_ref
-from gatepack.functional import FoldedLinear, few_tokens, linear, open_linear, tokens_in_place
+from gatepack.functional import FoldedLinear
+from gatepack.in_place import DECODED, few_tokens, linear, open_linear, tokens_in_place
 from gatepack.modules import PackedLinear
 from gatepack.testing import assert_close_to_fp64
 
@@ -276,7 +277,7 @@ def packed_linear(dtype=torch.float32) -> PackedLinear:
 
 def calls(monkeypatch) -> list:
     """Shapes that open_linear computes from here on."""
-    seen, own = [], functional.open_linear
+    seen, own = [], in_place.open_linear
 
     def counted(x, *arguments):
         y = own(x, *arguments)
@@ -284,18 +285,20 @@ def calls(monkeypatch) -> list:
             seen.append(tuple(x.shape))
         return y
 
-    monkeypatch.setattr(functional, "open_linear", counted)
+    monkeypatch.setattr(in_place, "open_linear", counted)
     return seen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_linear_uses_it_for_few_tokens(dtype, monkeypatch):
     packed, seen = packed_linear(dtype), calls(monkeypatch)
-    few = few_tokens()[dtype]
+    few = DECODED[dtype]
     for shape in ((24,), (1, few, 24), (1, few + 1, 24), (0, 24)):
         x = normal(*shape, dtype=dtype)
         torch.testing.assert_close(packed(x), F.linear(x, packed.weight, packed.bias))
     assert seen == [(24,), (1, few, 24)]
+    x = normal(1, few + 1, 24, dtype=dtype)
+    assert torch.equal(packed(x), F.linear(x, packed.weight, packed.bias))
 
 
 def test_packed_linear_leaves_the_rest_to_torch(monkeypatch):
@@ -316,7 +319,7 @@ def test_a_forced_path_packs(forced, monkeypatch):
     if forced:
         monkeypatch.setenv("GATEPACK_BACKEND", forced)
     seen, rows = calls(monkeypatch), torch.tensor([0, 2])
-    y = functional.folded_linear(X, W, None, None, None, rows, None, 1, 1)
+    y = in_place.folded_linear(X, W, None, None, None, rows, None, 1, 1)
     torch.testing.assert_close(y, (X @ W.t())[:, rows])
     assert seen == ([] if forced else [(2, 4)])
 

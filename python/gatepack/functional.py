@@ -1,31 +1,17 @@
 """Stage 3, modules: the torch backend, fold-pack and then plain matmuls on the small shapes."""
 
-import functools
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from gatepack import _env, _ext
+from gatepack import _ext
 from gatepack._ext import fold_pack, fold_pack_adjoint
 from gatepack._reference import gate_lanes_backward_ref, gate_lanes_ref
 from gatepack.paths import packs_again
 
-# Up to how many tokens gatepack._C multiplies with a weight where it lies on a CPU, by instruction
-# set: from there on packing it and torch's blocked matmul are faster. 2 threads of an AMD EPYC, 576
-# x 1536 with 60 % open, fp32: forward and backward of a row-gated weight take 64, 114, 248 and 937
-# us with 1, 4, 16 and 64 tokens (AVX2 77, 164, 449 and 1710), of a column-gated one 107, 178, 427
-# and 1493 us (AVX2 122, 272, 770 and 2909), and torch's in full 152, 402, 610 and 1900. In
-# training, an MLP is faster in place with 128 tokens and packed with 192.
-FEW_TOKENS = {
-    "avx512": {torch.float32: 128, torch.bfloat16: 4},
-    "avx2": {torch.float32: 16, torch.bfloat16: 1},
-    "scalar": {torch.float32: 4, torch.bfloat16: 1},
-}
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 _PRODUCTS = (torch.float32, torch.bfloat16)
 _ops = torch.ops.gatepack
 
@@ -38,117 +24,12 @@ def has_cpu_passes(x: torch.Tensor) -> bool:
     """Whether gatepack._C computes on x now: on a CPU, outside of tracing and autocast."""
     return (
         x.is_cpu
-        and type(x) in _PLAIN
+        and type(x) in PLAIN
         and not _is_compiling()
         and not _is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and _ext.backend().name != "torch"
     )
-
-
-@functools.cache
-def few_tokens() -> dict[torch.dtype, int]:
-    """Of FEW_TOKENS, what holds for the loaded gatepack._C."""
-    return FEW_TOKENS[_ext.build_info()["simd"]]
-
-
-def tokens_in_place(w: torch.Tensor) -> int:
-    """Up to how many tokens open_linear multiplies with w [N, K] now, 0 where it does not.
-
-    A frozen weight on a CPU, fp32 or bf16, with stride 1 along K, outside of tracing and autocast.
-    """
-    return few_tokens().get(w.dtype, 0) if _lies_ready(w) and has_cpu_passes(w) else 0
-
-
-def _lies_ready(w: torch.Tensor) -> bool:
-    """Whether gatepack._C can multiply with w where it lies, and no gradient of w is wanted."""
-    frozen = not (w.requires_grad and torch.is_grad_enabled())
-    return frozen and w.stride(-1) == 1 and type(w) in _PLAIN
-
-
-class _OpenLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w, bias, z_in, z_out, rows, cols, in_lanes, out_lanes):
-        x2 = _tokens(x).contiguous()
-        lanes = out_lanes, in_lanes
-        y = _ops.open_linear.default(x2, w, bias, rows, cols, z_out, z_in, *lanes)
-        _, _, needs_bias, needs_z_in, needs_z_out, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x2 if needs_z_in else None, y if needs_z_out else None, w, rows, cols, z_out, z_in
-        )
-        ctx.lanes = lanes
-        ctx.bias_dtype = bias.dtype if needs_bias else None
-        return y.view(*x.shape[:-1], y.shape[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, y, w, rows, cols, z_out, z_in = saved = ctx.saved_tensors
-        needs_x, _, needs_bias, needs_z_in, needs_z_out, *_ = ctx.needs_input_grad
-        dy2 = _tokens(dy).contiguous()
-        dx = dz_out = dz_in = db = None
-        if needs_x or needs_z_in:
-            dx, dz_out, dz_in = _ops.open_linear_backward.default(dy2, *saved, *ctx.lanes)
-            dx = dx.view(*dy.shape[:-1], dx.shape[1])
-        elif needs_z_out:
-            dz_out = _unit_gradient(column_dot(dy2, y), z_out, ctx.lanes[0])
-        if needs_bias:
-            lane_out = lane_values(z_out, ctx.lanes[0])
-            db = _bias_gradient(dy2, lane_out, rows, w.shape[0], ctx.bias_dtype)
-        dz_in, dz_out = dz_in if needs_z_in else None, dz_out if needs_z_out else None
-        return dx, None, db, dz_in, dz_out, None, None, None, None
-
-
-def open_linear(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor | None,
-    z_in: torch.Tensor | None = None,
-    z_out: torch.Tensor | None = None,
-    rows: torch.Tensor | None = None,
-    cols: torch.Tensor | None = None,
-    in_lanes: int = 1,
-    out_lanes: int = 1,
-) -> torch.Tensor | None:
-    """z_out * (W[R, C] (z_in * x) + b[R]) by gatepack._C, which reads W where it lies.
-
-    Arguments as in FoldedLinear. None where that is not computed so: for more than
-    tokens_in_place(w) tokens, or none, and in another dtype than that of w.
-    """
-    tokens = x.numel() // max(x.shape[-1], 1)
-    if not has_cpu_passes(x) or not 0 < tokens <= few_tokens().get(x.dtype, 0):
-        return None
-    if x.dtype != w.dtype or x.device != w.device or not _lies_ready(w):
-        return None
-    if x.shape[-1] != (w.shape[1] if cols is None else cols.shape[0]):
-        return None
-    if bias is not None and bias.dtype != w.dtype:
-        return None
-    arguments = x, w, bias, z_in, z_out, rows, cols, in_lanes, out_lanes
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
-        return _OpenLinear.apply(*arguments)
-    # A Function costs 10 us a call, a tenth of a decoding step.
-    y = _ops.open_linear.default(
-        _tokens(x).contiguous(), w, bias, rows, cols, z_out, z_in, out_lanes, in_lanes
-    )
-    return y.view(*x.shape[:-1], y.shape[1])
-
-
-def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """W x + b, by open_linear where that computes it."""
-    y = open_linear(x, w, bias)
-    return F.linear(x, w, bias) if y is None else y
-
-
-def folded_linear(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, *gates
-) -> torch.Tensor:
-    """FoldedLinear, by open_linear where that computes it; arguments as in FoldedLinear.
-
-    GATEPACK_BACKEND=folded packs whatever the number of tokens.
-    """
-    y = None if _env.backend() else open_linear(x, w, bias, *gates)
-    return FoldedLinear.apply(x, w, bias, *gates) if y is None else y
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -175,54 +56,6 @@ def swiglu(a: torch.Tensor, u: torch.Tensor, z: torch.Tensor | None = None) -> t
         return _SwiGLU.apply(a, u, None if z is None else z.contiguous())
     h = F.silu(a) * u
     return h if z is None else gate_lanes(h, z, 1)
-
-
-class _OpenMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w_a, w_u, w_d, bias_a, bias_u, bias_d, z, index):
-        x2 = _tokens(x).contiguous()
-        a = _ops.open_linear.default(x2, w_a, bias_a, index, None, None, None, 1, 1)
-        u = _ops.open_linear.default(x2, w_u, bias_u, index, None, None, None, 1, 1)
-        h = _ops.swiglu.default(a, u, z)
-        ctx.save_for_backward(a, u, w_a, w_u, w_d, z, index)
-        return _ops.open_linear.default(h, w_d, bias_d, None, index, None, None, 1, 1).view(x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        a, u, w_a, w_u, w_d, z, index = ctx.saved_tensors
-        times = _ops.open_linear_backward.default
-        dy2, dx = _tokens(dy).contiguous(), None
-        dh = times(dy2, None, None, w_d, None, index, None, None, 1, 1)[0]
-        da, du, dz = _ops.swiglu_backward.default(dh, a, u, z)
-        if ctx.needs_input_grad[0]:
-            dx = times(da, None, None, w_a, index, None, None, None, 1, 1)[0]
-            dx += times(du, None, None, w_u, index, None, None, None, 1, 1)[0]
-            dx = dx.view(dy.shape)
-        dz = dz if ctx.needs_input_grad[7] else None
-        return dx, None, None, None, None, None, None, dz, None
-
-
-def open_mlp(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    z: torch.Tensor | None,
-    index: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """Wd (silu(Wa x + ba) * (Wu x + bu) * z) + bd over open channels, where open_linear computes.
-
-    x [*, K] fp32; weights Wa, Wu [F, K] and Wd [K, F], and their biases or None; z fp32 [n] of the
-    open channels, or None for 1; index int64 [n], None: all. None where it is not computed so.
-    """
-    tokens = x.numel() // max(x.shape[-1], 1)
-    if not has_cpu_passes(x) or not 0 < tokens <= few_tokens()[torch.float32]:
-        return None
-    if any(w.dtype != torch.float32 or x.dtype != w.dtype or not _lies_ready(w) for w in weights):
-        return None
-    if any(b is not None and (b.requires_grad or b.dtype != x.dtype) for b in biases):
-        return None
-    return _OpenMLP.apply(x, *weights, *biases, z, index)
 
 
 class _GateLanes(torch.autograd.Function):
@@ -285,7 +118,7 @@ class _TakeLanes(torch.autograd.Function):
         ctx.save_for_backward(index)
         ctx.width = x.shape[-1]
         if _packs_lanes(x):
-            taken = fold_pack(_tokens(x).contiguous(), None, index)
+            taken = fold_pack(tokens_of(x).contiguous(), None, index)
             return taken.view(*x.shape[:-1], len(index))
         return torch.gather(x, -1, index.expand(*x.shape[:-1], -1))
 
@@ -301,7 +134,7 @@ class _SpreadLanes(torch.autograd.Function):
     def forward(ctx, y, index, width):
         ctx.save_for_backward(index)
         if _packs_lanes(y):
-            y2 = _tokens(y).contiguous()
+            y2 = tokens_of(y).contiguous()
             full = fold_pack_adjoint(y2, None, index, None, None, len(y2), width)
             return full.view(*y.shape[:-1], width)
         full = y.new_zeros(*y.shape[:-1], width)
@@ -380,8 +213,8 @@ class FoldedLinear(torch.autograd.Function):
         x, packed, z_in, z_out, y, rows, cols = ctx.saved_tensors
         in_lanes, out_lanes = ctx.lanes
         needs_x, needs_w, needs_b, needs_z_in, needs_z_out, *_ = ctx.needs_input_grad
-        dy2 = _tokens(dy)
-        x2 = None if x is None else _tokens(x)
+        dy2 = tokens_of(dy)
+        x2 = None if x is None else tokens_of(x)
         lane_in, lane_out = lane_values(z_in, in_lanes), lane_values(z_out, out_lanes)
         dx = dw = db = dz_in = dz_out = None
         if needs_x or (needs_z_in and z_in is not None):
@@ -390,29 +223,29 @@ class FoldedLinear(torch.autograd.Function):
             dx2 = dy2 @ packed
             dx = dx2.reshape(*dy.shape[:-1], dx2.shape[-1]) if needs_x else None
             if needs_z_in and z_in is not None:
-                dz_in = _unit_gradient(column_dot(x2, dx2), z_in, in_lanes)
+                dz_in = unit_gradient(column_dot(x2, dx2), z_in, in_lanes)
         if needs_z_out and z_out is not None:
-            dz_out = _unit_gradient(column_dot(dy2, _tokens(y)), z_out, out_lanes)
+            dz_out = unit_gradient(column_dot(dy2, tokens_of(y)), z_out, out_lanes)
         if needs_w:
             dw = fold_pack_adjoint(
                 dy2.t() @ x2, rows, cols, lane_out, lane_in, *ctx.shape, ctx.w_dtype
             )
         if needs_b:
-            db = _bias_gradient(dy2, lane_out, rows, ctx.shape[0], ctx.bias_dtype)
+            db = bias_gradient(dy2, lane_out, rows, ctx.shape[0], ctx.bias_dtype)
         return dx, dw, db, dz_in, dz_out, None, None, None, None
 
 
-def _tokens(x: torch.Tensor) -> torch.Tensor:
+def tokens_of(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _bias_gradient(dy, lane_out, rows, size, dtype) -> torch.Tensor:
+def bias_gradient(dy, lane_out, rows, size, dtype) -> torch.Tensor:
     db = dy.sum(0)
     db = (db if lane_out is None else db * lane_out).to(dtype)
     return db if rows is None else db.new_zeros(size).index_copy_(0, rows, db)
 
 
-def _unit_gradient(per_lane: torch.Tensor, z: torch.Tensor, lanes: int) -> torch.Tensor:
+def unit_gradient(per_lane: torch.Tensor, z: torch.Tensor, lanes: int) -> torch.Tensor:
     per_unit = per_lane.reshape(-1, lanes).sum(1)
     return torch.where(z > 0, per_unit / z, 0.0).to(z.dtype)
 
@@ -425,12 +258,12 @@ class _LowRank(torch.autograd.Function):
             packed_a = fold_pack(a, None, cols, None, lane_values(z_in, in_lanes), x.dtype)
         if rows is not None or z_out is not None:
             packed_b = fold_pack(b, rows, None, lane_values(z_out, out_lanes), None, x.dtype)
-        inner = F.linear(_tokens(x), packed_a).mul_(scaling)
+        inner = F.linear(tokens_of(x), packed_a).mul_(scaling)
         ctx.save_for_backward(x, inner, packed_a, packed_b, z_in, z_out, rows, cols)
         ctx.scaling, ctx.lanes = scaling, (in_lanes, out_lanes)
         ctx.a, ctx.b = (a.shape, a.dtype), (b.shape, b.dtype)
         if y.dtype == x.dtype:
-            return torch.addmm(_tokens(y), inner, packed_b.t()).view(y.shape)
+            return torch.addmm(tokens_of(y), inner, packed_b.t()).view(y.shape)
         return y + F.linear(inner, packed_b).to(y.dtype).view(y.shape)
 
     @staticmethod
@@ -440,19 +273,19 @@ class _LowRank(torch.autograd.Function):
         in_lanes, out_lanes = ctx.lanes
         needs_y, needs_x, needs_a, needs_b, _, needs_z_in, needs_z_out, *_ = ctx.needs_input_grad
         dx = da = db = dz_in = dz_out = None
-        dy2 = _tokens(dy).to(x.dtype)
+        dy2 = tokens_of(dy).to(x.dtype)
         d_inner = (dy2 @ packed_b).mul_(ctx.scaling)
         if needs_x:
             dx = (d_inner @ packed_a).view(x.shape)
         if needs_a or needs_z_in:
-            da = d_inner.t() @ _tokens(x)
+            da = d_inner.t() @ tokens_of(x)
             if z_in is not None and needs_z_in:
-                dz_in = _unit_gradient(column_dot(da, packed_a), z_in, in_lanes)
+                dz_in = unit_gradient(column_dot(da, packed_a), z_in, in_lanes)
             da = _spread_factor(da, None, cols, None, lane_values(z_in, in_lanes), *ctx.a)
         if needs_b or needs_z_out:
             db = dy2.t() @ inner
             if z_out is not None and needs_z_out:
-                dz_out = _unit_gradient(column_dot(db.t(), packed_b.t()), z_out, out_lanes)
+                dz_out = unit_gradient(column_dot(db.t(), packed_b.t()), z_out, out_lanes)
             db = _spread_factor(db, rows, None, lane_values(z_out, out_lanes), None, *ctx.b)
         return dy if needs_y else None, dx, da, db, None, dz_in, dz_out, None, None, None, None
 

@@ -7,8 +7,8 @@ import transformers
 from torch import nn
 
 from gatepack import _ext
-from gatepack.functional import tokens_in_place
 from gatepack.hf import GATES_NAME, hf_model, layers_of
+from gatepack.in_place import tokens_decoded
 from gatepack.mlp import GatedMLP
 from gatepack.modules import (
     PackedLinear,
@@ -78,7 +78,7 @@ def explain(model: nn.Module) -> Explanation:
                 was = f" of {module.dense_shape[1]} -> {module.dense_shape[0]}"
             why = "closed units are removed"
             if isinstance(module, PackedLinear):
-                few = tokens_in_place(module.weight)
+                few = tokens_decoded(module.weight)
                 why += f"; up to {few} tokens: gatepack._C" if few else ""
             rows.append(Explained(name, f"{inner} -> {out}{was}", "packed", "packed", why))
     backend = _ext.backend()

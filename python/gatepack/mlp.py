@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from gatepack import _env
-from gatepack.functional import open_mlp, swiglu
+from gatepack.functional import swiglu
 from gatepack.gates import Gate
+from gatepack.in_place import open_mlp
 from gatepack.modules import (
     Operands,
     adopt,

@@ -8,14 +8,12 @@ from torch import nn
 
 from gatepack.functional import (
     add_low_rank,
-    folded_linear,
     gate_lanes,
-    linear,
     spread_lanes,
     take_lanes,
-    tokens_in_place,
 )
 from gatepack.gates import Gate
+from gatepack.in_place import folded_linear, linear, tokens_in_place
 from gatepack.paths import choose_path
 from gatepack.samples import Open
 from gatepack.sites import Site
@@ -270,14 +268,9 @@ def _folded(operands, x, in_open, out_open, rows, cols, full_in):
     z_in, z_out = multipliers(in_open), multipliers(out_open)
     in_lanes = 1 if in_open is None else in_open.gate.lanes
     out_lanes = 1 if out_open is None else out_open.gate.lanes
-    if rows is None and cols is None and z_in is None and z_out is None:
-        y = linear(
-            x, operands.w.to(x.dtype), None if operands.bias is None else operands.bias.to(x.dtype)
-        )
-    else:
-        y = folded_linear(
-            x, operands.w, operands.bias, z_in, z_out, rows, cols, in_lanes, out_lanes
-        )  # fmt: skip
+    y = folded_linear(
+        x, operands.w, operands.bias, z_in, z_out, rows, cols, in_lanes, out_lanes
+    )  # fmt: skip
     return _adapted(y, x, operands.adapters, z_in, z_out, rows, cols, in_lanes, out_lanes)
 
 
