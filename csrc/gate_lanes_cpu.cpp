@@ -43,30 +43,21 @@ GATEPACK_INLINE void multiply_lanes(const Lanes<T>& job, int64_t begin, int64_t 
   }
 }
 
-// dx, and the sums of dz as column_sums adds.
+// dx, and dz of each lane.
 template <class T>
 GATEPACK_INLINE void lane_gradients(const Lanes<T>& job, int64_t begin, int64_t end) {
   float gates[kGatedLanes];
   spread_gates(job, begin, end, gates);
-  Floats run[kGatedLanes / kLanes];
-  for (int64_t first = 0; first < job.tokens; first += kRun) {
-    const int64_t last = std::min(first + kRun, job.tokens);
-    std::fill(std::begin(run), std::end(run), Floats{});
-    for (int64_t t = first; t < last; ++t) {
-      Floats* sum = run;
-      for (int64_t n = begin; n < end; n += kLanes, ++sum) {
-        const int64_t count = std::min<int64_t>(kLanes, end - n), i = t * job.n + n;
-        Floats dy, x, z;
-        load_some(dy, job.dy + i, count);
-        load_some(x, job.x + i, count);
-        load_some(z, gates + (n - begin), count);
-        *sum += z == 0.0f ? Floats{} : dy * x;
-        const Floats dx = z == 0.0f ? Floats{} : dy * z;
-        store_some(job.out + i, dx, count);
-      }
-    }
-    add_run(run, job.sums, begin, end);
-  }
+  const auto take = [&](int64_t i, int64_t n, int64_t count, Floats& sum) GATEPACK_INLINED {
+    Floats dy, x, z;
+    load_some(dy, job.dy + i, count);
+    load_some(x, job.x + i, count);
+    load_some(z, gates + (n - begin), count);
+    sum += z == 0.0f ? Floats{} : dy * x;
+    const Floats dx = z == 0.0f ? Floats{} : dy * z;
+    store_some(job.out + i, dx, count);
+  };
+  sum_runs(job.tokens, job.n, begin, end, job.sums, take);
 }
 
 GATEPACK_COMPILE(run_lanes, multiply_lanes)
@@ -138,8 +129,7 @@ std::tuple<Tensor, Tensor> gate_lanes_backward_cpu(const Tensor& dy, const Tenso
   const char* const op = "gate_lanes_backward";
   const bool wide = require_float_or_bf16(op, "x", x);
   require_units(op, x, z, lanes);
-  require_dense(op, "dy", dy, x);
-  require(dy.sizes().equals(x.sizes()), op, ": dy must have the shape of x");
+  require_like(op, "dy", dy, "x", x);
   Tensor dx = torch::stable::new_empty(x, x.sizes(), x.scalar_type());
   Tensor dz = torch::stable::new_zeros(z, {z.numel()}, ScalarType::Float);
   if (wide) {

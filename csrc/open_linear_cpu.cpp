@@ -10,11 +10,10 @@
 namespace gatepack {
 namespace {
 
-constexpr int64_t kGrain = 1 << 16;   // bytes of w for one piece of work
 constexpr int64_t kValues = 1 << 13;  // activations for one piece of work
 constexpr int64_t kPanel = 24;        // rows of w that stay in the caches for all tokens
 constexpr int64_t kColumns = 3 * kLanes;
-constexpr int64_t kRun = 64;          // rows of w for all tokens, then the next ones
+constexpr int64_t kStretch = 64;      // rows of w for all tokens, then the next ones
 constexpr int64_t kAhead = 4;         // rows of w that are asked for before their turn
 
 // The open rows of a weight.
@@ -193,7 +192,7 @@ template <class T, int kBytes>
 GATEPACK_INLINE void column_sums(const Sums<T>& job, int64_t begin, int64_t end) {
   constexpr bool wide = Lanes<kBytes>::kWide;
   constexpr int64_t V = wide ? 6 : 3, N = wide ? 4 : 2;
-  const int64_t run = job.tokens > N ? kRun : job.rows.n;
+  const int64_t run = job.tokens > N ? kStretch : job.rows.n;
   for (int64_t k = begin; k < end; k += V * kLanes) {
     const int64_t columns = std::min(V * kLanes, end - k);
     for (int64_t i = 0; i < job.rows.n; i += run) {
@@ -210,13 +209,13 @@ GATEPACK_INLINE void column_sums(const Sums<T>& job, int64_t begin, int64_t end)
 GATEPACK_COMPILE_WIDTHS(run_dots, dots)
 GATEPACK_COMPILE_WIDTHS(run_sums, column_sums)
 
-void require_weight(const char* op, const Tensor& w) {
-  const ScalarType type = w.scalar_type();
-  require(type == ScalarType::Float || type == ScalarType::BFloat16, op,
-          ": w must be float32 or bfloat16, got ", dtype_name(type));
+// Whether w is float32, else bfloat16.
+bool require_weight(const char* op, const Tensor& w) {
+  const bool wide = require_float_or_bf16(op, "w", w);
   require(w.dim() == 2 && (w.size(1) < 2 || w.stride(1) == 1), op,
           ": w must be a matrix with stride 1 along its rows");
   require(!w.is_cuda(), op, ": w must be on the CPU");
+  return wide;
 }
 
 void require_matrix(const char* op, const char* name, const Tensor& x, const Tensor& w,
@@ -295,12 +294,10 @@ void multiply(const Dots<T>& job) {
   });
 }
 
-// x [tokens, open columns] as fp32 [tokens, k], times z, 0 at closed columns.
+// x [tokens, n] as fp32 [tokens, k], times z, its columns at those of `open`, 0 at the others.
 template <class T>
-void spread_columns(const T* x, const Side& in, int64_t tokens, int64_t k, float* out) {
-  const int64_t* const open = in.open();
-  const float* const z = in.z();
-  const int64_t n = in.size();
+void spread_columns(const T* x, const int64_t* open, const float* z, int64_t n, int64_t tokens,
+                    int64_t k, float* out) {
   parallel(tokens, k, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const T* const from = x + t * n;
@@ -340,7 +337,8 @@ Tensor forward(const Tensor& x, const Tensor& w, const OptTensor& bias, const Si
   Tensor full = x;
   if (in.open() || in.z() || !std::is_same_v<T, float>) {
     full = torch::stable::new_empty(x, {tokens, k}, ScalarType::Float);
-    spread_columns(data<T>(x), in, tokens, k, static_cast<float*>(full.mutable_data_ptr()));
+    float* const to = static_cast<float*>(full.mutable_data_ptr());
+    spread_columns(data<T>(x), in.open(), in.z(), in.size(), tokens, k, to);
   }
   multiply<T>({rows_of<T>(w, out), data<float>(full), tokens, bias ? data<T>(*bias) : nullptr,
                out.z(), static_cast<T*>(y.mutable_data_ptr())});
@@ -358,18 +356,6 @@ void add_up(const Sums<T>& job) {
   });
 }
 
-// dy [tokens, n] as fp32, times z.
-template <class T>
-void scale_rows(const T* dy, const float* z, int64_t n, int64_t tokens, float* out) {
-  parallel(tokens, n, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t i = 0; i < n; ++i) {
-        out[t * n + i] = z ? widen(dy[t * n + i]) * z[i] : widen(dy[t * n + i]);
-      }
-    }
-  });
-}
-
 template <class T>
 Tensor backward(const Tensor& dy, const Tensor& w, const Side& out, const Side& in) {
   const int64_t tokens = dy.size(0), k = w.size(1);
@@ -379,7 +365,7 @@ Tensor backward(const Tensor& dy, const Tensor& w, const Side& out, const Side& 
   if (out.z() || !std::is_same_v<T, float>) {
     scaled = torch::stable::new_empty(dy, {tokens, out.size()}, ScalarType::Float);
     float* const to = static_cast<float*>(scaled.mutable_data_ptr());
-    scale_rows(data<T>(dy), out.z(), out.size(), tokens, to);
+    spread_columns(data<T>(dy), nullptr, out.z(), out.size(), tokens, out.size(), to);
   }
   const bool direct = !in.open() && !in.z() && std::is_same_v<T, float>;
   Tensor full =
@@ -396,13 +382,12 @@ Tensor open_linear_cpu(const Tensor& x, const Tensor& w, const OptTensor& bias,
                        const OptTensor& rows, const OptTensor& cols, const OptTensor& z_out,
                        const OptTensor& z_in, int64_t out_lanes, int64_t in_lanes) {
   const char* const op = "open_linear";
-  require_weight(op, w);
+  const bool wide = require_weight(op, w);
   const Side out({op}, "rows", rows, "z_out", z_out, out_lanes, w.size(0), w);
   const Side in({op}, "cols", cols, "z_in", z_in, in_lanes, w.size(1), w);
   require_matrix(op, "x", x, w, in.size());
   if (bias) require_bias(op, *bias, w);
-  return w.scalar_type() == ScalarType::Float ? forward<float>(x, w, bias, out, in)
-                                              : forward<bf16>(x, w, bias, out, in);
+  return wide ? forward<float>(x, w, bias, out, in) : forward<bf16>(x, w, bias, out, in);
 }
 
 std::tuple<Tensor, Tensor, Tensor> open_linear_backward_cpu(
@@ -410,7 +395,7 @@ std::tuple<Tensor, Tensor, Tensor> open_linear_backward_cpu(
     const OptTensor& rows, const OptTensor& cols, const OptTensor& z_out, const OptTensor& z_in,
     int64_t out_lanes, int64_t in_lanes) {
   const char* const op = "open_linear_backward";
-  require_weight(op, w);
+  const bool wide = require_weight(op, w);
   const Side out({op}, "rows", rows, "z_out", z_out, out_lanes, w.size(0), w);
   const Side in({op}, "cols", cols, "z_in", z_in, in_lanes, w.size(1), w);
   require_matrix(op, "dy", dy, w, out.size());
@@ -420,8 +405,7 @@ std::tuple<Tensor, Tensor, Tensor> open_linear_backward_cpu(
   if (y) require_matrix(op, "y", *y, w, out.size());
   require((!x || x->size(0) == dy.size(0)) && (!y || y->size(0) == dy.size(0)), op,
           ": x and y must have as many tokens as dy");
-  Tensor dx = w.scalar_type() == ScalarType::Float ? backward<float>(dy, w, out, in)
-                                                   : backward<bf16>(dy, w, out, in);
+  Tensor dx = wide ? backward<float>(dy, w, out, in) : backward<bf16>(dy, w, out, in);
   const auto none = [&] { return torch::stable::new_empty(dy, {0}, ScalarType::Float); };
   return {dx, y ? out.gradient(dy, *y) : none(), x ? in.gradient(*x, dx) : none()};
 }

@@ -24,7 +24,8 @@ typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints32 __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
-#define GATEPACK_INLINE inline __attribute__((always_inline))
+#define GATEPACK_INLINED __attribute__((always_inline))
+#define GATEPACK_INLINE inline GATEPACK_INLINED
 
 // Loads and stores as references: a vector by value has another ABI in each instruction set.
 GATEPACK_INLINE void load(Floats& to, const float* from) { std::memcpy(&to, from, sizeof to); }
@@ -83,7 +84,7 @@ GATEPACK_INLINE void store_some(bf16* to, const Floats& from, int64_t count) {
   }
 #endif
 
-// The sums of a run of tokens to those of lanes begin .. end - 1.
+// y += the sums of a run of tokens, for lanes begin .. end - 1.
 GATEPACK_INLINE void add_run(const Floats* sum, float* y, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n += kLanes, ++sum) {
     const int64_t count = std::min<int64_t>(kLanes, end - n);
@@ -91,6 +92,25 @@ GATEPACK_INLINE void add_run(const Floats* sum, float* y, int64_t begin, int64_t
     load_some(total, y + n, count);
     total += *sum;
     store_some(y + n, total, count);
+  }
+}
+
+// take(i, n, count, sum) for `count` lanes from n on of each token, at i in a tensor of `width` lanes
+// a token: a short sum for each run of kRun tokens, and a sum of those in y.
+template <class Take>
+GATEPACK_INLINE void sum_runs(int64_t tokens, int64_t width, int64_t begin, int64_t end, float* y,
+                              const Take& take) {
+  Floats run[kGatedLanes / kLanes];
+  for (int64_t first = 0; first < tokens; first += kRun) {
+    const int64_t last = std::min(first + kRun, tokens);
+    std::fill(std::begin(run), std::end(run), Floats{});
+    for (int64_t t = first; t < last; ++t) {
+      Floats* sum = run;
+      for (int64_t n = begin; n < end; n += kLanes, ++sum) {
+        take(t * width + n, n, std::min<int64_t>(kLanes, end - n), *sum);
+      }
+    }
+    add_run(run, y, begin, end);
   }
 }
 
@@ -104,6 +124,13 @@ inline void require_dense(const char* op, const char* name, const Tensor& x, con
           dtype_name(like.scalar_type()), ", got ", dtype_name(x.scalar_type()));
   require(x.is_contiguous(), op, ": ", name, " must be contiguous");
   require(!x.is_cuda(), op, ": ", name, " must be on the CPU");
+}
+
+inline void require_like(const char* op, const char* name, const Tensor& x, const char* like_name,
+                         const Tensor& like) {
+  require_dense(op, name, x, like);
+  require(x.dim() == like.dim() && x.sizes().equals(like.sizes()), op, ": ", name,
+          " must have the shape of ", like_name);
 }
 
 inline bool require_float_or_bf16(const char* op, const char* name, const Tensor& x) {

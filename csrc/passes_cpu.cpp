@@ -88,32 +88,23 @@ GATEPACK_INLINE void gated_lanes(const Gated& job, int64_t begin, int64_t end) {
   }
 }
 
-// The same, and dz as column_sums adds: runs of kRun tokens, and a sum of those.
+// The same, and dz.
 template <class T>
 GATEPACK_INLINE void gated_gradients(const Gated& job, int64_t begin, int64_t end) {
-  Floats run[kGatedLanes / kLanes];
-  for (int64_t first = 0; first < job.tokens; first += kRun) {
-    const int64_t last = std::min(first + kRun, job.tokens);
-    std::fill(std::begin(run), std::end(run), Floats{});
-    for (int64_t t = first; t < last; ++t) {
-      Floats* sum = run;
-      for (int64_t n = begin; n < end; n += kLanes, ++sum) {
-        const int64_t count = std::min<int64_t>(kLanes, end - n), i = t * job.n + n;
-        Floats dh, a, u, s, z;
-        load_some(dh, job.dh + i, count);
-        load_some(a, job.a + i, count);
-        load_some(u, job.u + i, count);
-        load_some(z, job.z + n, count);
-        sigmoid(s, a);
-        *sum += z == 0.0f ? Floats{} : dh * (a * s * u);
-        const Floats da = z == 0.0f ? Floats{} : dh * z * u * (s * (1.0f + a * (1.0f - s)));
-        const Floats du = z == 0.0f ? Floats{} : dh * z * (a * s);
-        store_some(job.first + i, da, count);
-        store_some(job.second + i, du, count);
-      }
-    }
-    add_run(run, job.dz, begin, end);
-  }
+  const auto take = [&](int64_t i, int64_t n, int64_t count, Floats& sum) GATEPACK_INLINED {
+    Floats dh, a, u, s, z;
+    load_some(dh, job.dh + i, count);
+    load_some(a, job.a + i, count);
+    load_some(u, job.u + i, count);
+    load_some(z, job.z + n, count);
+    sigmoid(s, a);
+    sum += z == 0.0f ? Floats{} : dh * (a * s * u);
+    const Floats da = z == 0.0f ? Floats{} : dh * z * u * (s * (1.0f + a * (1.0f - s)));
+    const Floats du = z == 0.0f ? Floats{} : dh * z * (a * s);
+    store_some(job.first + i, da, count);
+    store_some(job.second + i, du, count);
+  };
+  sum_runs(job.tokens, job.n, begin, end, job.dz, take);
 }
 
 template <class T>
@@ -130,16 +121,14 @@ GATEPACK_INLINE void column_sums(const Columns<T>& job, int64_t begin, int64_t e
     const int64_t last = std::min(t + kRun, job.tokens);
     for (int64_t n = begin; n < end; n += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, end - n);
-      Floats sum = {}, total;
+      Floats sum = {};
       for (int64_t i = t; i < last; ++i) {
         Floats a, b;
         load_some(a, job.a + i * job.n + n, count);
         load_some(b, job.b + i * job.n + n, count);
         sum += a * b;
       }
-      load_some(total, job.y + n, count);
-      total += sum;
-      store_some(job.y + n, total, count);
+      add_run(&sum, job.y, n, n + count);
     }
   }
 }
@@ -150,18 +139,12 @@ GATEPACK_COMPILE(run_gated, gated_lanes)
 GATEPACK_COMPILE(run_gated_gradients, gated_gradients)
 GATEPACK_COMPILE(run_columns, column_sums)
 
-void require_like(const char* op, const char* name, const Tensor& x, const Tensor& like) {
-  require_dense(op, name, x, like);
-  require(x.dim() == like.dim() && x.sizes().equals(like.sizes()), op, ": ", name,
-          " must have the shape of a");
-}
-
 // The job of swiglu or of its gradients, but for the results.
 Gated gated_job(const char* op, const Tensor& a, const Tensor& u, const OptTensor& z) {
   require(a.scalar_type() == ScalarType::Float, op, ": a must be float32, got ",
           dtype_name(a.scalar_type()));
   require_dense(op, "a", a, a);
-  require_like(op, "u", u, a);
+  require_like(op, "u", u, "a", a);
   Gated job{};
   job.a = data<float>(a), job.u = data<float>(u);
   if (!z) return job;
@@ -199,7 +182,7 @@ Tensor swiglu_cpu(const Tensor& a, const Tensor& u, const OptTensor& z) {
 std::tuple<Tensor, Tensor, Tensor> swiglu_backward_cpu(const Tensor& dh, const Tensor& a,
                                                        const Tensor& u, const OptTensor& z) {
   Gated job = gated_job("swiglu_backward", a, u, z);
-  require_like("swiglu_backward", "dh", dh, a);
+  require_like("swiglu_backward", "dh", dh, "a", a);
   Tensor da = torch::stable::new_empty(a, a.sizes(), ScalarType::Float);
   Tensor du = torch::stable::new_empty(a, a.sizes(), ScalarType::Float);
   Tensor dz = torch::stable::new_zeros(a, {z ? z->numel() : 0}, ScalarType::Float);
@@ -220,7 +203,7 @@ Tensor column_products_cpu(const Tensor& a, const Tensor& b) {
   const bool wide = require_float_or_bf16(op, "a", a);
   require(a.dim() == 2, op, ": a must have 2 dimensions, got ", a.dim());
   require_dense(op, "a", a, a);
-  require_like(op, "b", b, a);
+  require_like(op, "b", b, "a", a);
   const int64_t tokens = a.size(0), n = a.size(1);
   Tensor y = torch::stable::new_empty(a, {n}, ScalarType::Float);
   float* const out = static_cast<float*>(y.mutable_data_ptr());

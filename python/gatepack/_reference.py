@@ -368,7 +368,7 @@ def open_linear_ref(
 
 
 def _per_unit(a: Tensor, b: Tensor, lanes: int) -> Tensor:
-    return (a.float() * b.float()).sum(0).reshape(-1, lanes).sum(1)
+    return column_products_ref(a, b).reshape(-1, lanes).sum(1)
 
 
 def open_linear_backward_ref(

@@ -36,13 +36,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, u, z):
         ctx.save_for_backward(a, u, z)
-        return torch.ops.gatepack.swiglu(a, u, z)
+        return _ops.swiglu(a, u, z)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dh):
         a, u, z = ctx.saved_tensors
-        da, du, dz = torch.ops.gatepack.swiglu_backward(dh.contiguous(), a, u, z)
+        da, du, dz = _ops.swiglu_backward(dh.contiguous(), a, u, z)
         return da, du, None if z is None else dz
 
 
@@ -100,7 +100,7 @@ def column_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """sum_t a[t, n] * b[t, n] -> [n], at least fp32; a, b [T, n]."""
     known = a.dtype == b.dtype and a.dtype in _PRODUCTS and a.is_contiguous() and b.is_contiguous()
     if known and has_cpu_passes(a):
-        return torch.ops.gatepack.column_products(a, b)
+        return _ops.column_products(a, b)
     if a.dtype in (torch.float16, torch.bfloat16):
         a, b = a.float(), b.float()
     return (a * b).sum(0)

@@ -52,12 +52,23 @@ def tokens_in_place(w: torch.Tensor) -> int:
 
     A frozen weight on a CPU, fp32 or bf16, with stride 1 along K, outside of tracing and autocast.
     """
-    return few_tokens().get(w.dtype, 0) if _lies_ready(w) and has_cpu_passes(w) else 0
+    return few_tokens().get(w.dtype, 0) if has_cpu_passes(w) and _lies_ready(w) else 0
 
 
 def tokens_decoded(w: torch.Tensor) -> int:
     """Up to how many tokens linear multiplies with w by gatepack._C where no gradient is wanted."""
     return min(DECODED.get(w.dtype, 0), tokens_in_place(w))
+
+
+def _is_few(x: torch.Tensor, most: dict[torch.dtype, int]) -> bool:
+    """Whether x [*, K] has tokens, and at most those of its dtype."""
+    return 0 < x.numel() // max(x.shape[-1], 1) <= most.get(x.dtype, 0)
+
+
+def _fits(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether gatepack._C, if it computes on x, multiplies x with w and adds the bias."""
+    alike = x.dtype == w.dtype and x.device == w.device and _lies_ready(w)
+    return alike and (bias is None or bias.dtype == w.dtype)
 
 
 def _lies_ready(w: torch.Tensor) -> bool:
@@ -115,14 +126,9 @@ def open_linear(
     Arguments as in FoldedLinear. None where that is not computed so: for more than
     tokens_in_place(w) tokens, or none, and in another dtype than that of w.
     """
-    tokens = x.numel() // max(x.shape[-1], 1)
-    if not has_cpu_passes(x) or not 0 < tokens <= few_tokens().get(x.dtype, 0):
-        return None
-    if x.dtype != w.dtype or x.device != w.device or not _lies_ready(w):
+    if not has_cpu_passes(x) or not _is_few(x, few_tokens()) or not _fits(x, w, bias):
         return None
     if x.shape[-1] != (w.shape[1] if cols is None else cols.shape[0]):
-        return None
-    if bias is not None and bias.dtype != w.dtype:
         return None
     arguments = x, w, bias, z_in, z_out, rows, cols, in_lanes, out_lanes
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
@@ -136,11 +142,8 @@ def open_linear(
 
 def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """W x + b; by gatepack._C for the DECODED tokens of a step without gradients, else torch's."""
-    tokens = x.numel() // max(x.shape[-1], 1)
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    y = None
-    if tokens <= DECODED.get(x.dtype, 0) and not wants_grad:
-        y = open_linear(x, w, bias)
+    y = open_linear(x, w, bias) if _is_few(x, DECODED) and not wants_grad else None
     return F.linear(x, w, bias) if y is None else y
 
 
@@ -198,11 +201,10 @@ def open_mlp(
     x [*, K] fp32; weights Wa, Wu [F, K] and Wd [K, F], and their biases or None; z fp32 [n] of the
     open channels, or None for 1; index int64 [n], None: all. None where it is not computed so.
     """
-    tokens = x.numel() // max(x.shape[-1], 1)
-    if not has_cpu_passes(x) or not 0 < tokens <= few_tokens()[torch.float32]:
+    if x.dtype != torch.float32 or not has_cpu_passes(x) or not _is_few(x, few_tokens()):
         return None
-    if any(w.dtype != torch.float32 or x.dtype != w.dtype or not _lies_ready(w) for w in weights):
+    if not all(_fits(x, w, b) for w, b in zip(weights, biases, strict=True)):
         return None
-    if any(b is not None and (b.requires_grad or b.dtype != x.dtype) for b in biases):
+    if any(b is not None and b.requires_grad for b in biases):
         return None
     return _OpenMLP.apply(x, *weights, *biases, z, index)

@@ -20,6 +20,7 @@ from gatepack.modules import (
     base_linear,
     fits,
     is_gated,
+    most_in_place,
     multipliers,
     operands_of,
     path_of,
@@ -92,7 +93,10 @@ class GatedMLP(nn.Module):
         """The MLP in one pass over the open channels of weights that stay where they are, or None
         where that is not its path or not all that acts on it."""
         down = self.linears()[-1]
-        if x.device.type != "cpu" or type(self.act_fn).__name__ not in _SILU:
+        # First what many tokens and other devices end with: this runs in each of their forwards.
+        if x.numel() // max(x.shape[-1], 1) > most_in_place(down):
+            return None
+        if type(self.act_fn).__name__ not in _SILU:
             return None
         operands = self._whole()
         if isinstance(operands, str) or any(linear.adapters for linear in operands):

@@ -268,9 +268,7 @@ def _folded(operands, x, in_open, out_open, rows, cols, full_in):
     z_in, z_out = multipliers(in_open), multipliers(out_open)
     in_lanes = 1 if in_open is None else in_open.gate.lanes
     out_lanes = 1 if out_open is None else out_open.gate.lanes
-    y = folded_linear(
-        x, operands.w, operands.bias, z_in, z_out, rows, cols, in_lanes, out_lanes
-    )  # fmt: skip
+    y = folded_linear(x, operands.w, operands.bias, z_in, z_out, rows, cols, in_lanes, out_lanes)
     return _adapted(y, x, operands.adapters, z_in, z_out, rows, cols, in_lanes, out_lanes)
 
 
@@ -395,7 +393,7 @@ def _check_covers(argument: str, gate: Gate | None, features: int) -> None:
 class PackedLinear(nn.Linear):
     """A linear with its closed rows and columns removed; dense_shape is what it had, (out, in).
 
-    On a CPU, for few tokens and without a gradient of the weight, gatepack._C computes it.
+    On a CPU, for a decoding step's few tokens without gradients, gatepack._C computes it.
     """
 
     dense_shape: tuple[int, int]
