@@ -123,7 +123,6 @@ class GateSet(nn.Module):
         self._draws = 0
         self._all_open = False
         self._offsets: torch.Tensor | None = None
-        self._segments: torch.Tensor | None = None
         self._places: torch.Tensor | None = None  # of the units among those of before removals
         self._whole_size = start
         self._sample: Sample | None = None
@@ -276,15 +275,6 @@ class GateSet(nn.Module):
             self._offsets = torch.tensor(ends, dtype=torch.int32, device=self.logits.device)
         return self._offsets
 
-    def segments(self) -> torch.Tensor:
-        """The number of the gate that each unit belongs to, int64 [N], on the device of gates."""
-        if self._segments is None or self._segments.device != self.logits.device:
-            device = self.logits.device
-            sizes = torch.tensor([gate.size for gate in self.gates.values()], device=device)
-            numbers = torch.arange(len(sizes), device=device)
-            self._segments = torch.repeat_interleave(numbers, sizes, output_size=len(self.logits))
-        return self._segments
-
     def slices(self) -> Iterator[tuple[Gate, slice]]:
         """Each gate with its range in the flat vectors."""
         for gate in self.gates.values():
@@ -401,7 +391,7 @@ class GateSet(nn.Module):
 
     def _remember(self, places: torch.Tensor, whole_size: int) -> None:
         self._places, self._whole_size = places, whole_size
-        self._offsets = self._segments = self._sample = None
+        self._offsets = self._sample = None
         self.costs.refresh()
 
     def plan(self, scores: Mapping[str, torch.Tensor]) -> Plan:

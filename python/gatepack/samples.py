@@ -1,9 +1,10 @@
 """Stage 1, gates: one sample of all gates of a model, their values and which units are open."""
 
 import functools
+import itertools
+from collections import Counter
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -13,20 +14,23 @@ if TYPE_CHECKING:
 class Open:
     """The open set of one gate in one sample: which units run, and their values.
 
-    units: sorted unique int64 [n], or None when all run. values: fp32 [n], differentiable. ones:
-    every running gate is exactly 1, so that multiplying by it can be left out where no gradient is
-    wanted.
+    units: sorted unique int64 [n], or None when all run. values: fp32 [n], differentiable.
     """
 
-    def __init__(self, gate: "Gate", values: torch.Tensor, units: torch.Tensor | None, ones: bool):
+    def __init__(self, gate: "Gate", values: torch.Tensor, units: torch.Tensor | None):
         self.gate = gate
         self.units = units
         self.values = values
-        self.ones = ones
 
     @property
     def count(self) -> int:
         return self.gate.size if self.units is None else self.units.numel()
+
+    @functools.cached_property
+    def ones(self) -> bool:
+        """Whether every running gate is exactly 1, so that multiplying by it can be left out where
+        no gradient is wanted."""
+        return bool((self.values.detach() == 1).all())
 
     @functools.cached_property
     def lanes(self) -> torch.Tensor | None:
@@ -34,12 +38,19 @@ class Open:
         return None if self.units is None else lane_indices(self.units, self.gate.lanes)
 
     @functools.cached_property
+    def _running_in_blocks(self) -> Counter:
+        """Key/value head -> how many of its units run, of those with any, in order."""
+        return Counter(unit // self.gate.spec.shared_size for unit in self.units.tolist())
+
+    @functools.cached_property
     def shared(self) -> torch.Tensor | None:
         """Sorted indices of the key/value heads with a running unit, int64, or None for all."""
         if self.units is None:
             return None
-        blocks = torch.unique(self.units // self.gate.spec.shared_size)
-        return None if blocks.numel() * self.gate.spec.shared_size == self.gate.size else blocks
+        blocks = list(self._running_in_blocks)
+        if len(blocks) * self.gate.spec.shared_size == self.gate.size:
+            return None
+        return torch.tensor(blocks, device=self.units.device)
 
     @functools.cached_property
     def shared_lanes(self) -> torch.Tensor | None:
@@ -60,9 +71,11 @@ class Open:
         """
         if self.units is None:
             return None
-        blocks = self.units // self.gate.spec.shared_size
-        _, position, counts = torch.unique(blocks, return_inverse=True, return_counts=True)
-        return None if bool((counts == counts[0]).all()) else position
+        counts = list(self._running_in_blocks.values())
+        if len(set(counts)) == 1:
+            return None
+        position = [block for block, count in enumerate(counts) for _ in range(count)]
+        return torch.tensor(position, device=self.units.device)
 
 
 class Sample:
@@ -76,52 +89,51 @@ class Sample:
         self.key = key
         self.flat = flat
         self.gates = list(gates.gates.values())
-        parts = torch.split(flat, [gate.size for gate in self.gates])
-        self.values = dict(zip(gates.gates, parts, strict=True))
-        self._segments = gates.segments
+        self._offsets = gates.offsets
         self._shared_running: dict[str, torch.Tensor] = {}
+
+    @functools.cached_property
+    def values(self) -> dict[str, torch.Tensor]:
+        with self._recording():
+            parts = torch.split(self.flat, [gate.size for gate in self.gates])
+        return {gate.name: part for gate, part in zip(self.gates, parts, strict=True)}
 
     def open(self, gate: "Gate") -> Open:
         return self._open[gate.name]
 
     def open_fraction(self, gate: "Gate") -> float:
-        return self._counts[gate.name][0] / gate.size
+        return self._open_places[1][gate.name] / gate.size
+
+    def _recording(self):
+        """Gradients on where the sample has any, also if it is first read without them."""
+        return torch.set_grad_enabled(self.flat.requires_grad)
 
     @functools.cached_property
-    def _counts(self) -> dict[str, tuple[int, int]]:
-        """How many units of each gate are open, and how many of those are exactly 1."""
-        flat = self.flat.detach()
-        is_open, is_one = flat > 0, flat == 1
+    def _open_places(self) -> tuple[torch.Tensor, dict[str, int]]:
+        """Where units are open, int64, and how many of each gate."""
+        index = (self.flat.detach() > 0).nonzero().squeeze(1)
+        ends = torch.searchsorted(index, self._offsets().long()).tolist()
         names = [gate.name for gate in self.gates]
-        if flat.device.type == "cpu":
-            count = np.count_nonzero
-            places = [slice(gate.start, gate.start + gate.size) for gate in self.gates]
-            found = [[count(mask[i]) for i in places] for mask in (is_open.numpy(), is_one.numpy())]
-        else:
-            # Two counts per gate cross to the host in one copy.
-            segments = self._segments()
-            counts = torch.zeros(2, len(self.gates), dtype=torch.int64, device=flat.device)
-            counts[0].index_add_(0, segments, is_open.long())
-            counts[1].index_add_(0, segments, is_one.long())
-            found = counts.tolist()
-        return dict(zip(names, zip(*found, strict=True), strict=True))
+        counts = [end - start for start, end in itertools.pairwise(ends)]
+        return index, dict(zip(names, counts, strict=True))
 
     @functools.cached_property
     def _open(self) -> dict[str, Open]:
-        index = (self.flat.detach() > 0).nonzero().squeeze(1)
-        sizes = [n_open for n_open, _ in self._counts.values()]
+        index, counts = self._open_places
+        sizes = list(counts.values())
         # One gather for all gates: each of its own would be a step of autograd.
-        values = torch.split(self.flat.index_select(0, index), sizes)
+        with self._recording():
+            values = torch.split(self.flat.index_select(0, index), sizes)
         found = {}
         for gate, units, part in zip(self.gates, torch.split(index, sizes), values, strict=True):
-            n_open, n_one = self._counts[gate.name]
+            n_open = counts[gate.name]
             if n_open == 0 and gate.kind == "heads":
                 # Attention has no form without heads: one runs with value 0 and adds nothing.
                 first = torch.zeros(1, dtype=torch.int64, device=index.device)
-                found[gate.name] = Open(gate, self.values[gate.name][:1], first, False)
+                found[gate.name] = Open(gate, self.values[gate.name][:1], first)
                 continue
             units = None if n_open == gate.size else units - gate.start
-            found[gate.name] = Open(gate, part, units, n_one == n_open)
+            found[gate.name] = Open(gate, part, units)
         return found
 
     @functools.cached_property
