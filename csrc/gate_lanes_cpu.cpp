@@ -11,32 +11,20 @@ template <class T>
 struct Gated {
   const T *x, *dy;
   T* out;          // y or dx
-  const float* z;  // one for each of `lanes` of n lanes
-  float* sums;     // dz of each lane
-  int64_t tokens, n, lanes;
+  const float* z;  // one for each of n lanes
+  float* sums;     // dz of each lane and run of tokens
+  int64_t tokens, n;
 };
 
-// Gate values of up to kGatedLanes lanes from `begin` on, one for each of them.
-template <class T>
-GATEPACK_INLINE void spread_gates(const Gated<T>& job, int64_t begin, int64_t end, float* z) {
-  int64_t unit = begin / job.lanes, left = job.lanes - begin % job.lanes;
-  for (int64_t n = begin; n < end; ++n) {
-    *z++ = job.z[unit];
-    if (--left == 0) ++unit, left = job.lanes;
-  }
-}
-
-// Lanes begin .. end - 1 of every token; closed ones give 0 whatever x holds.
+// Closed lanes give 0 whatever x holds.
 template <class T, int kBytes>
-GATEPACK_INLINE void multiply_lanes(Gated<T> job, int64_t begin, int64_t end) {
-  alignas(64) float gates[kGatedLanes];
-  spread_gates(job, begin, end, gates);
-  for (int64_t t = 0; t < job.tokens; ++t) {
-    over_registers<kBytes>(begin, end, [&](int64_t n, int64_t count) GATEPACK_INLINED {
+GATEPACK_INLINE void multiply_lanes(Gated<T> job, Tile tile) {
+  for (int64_t t = tile.first; t < tile.last; ++t) {
+    over_registers<kBytes>(tile.begin, tile.end, [&](int64_t n, int64_t count) GATEPACK_INLINED {
       const int64_t i = t * job.n + n;
       Floats<kBytes> x, z;
       load(x, job.x + i, count);
-      load(z, gates + (n - begin), count);
+      load(z, job.z + n, count);
       const Floats<kBytes> y = z == 0.0f ? Floats<kBytes>{} : x * z;
       store(job.out + i, y, count);
     });
@@ -45,33 +33,40 @@ GATEPACK_INLINE void multiply_lanes(Gated<T> job, int64_t begin, int64_t end) {
 
 // dx, and dz of each lane.
 template <class T, int kBytes>
-GATEPACK_INLINE void lane_gradients(Gated<T> job, int64_t begin, int64_t end) {
-  alignas(64) float gates[kGatedLanes];
-  spread_gates(job, begin, end, gates);
+GATEPACK_INLINE void lane_gradients(Gated<T> job, Tile tile) {
   const auto take = [&](int64_t i, int64_t n, int64_t count, Floats<kBytes>& sum) GATEPACK_INLINED {
     Floats<kBytes> dy, x, z;
     load(dy, job.dy + i, count);
     load(x, job.x + i, count);
-    load(z, gates + (n - begin), count);
+    load(z, job.z + n, count);
     const Floats<kBytes> none = {};
-    const Floats<kBytes> dx = z == 0.0f ? none : dy * z;
     sum += z == 0.0f ? none : dy * x;
+    const Floats<kBytes> dx = z == 0.0f ? none : dy * z;
     store(job.out + i, dx, count);
   };
-  sum_runs<kBytes>(job.tokens, job.n, begin, end, job.sums, take);
+  sum_tile<kBytes>(tile, job.n, job.sums, take);
 }
 
 GATEPACK_COMPILE(run_lanes, multiply_lanes)
 GATEPACK_COMPILE(run_lane_gradients, lane_gradients)
 
-// The job of gate_lanes or of its gradients, but for dy and the results.
+// The job of gate_lanes or of its gradients, but for dy and the results; z one for each lane.
 template <class T>
-Gated<T> lanes_job(const Tensor& x, const Tensor& z, int64_t lanes) {
+Gated<T> lanes_job(const Tensor& x, const std::vector<float>& z) {
   Gated<T> job{};
-  job.x = data<T>(x), job.z = data<float>(z);
-  job.n = z.numel() * lanes, job.lanes = lanes;
+  job.x = data<T>(x), job.z = z.data();
+  job.n = static_cast<int64_t>(z.size());
   job.tokens = job.n ? x.numel() / job.n : 0;
   return job;
+}
+
+// The gate of each lane.
+std::vector<float> spread(const Tensor& z, int64_t lanes) {
+  std::vector<float> gates(z.numel() * lanes);
+  for (int64_t unit = 0; unit < z.numel(); ++unit) {
+    std::fill_n(gates.begin() + unit * lanes, lanes, data<float>(z)[unit]);
+  }
+  return gates;
 }
 
 void require_units(const char* op, const Tensor& x, const Tensor& z, int64_t lanes) {
@@ -85,29 +80,30 @@ void require_units(const char* op, const Tensor& x, const Tensor& z, int64_t lan
 
 template <class T>
 void multiply(const Tensor& x, const Tensor& z, int64_t lanes, Tensor& y) {
-  Gated<T> job = lanes_job<T>(x, z, lanes);
+  const std::vector<float> gates = spread(z, lanes);
+  Gated<T> job = lanes_job<T>(x, gates);
   job.out = static_cast<T*>(y.mutable_data_ptr());
   const char* const level = simd_level();
-  over_lanes(job.n, job.tokens, [&](int64_t begin, int64_t end) {
-    run_lanes<T>(level, job, begin, end);
-  });
+  over_tiles(job.tokens, job.n, [&](const Tile& tile) { run_lanes<T>(level, job, tile); });
 }
 
 template <class T>
 void lane_gradients_of(const Tensor& dy, const Tensor& x, const Tensor& z, int64_t lanes,
                        Tensor& dx, Tensor& dz) {
-  Gated<T> job = lanes_job<T>(x, z, lanes);
-  std::vector<float> sums(job.n);
+  const std::vector<float> gates = spread(z, lanes);
+  Gated<T> job = lanes_job<T>(x, gates);
+  std::vector<float> of_lanes(job.n);
   job.dy = data<T>(dy);
   job.out = static_cast<T*>(dx.mutable_data_ptr());
-  job.sums = sums.data();
   const char* const level = simd_level();
-  over_lanes(job.n, job.tokens, [&](int64_t begin, int64_t end) {
-    run_lane_gradients<T>(level, job, begin, end);
+  sum_over_runs(job.tokens, job.n, of_lanes.data(), [&](float* sums) {
+    job.sums = sums;
+    over_tiles(job.tokens, job.n,
+               [&](const Tile& tile) { run_lane_gradients<T>(level, job, tile); });
   });
   float* const of_units = static_cast<float*>(dz.mutable_data_ptr());
   for (int64_t unit = 0; unit < z.numel(); ++unit) {
-    for (int64_t i = 0; i < lanes; ++i) of_units[unit] += sums[unit * lanes + i];
+    for (int64_t i = 0; i < lanes; ++i) of_units[unit] += of_lanes[unit * lanes + i];
   }
 }
 

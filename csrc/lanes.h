@@ -109,33 +109,31 @@ GATEPACK_INLINE void store(T* to, const V& from, int64_t count) {
   std::memcpy(to, padded, count * sizeof(T));
 }
 
-// Calls kernel<T, bytes of a register>(job, begin, end) compiled for the instruction set in use
+// Calls kernel<T, bytes of a register>(job, piece...) compiled for the instruction set in use
 // (simd_level). A kernel that takes the job by value reads it once: no store can change it.
 #if defined(__x86_64__)
 #define GATEPACK_AVX512 "avx512f,avx512bw,avx512vl,avx512dq"
 #define GATEPACK_AVX2 "avx2,f16c"
-#define GATEPACK_COMPILE(name, kernel)                                                       \
-  template <class T, class Job>                                                              \
-  __attribute__((target(GATEPACK_AVX512))) void name##_avx512(const Job& job, int64_t begin, \
-                                                              int64_t end) {                 \
-    kernel<T, 64>(job, begin, end);                                                          \
-  }                                                                                          \
-  template <class T, class Job>                                                              \
-  __attribute__((target(GATEPACK_AVX2))) void name##_avx2(const Job& job, int64_t begin,     \
-                                                          int64_t end) {                     \
-    kernel<T, 32>(job, begin, end);                                                          \
-  }                                                                                          \
-  template <class T, class Job>                                                              \
-  void name(const char* level, const Job& job, int64_t begin, int64_t end) {                 \
-    if (!std::strcmp(level, "avx512")) return name##_avx512<T>(job, begin, end);             \
-    if (!std::strcmp(level, "avx2")) return name##_avx2<T>(job, begin, end);                 \
-    kernel<T, 16>(job, begin, end);                                                          \
+#define GATEPACK_COMPILE(name, kernel)                                                           \
+  template <class T, class Job, class... Piece>                                                  \
+  __attribute__((target(GATEPACK_AVX512))) void name##_avx512(const Job& job, Piece... piece) {  \
+    kernel<T, 64>(job, piece...);                                                                \
+  }                                                                                              \
+  template <class T, class Job, class... Piece>                                                  \
+  __attribute__((target(GATEPACK_AVX2))) void name##_avx2(const Job& job, Piece... piece) {      \
+    kernel<T, 32>(job, piece...);                                                                \
+  }                                                                                              \
+  template <class T, class Job, class... Piece>                                                  \
+  void name(const char* level, const Job& job, Piece... piece) {                                 \
+    if (!std::strcmp(level, "avx512")) return name##_avx512<T>(job, piece...);                   \
+    if (!std::strcmp(level, "avx2")) return name##_avx2<T>(job, piece...);                       \
+    kernel<T, 16>(job, piece...);                                                                \
   }
 #else
-#define GATEPACK_COMPILE(name, kernel)                                                       \
-  template <class T, class Job>                                                              \
-  void name(const char*, const Job& job, int64_t begin, int64_t end) {                       \
-    kernel<T, 16>(job, begin, end);                                                          \
+#define GATEPACK_COMPILE(name, kernel)                            \
+  template <class T, class Job, class... Piece>                   \
+  void name(const char*, const Job& job, Piece... piece) {        \
+    kernel<T, 16>(job, piece...);                                 \
   }
 #endif
 

@@ -11,12 +11,18 @@
 #include "lanes.h"
 
 #include <algorithm>
+#include <memory>
 
 namespace gatepack {
 
-constexpr int64_t kGrain = 1 << 16;   // bytes of the input for one piece of work
-constexpr int64_t kRun = 64;          // tokens in a sum of its own
-constexpr int64_t kGatedLanes = 128;  // lanes of a gated pass for one thread at a time
+constexpr int64_t kGrain = 1 << 16;  // bytes of the input for one piece of work
+constexpr int64_t kRun = 64;         // tokens of a tile, and in a sum of its own
+constexpr int64_t kNarrow = 64;      // lanes of the narrowest tile
+
+// Tokens first .. last - 1, which are the run-th kRun of all, and lanes begin .. end - 1 of them.
+struct Tile {
+  int64_t run, first, last, begin, end;
+};
 
 // take(n, count) for lanes begin .. end - 1, a register or what is left of them at a time.
 template <int kBytes, class Take>
@@ -27,31 +33,51 @@ GATEPACK_INLINE void over_registers(int64_t begin, int64_t end, const Take& take
   if (n < end) take(n, end - n);
 }
 
-// y += the sums of a run of tokens.
-GATEPACK_INLINE void add_run(const float* sums, int64_t n, float* y) {
-  for (int64_t i = 0; i < n; ++i) y[i] += sums[i];
+// take(i, n, count, sum) for `count` lanes from n on of each token of a tile, at i in a tensor of
+// `width` lanes a token. sums [runs, width] gets the tile's part of its run.
+template <int kBytes, class Take>
+GATEPACK_INLINE void sum_tile(const Tile& tile, int64_t width, float* sums, const Take& take) {
+  float* const run = sums + tile.run * width;
+  std::fill(run + tile.begin, run + tile.end, 0.0f);
+  for (int64_t t = tile.first; t < tile.last; ++t) {
+    over_registers<kBytes>(tile.begin, tile.end, [&](int64_t n, int64_t count) GATEPACK_INLINED {
+      Floats<kBytes> sum;
+      load(sum, run + n, count);
+      take(t * width + n, n, count, sum);
+      store(run + n, sum, count);
+    });
+  }
 }
 
-// take(i, n, count, sum) for `count` lanes from n on of each token, at i in a tensor of `width`
-// lanes a token: a short sum for each run of kRun tokens, and a sum of those in y.
-template <int kBytes, class Take>
-GATEPACK_INLINE void sum_runs(int64_t tokens, int64_t width, int64_t begin, int64_t end, float* y,
-                              const Take& take) {
-  for (int64_t first = 0; first < tokens; first += kRun) {
-    const int64_t last = std::min(first + kRun, tokens);
-    alignas(64) float run[kGatedLanes];
-    over_registers<kBytes>(0, kGatedLanes, [&](int64_t n, int64_t) GATEPACK_INLINED {
-      store(run + n, Floats<kBytes>{});
-    });
-    for (int64_t t = first; t < last; ++t) {
-      over_registers<kBytes>(begin, end, [&](int64_t n, int64_t count) GATEPACK_INLINED {
-        Floats<kBytes> sum;
-        load(sum, run + (n - begin));
-        take(t * width + n, n, count, sum);
-        store(run + (n - begin), sum);
-      });
+inline int64_t runs_of(int64_t tokens) { return (tokens + kRun - 1) / kRun; }
+
+// run(tile) for all tokens and n lanes. A tile is as wide as leaves each thread four: whole tokens
+// lie one behind the other in memory, where 128 lanes of each take up to three times as long.
+template <class Run>
+void over_tiles(int64_t tokens, int64_t n, const Run& run) {
+  if (tokens == 0 || n == 0) return;
+  const int64_t runs = runs_of(tokens), pieces = 4 * torch::stable::get_num_threads();
+  const int64_t wanted = (pieces + runs - 1) / runs;
+  const int64_t width = ((n + wanted - 1) / wanted + kNarrow - 1) / kNarrow * kNarrow;
+  const int64_t stripes = (n + width - 1) / width, each = width * std::min(tokens, kRun);
+  const int64_t grain = std::max<int64_t>(1, kGrain / 2 / each);
+  torch::stable::parallel_for(0, runs * stripes, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / stripes * kRun, lane = i % stripes * width;
+      run(Tile{i / stripes, first, std::min(first + kRun, tokens), lane, std::min(lane + width, n)});
     }
-    add_run(run, end - begin, y + begin);
+  });
+}
+
+// y [n] = what fill(sums) writes to sums [runs, n], added run by run.
+template <class Fill>
+void sum_over_runs(int64_t tokens, int64_t n, float* y, const Fill& fill) {
+  const int64_t runs = runs_of(tokens);
+  const std::unique_ptr<float[]> sums(new float[runs * n]);
+  fill(sums.get());
+  std::fill(y, y + n, 0.0f);
+  for (int64_t run = 0; run < runs; ++run) {
+    for (int64_t i = 0; i < n; ++i) y[i] += sums[run * n + i];
   }
 }
 
@@ -79,19 +105,6 @@ inline bool require_float_or_bf16(const char* op, const char* name, const Tensor
   require(type == ScalarType::Float || type == ScalarType::BFloat16, op, ": ", name,
           " must be float32 or bfloat16, got ", dtype_name(type));
   return type == ScalarType::Float;
-}
-
-// run(begin, end) for n lanes of some tokens, kGatedLanes or less at a time.
-template <class Run>
-void over_lanes(int64_t n, int64_t tokens, const Run& run) {
-  const int64_t pieces = (n + kGatedLanes - 1) / kGatedLanes;
-  const int64_t each = kGatedLanes * std::max<int64_t>(1, tokens);
-  const int64_t grain = std::max<int64_t>(1, kGrain / 2 / each);
-  torch::stable::parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      run(i * kGatedLanes, std::min(n, (i + 1) * kGatedLanes));
-    }
-  });
 }
 
 Tensor swiglu_cpu(const Tensor& a, const Tensor& u, const OptTensor& z);

@@ -39,7 +39,7 @@ struct Gated {
   float *first, *second;  // h, or da and du
   // With gates, one for each of n lanes, closed lanes give 0 whatever a and u hold.
   const float* z;
-  float* dz;
+  float* sums;  // dz of each run of tokens
   int64_t tokens, n;
 };
 
@@ -70,11 +70,10 @@ GATEPACK_INLINE void swiglu_gradients(Gated job, int64_t begin, int64_t end) {
   });
 }
 
-// Lanes begin .. end - 1 of every token.
 template <class T, int kBytes>
-GATEPACK_INLINE void gated_lanes(Gated job, int64_t begin, int64_t end) {
-  for (int64_t t = 0; t < job.tokens; ++t) {
-    over_registers<kBytes>(begin, end, [&](int64_t n, int64_t count) GATEPACK_INLINED {
+GATEPACK_INLINE void gated_lanes(Gated job, Tile tile) {
+  for (int64_t t = tile.first; t < tile.last; ++t) {
+    over_registers<kBytes>(tile.begin, tile.end, [&](int64_t n, int64_t count) GATEPACK_INLINED {
       const int64_t i = t * job.n + n;
       Floats<kBytes> a, u, s, z;
       load(a, job.a + i, count);
@@ -89,7 +88,7 @@ GATEPACK_INLINE void gated_lanes(Gated job, int64_t begin, int64_t end) {
 
 // The same, and dz.
 template <class T, int kBytes>
-GATEPACK_INLINE void gated_gradients(Gated job, int64_t begin, int64_t end) {
+GATEPACK_INLINE void gated_gradients(Gated job, Tile tile) {
   const auto take = [&](int64_t i, int64_t n, int64_t count, Floats<kBytes>& sum) GATEPACK_INLINED {
     Floats<kBytes> dh, a, u, s, z;
     load(dh, job.dh + i, count);
@@ -104,35 +103,25 @@ GATEPACK_INLINE void gated_gradients(Gated job, int64_t begin, int64_t end) {
     store(job.first + i, da, count);
     store(job.second + i, du, count);
   };
-  sum_runs<kBytes>(job.tokens, job.n, begin, end, job.dz, take);
+  sum_tile<kBytes>(tile, job.n, job.sums, take);
 }
 
 template <class T>
 struct Columns {
   const T *a, *b;
-  float* y;
-  int64_t tokens, n;
+  float* sums;
+  int64_t n;
 };
 
-// A short sum for each run of kRun tokens, and a sum of those.
 template <class T, int kBytes>
-GATEPACK_INLINE void column_sums(Columns<T> job, int64_t begin, int64_t end) {
-  for (int64_t t = 0; t < job.tokens; t += kRun) {
-    const int64_t last = std::min(t + kRun, job.tokens);
-    for (int64_t n = begin; n < end; n += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, end - n);
-      Lanes<kBytes> sum = {};
-      for (int64_t i = t; i < last; ++i) {
-        Lanes<kBytes> a, b;
-        load(a, job.a + i * job.n + n, count);
-        load(b, job.b + i * job.n + n, count);
-        sum.add_product(a, b);
-      }
-      float run[kLanes];
-      store(run, sum);
-      add_run(run, count, job.y + n);
-    }
-  }
+GATEPACK_INLINE void column_sums(Columns<T> job, Tile tile) {
+  const auto take = [&](int64_t i, int64_t, int64_t count, Floats<kBytes>& sum) GATEPACK_INLINED {
+    Floats<kBytes> a, b;
+    load(a, job.a + i, count);
+    load(b, job.b + i, count);
+    sum += a * b;
+  };
+  sum_tile<kBytes>(tile, job.n, job.sums, take);
 }
 
 GATEPACK_COMPILE(run_swiglu, swiglu_lanes)
@@ -159,14 +148,6 @@ Gated gated_job(const char* op, const Tensor& a, const Tensor& u, const OptTenso
   return job;
 }
 
-// whole(begin, end) for the elements of a job without gates, lanes(begin, end) for the lanes of one
-// with them.
-template <class Whole, class Lane>
-void run_job(const Gated& job, int64_t elements, const Whole& whole, const Lane& lanes) {
-  if (job.z) return over_lanes(job.n, job.tokens, lanes);
-  torch::stable::parallel_for(0, elements, kGrain / 4, whole);
-}
-
 }  // namespace
 
 Tensor swiglu_cpu(const Tensor& a, const Tensor& u, const OptTensor& z) {
@@ -174,10 +155,13 @@ Tensor swiglu_cpu(const Tensor& a, const Tensor& u, const OptTensor& z) {
   Tensor h = torch::stable::new_empty(a, a.sizes(), ScalarType::Float);
   job.first = static_cast<float*>(h.mutable_data_ptr());
   const char* const level = simd_level();
-  run_job(
-      job, a.numel(),
-      [&](int64_t begin, int64_t end) { run_swiglu<float>(level, job, begin, end); },
-      [&](int64_t begin, int64_t end) { run_gated<float>(level, job, begin, end); });
+  if (z) {
+    over_tiles(job.tokens, job.n, [&](const Tile& tile) { run_gated<float>(level, job, tile); });
+  } else {
+    torch::stable::parallel_for(0, a.numel(), kGrain / 4, [&](int64_t begin, int64_t end) {
+      run_swiglu<float>(level, job, begin, end);
+    });
+  }
   return h;
 }
 
@@ -187,16 +171,22 @@ std::tuple<Tensor, Tensor, Tensor> swiglu_backward_cpu(const Tensor& dh, const T
   require_like("swiglu_backward", "dh", dh, "a", a);
   Tensor da = torch::stable::new_empty(a, a.sizes(), ScalarType::Float);
   Tensor du = torch::stable::new_empty(a, a.sizes(), ScalarType::Float);
-  Tensor dz = torch::stable::new_zeros(a, {z ? z->numel() : 0}, ScalarType::Float);
+  Tensor dz = torch::stable::new_empty(a, {job.n}, ScalarType::Float);
   job.dh = data<float>(dh);
   job.first = static_cast<float*>(da.mutable_data_ptr());
   job.second = static_cast<float*>(du.mutable_data_ptr());
-  job.dz = static_cast<float*>(dz.mutable_data_ptr());
   const char* const level = simd_level();
-  run_job(
-      job, a.numel(),
-      [&](int64_t begin, int64_t end) { run_gradients<float>(level, job, begin, end); },
-      [&](int64_t begin, int64_t end) { run_gated_gradients<float>(level, job, begin, end); });
+  if (z) {
+    sum_over_runs(job.tokens, job.n, static_cast<float*>(dz.mutable_data_ptr()), [&](float* sums) {
+      job.sums = sums;
+      over_tiles(job.tokens, job.n,
+                 [&](const Tile& tile) { run_gated_gradients<float>(level, job, tile); });
+    });
+  } else {
+    torch::stable::parallel_for(0, a.numel(), kGrain / 4, [&](int64_t begin, int64_t end) {
+      run_gradients<float>(level, job, begin, end);
+    });
+  }
   return {da, du, dz};
 }
 
@@ -208,18 +198,15 @@ Tensor column_products_cpu(const Tensor& a, const Tensor& b) {
   require_like(op, "b", b, "a", a);
   const int64_t tokens = a.size(0), n = a.size(1);
   Tensor y = torch::stable::new_empty(a, {n}, ScalarType::Float);
-  float* const out = static_cast<float*>(y.mutable_data_ptr());
   const char* const level = simd_level();
-  // Whole cache lines of the result, and at least two pages of a row at a time.
-  torch::stable::parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
-    std::fill(out + begin, out + end, 0.0f);
-    if (wide) {
-      const Columns<float> job{data<float>(a), data<float>(b), out, tokens, n};
-      run_columns<float>(level, job, begin, end);
-    } else {
-      const Columns<bf16> job{data<bf16>(a), data<bf16>(b), out, tokens, n};
-      run_columns<bf16>(level, job, begin, end);
-    }
+  sum_over_runs(tokens, n, static_cast<float*>(y.mutable_data_ptr()), [&](float* sums) {
+    over_tiles(tokens, n, [&](const Tile& tile) {
+      if (wide) {
+        run_columns<float>(level, Columns<float>{data<float>(a), data<float>(b), sums, n}, tile);
+      } else {
+        run_columns<bf16>(level, Columns<bf16>{data<bf16>(a), data<bf16>(b), sums, n}, tile);
+      }
+    });
   });
   return y;
 }
