@@ -176,7 +176,7 @@ def _open_rows(site: Site, out_open: Open | None) -> _Rows:
             if len(site.row_blocks) == 1:
                 return _Rows(None, current.shared_of_unit if block.shared else None)
             return _Rows(None)
-        parts.append(lanes + block.offset)
+        parts.append(lanes + block.offset if block.offset else lanes)
     spread = current.shared_of_unit if site.row_blocks[0].shared else None
     return _Rows(parts[0] if len(parts) == 1 else torch.cat(parts), spread)
 
@@ -254,11 +254,10 @@ def _without_closed_rows(site: Site, y: torch.Tensor) -> torch.Tensor:
 
 def multipliers(current: Open | None) -> torch.Tensor | None:
     """Gate values to multiply by, or None where they are all 1 and no gradient is wanted."""
-    if current is None or (
-        current.ones and not (torch.is_grad_enabled() and current.values.requires_grad)
-    ):
+    if current is None:
         return None
-    return current.values
+    wants_grad = torch.is_grad_enabled() and current.values.requires_grad
+    return current.values if wants_grad or not current.ones else None
 
 
 def _folded(operands, x, in_open, out_open, rows, cols, full_in):
