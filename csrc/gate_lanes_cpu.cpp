@@ -8,7 +8,7 @@ namespace gatepack {
 namespace {
 
 template <class T>
-struct Lanes {
+struct Gated {
   const T *x, *dy;
   T* out;          // y or dx
   const float* z;  // one for each of `lanes` of n lanes
@@ -18,7 +18,7 @@ struct Lanes {
 
 // Gate values of up to kGatedLanes lanes from `begin` on, one for each of them.
 template <class T>
-GATEPACK_INLINE void spread_gates(const Lanes<T>& job, int64_t begin, int64_t end, float* z) {
+GATEPACK_INLINE void spread_gates(const Gated<T>& job, int64_t begin, int64_t end, float* z) {
   int64_t unit = begin / job.lanes, left = job.lanes - begin % job.lanes;
   for (int64_t n = begin; n < end; ++n) {
     *z++ = job.z[unit];
@@ -27,37 +27,38 @@ GATEPACK_INLINE void spread_gates(const Lanes<T>& job, int64_t begin, int64_t en
 }
 
 // Lanes begin .. end - 1 of every token; closed ones give 0 whatever x holds.
-template <class T>
-GATEPACK_INLINE void multiply_lanes(const Lanes<T>& job, int64_t begin, int64_t end) {
-  float gates[kGatedLanes];
+template <class T, int kBytes>
+GATEPACK_INLINE void multiply_lanes(Gated<T> job, int64_t begin, int64_t end) {
+  alignas(64) float gates[kGatedLanes];
   spread_gates(job, begin, end, gates);
   for (int64_t t = 0; t < job.tokens; ++t) {
-    for (int64_t n = begin; n < end; n += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, end - n), i = t * job.n + n;
-      Floats x, z;
-      load_some(x, job.x + i, count);
-      load_some(z, gates + (n - begin), count);
-      const Floats y = z == 0.0f ? Floats{} : x * z;
-      store_some(job.out + i, y, count);
-    }
+    over_registers<kBytes>(begin, end, [&](int64_t n, int64_t count) GATEPACK_INLINED {
+      const int64_t i = t * job.n + n;
+      Floats<kBytes> x, z;
+      load(x, job.x + i, count);
+      load(z, gates + (n - begin), count);
+      const Floats<kBytes> y = z == 0.0f ? Floats<kBytes>{} : x * z;
+      store(job.out + i, y, count);
+    });
   }
 }
 
 // dx, and dz of each lane.
-template <class T>
-GATEPACK_INLINE void lane_gradients(const Lanes<T>& job, int64_t begin, int64_t end) {
-  float gates[kGatedLanes];
+template <class T, int kBytes>
+GATEPACK_INLINE void lane_gradients(Gated<T> job, int64_t begin, int64_t end) {
+  alignas(64) float gates[kGatedLanes];
   spread_gates(job, begin, end, gates);
-  const auto take = [&](int64_t i, int64_t n, int64_t count, Floats& sum) GATEPACK_INLINED {
-    Floats dy, x, z;
-    load_some(dy, job.dy + i, count);
-    load_some(x, job.x + i, count);
-    load_some(z, gates + (n - begin), count);
-    sum += z == 0.0f ? Floats{} : dy * x;
-    const Floats dx = z == 0.0f ? Floats{} : dy * z;
-    store_some(job.out + i, dx, count);
+  const auto take = [&](int64_t i, int64_t n, int64_t count, Floats<kBytes>& sum) GATEPACK_INLINED {
+    Floats<kBytes> dy, x, z;
+    load(dy, job.dy + i, count);
+    load(x, job.x + i, count);
+    load(z, gates + (n - begin), count);
+    const Floats<kBytes> none = {};
+    const Floats<kBytes> dx = z == 0.0f ? none : dy * z;
+    sum += z == 0.0f ? none : dy * x;
+    store(job.out + i, dx, count);
   };
-  sum_runs(job.tokens, job.n, begin, end, job.sums, take);
+  sum_runs<kBytes>(job.tokens, job.n, begin, end, job.sums, take);
 }
 
 GATEPACK_COMPILE(run_lanes, multiply_lanes)
@@ -65,8 +66,8 @@ GATEPACK_COMPILE(run_lane_gradients, lane_gradients)
 
 // The job of gate_lanes or of its gradients, but for dy and the results.
 template <class T>
-Lanes<T> lanes_job(const Tensor& x, const Tensor& z, int64_t lanes) {
-  Lanes<T> job{};
+Gated<T> lanes_job(const Tensor& x, const Tensor& z, int64_t lanes) {
+  Gated<T> job{};
   job.x = data<T>(x), job.z = data<float>(z);
   job.n = z.numel() * lanes, job.lanes = lanes;
   job.tokens = job.n ? x.numel() / job.n : 0;
@@ -84,7 +85,7 @@ void require_units(const char* op, const Tensor& x, const Tensor& z, int64_t lan
 
 template <class T>
 void multiply(const Tensor& x, const Tensor& z, int64_t lanes, Tensor& y) {
-  Lanes<T> job = lanes_job<T>(x, z, lanes);
+  Gated<T> job = lanes_job<T>(x, z, lanes);
   job.out = static_cast<T*>(y.mutable_data_ptr());
   const char* const level = simd_level();
   over_lanes(job.n, job.tokens, [&](int64_t begin, int64_t end) {
@@ -95,7 +96,7 @@ void multiply(const Tensor& x, const Tensor& z, int64_t lanes, Tensor& y) {
 template <class T>
 void lane_gradients_of(const Tensor& dy, const Tensor& x, const Tensor& z, int64_t lanes,
                        Tensor& dx, Tensor& dz) {
-  Lanes<T> job = lanes_job<T>(x, z, lanes);
+  Gated<T> job = lanes_job<T>(x, z, lanes);
   std::vector<float> sums(job.n);
   job.dy = data<T>(dy);
   job.out = static_cast<T*>(dx.mutable_data_ptr());

@@ -3,7 +3,7 @@
 
 #include "fold_pack_cover.h"
 #include "fold_pack_cpu.h"
-#include "lanes.h"
+#include "passes.h"
 
 #include <algorithm>
 
@@ -54,14 +54,14 @@ GATEPACK_INLINE void dot_tile(const Dots<T>& job, int64_t i, int64_t end, int64_
     Lanes<kBytes> weight[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      weight[r].load(row[r] + k);
+      load(weight[r], row[r] + k);
       // The hardware's prefetch ends with each page; this one asks for the rows that come next.
       if (t == 0) __builtin_prefetch(next[r] + k);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
       Lanes<kBytes> in;
-      in.load(x[j] + k);
+      load(in, x[j] + k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sums[r][j].add_product(in, weight[r]);
     }
@@ -71,10 +71,10 @@ GATEPACK_INLINE void dot_tile(const Dots<T>& job, int64_t i, int64_t end, int64_
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
       Lanes<kBytes> in, weight;
-      in.load(x[j] + k, count);
+      load(in, x[j] + k, count);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        weight.load(row[r] + k, count);
+        load(weight, row[r] + k, count);
         sums[r][j].add_product(in, weight);
       }
     }
@@ -145,8 +145,8 @@ GATEPACK_INLINE void sum_tile(const Sums<T>& job, const Part& part, int64_t k) {
     if (part.i == 0) continue;
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      if (V == 1) sums[j][v].load(dx[j], count);
-      else sums[j][v].load(dx[j] + v * kLanes);
+      if (V == 1) load(sums[j][v], dx[j], count);
+      else load(sums[j][v], dx[j] + v * kLanes);
     }
   }
   for (int64_t i = part.i; i < part.end; ++i) {
@@ -159,8 +159,8 @@ GATEPACK_INLINE void sum_tile(const Sums<T>& job, const Part& part, int64_t k) {
     }
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      if (V == 1) weight[v].load(row, count);
-      else weight[v].load(row + v * kLanes);
+      if (V == 1) load(weight[v], row, count);
+      else load(weight[v], row + v * kLanes);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
@@ -173,8 +173,8 @@ GATEPACK_INLINE void sum_tile(const Sums<T>& job, const Part& part, int64_t k) {
   for (int j = 0; j < N; ++j) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      if (V == 1) sums[j][v].store(dx[j], count);
-      else sums[j][v].store(dx[j] + v * kLanes);
+      if (V == 1) store(dx[j], sums[j][v], count);
+      else store(dx[j] + v * kLanes, sums[j][v]);
     }
   }
 }
@@ -206,8 +206,8 @@ GATEPACK_INLINE void column_sums(const Sums<T>& job, int64_t begin, int64_t end)
   }
 }
 
-GATEPACK_COMPILE_WIDTHS(run_dots, dots)
-GATEPACK_COMPILE_WIDTHS(run_sums, column_sums)
+GATEPACK_COMPILE(run_dots, dots)
+GATEPACK_COMPILE(run_sums, column_sums)
 
 // Whether w is float32, else bfloat16.
 bool require_weight(const char* op, const Tensor& w) {

@@ -9,6 +9,7 @@ namespace gatepack {
 namespace {
 
 // 1 / (1 + exp(-a)): exp by 2^i * p(r), r in [-ln 2 / 2, ln 2 / 2], p as in Cephes' expf (1 ulp).
+template <class Floats>
 GATEPACK_INLINE void sigmoid(Floats& out, const Floats& a) {
   const Floats minus = -a;
   Floats x = minus > 88.0f ? Floats{} + 88.0f : minus;
@@ -23,7 +24,7 @@ GATEPACK_INLINE void sigmoid(Floats& out, const Floats& a) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  Ints32 bits;
+  typename Register<sizeof(Floats)>::Words bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = (bits + 127) << 23;  // the integer stands in the low bits of `shifted`
   Floats scale;
@@ -42,69 +43,68 @@ struct Gated {
   int64_t tokens, n;
 };
 
-template <class T>
-GATEPACK_INLINE void swiglu_lanes(const Gated& job, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, end - i);
-    Floats a, u, s;
-    load_some(a, job.a + i, count);
-    load_some(u, job.u + i, count);
+template <class T, int kBytes>
+GATEPACK_INLINE void swiglu_lanes(Gated job, int64_t begin, int64_t end) {
+  over_registers<kBytes>(begin, end, [&](int64_t i, int64_t count) GATEPACK_INLINED {
+    Floats<kBytes> a, u, s;
+    load(a, job.a + i, count);
+    load(u, job.u + i, count);
     sigmoid(s, a);
-    const Floats h = a * s * u;
-    store_some(job.first + i, h, count);
-  }
+    const Floats<kBytes> h = a * s * u;
+    store(job.first + i, h, count);
+  });
 }
 
-template <class T>
-GATEPACK_INLINE void swiglu_gradients(const Gated& job, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, end - i);
-    Floats dh, a, u, s;
-    load_some(dh, job.dh + i, count);
-    load_some(a, job.a + i, count);
-    load_some(u, job.u + i, count);
+template <class T, int kBytes>
+GATEPACK_INLINE void swiglu_gradients(Gated job, int64_t begin, int64_t end) {
+  over_registers<kBytes>(begin, end, [&](int64_t i, int64_t count) GATEPACK_INLINED {
+    Floats<kBytes> dh, a, u, s;
+    load(dh, job.dh + i, count);
+    load(a, job.a + i, count);
+    load(u, job.u + i, count);
     sigmoid(s, a);
-    const Floats da = dh * u * (s * (1.0f + a * (1.0f - s)));
-    const Floats du = dh * (a * s);
-    store_some(job.first + i, da, count);
-    store_some(job.second + i, du, count);
-  }
+    const Floats<kBytes> da = dh * u * (s * (1.0f + a * (1.0f - s)));
+    const Floats<kBytes> du = dh * (a * s);
+    store(job.first + i, da, count);
+    store(job.second + i, du, count);
+  });
 }
 
 // Lanes begin .. end - 1 of every token.
-template <class T>
-GATEPACK_INLINE void gated_lanes(const Gated& job, int64_t begin, int64_t end) {
+template <class T, int kBytes>
+GATEPACK_INLINE void gated_lanes(Gated job, int64_t begin, int64_t end) {
   for (int64_t t = 0; t < job.tokens; ++t) {
-    for (int64_t n = begin; n < end; n += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, end - n), i = t * job.n + n;
-      Floats a, u, s, z;
-      load_some(a, job.a + i, count);
-      load_some(u, job.u + i, count);
-      load_some(z, job.z + n, count);
+    over_registers<kBytes>(begin, end, [&](int64_t n, int64_t count) GATEPACK_INLINED {
+      const int64_t i = t * job.n + n;
+      Floats<kBytes> a, u, s, z;
+      load(a, job.a + i, count);
+      load(u, job.u + i, count);
+      load(z, job.z + n, count);
       sigmoid(s, a);
-      const Floats h = z == 0.0f ? Floats{} : a * s * u * z;
-      store_some(job.first + i, h, count);
-    }
+      const Floats<kBytes> h = z == 0.0f ? Floats<kBytes>{} : a * s * u * z;
+      store(job.first + i, h, count);
+    });
   }
 }
 
 // The same, and dz.
-template <class T>
-GATEPACK_INLINE void gated_gradients(const Gated& job, int64_t begin, int64_t end) {
-  const auto take = [&](int64_t i, int64_t n, int64_t count, Floats& sum) GATEPACK_INLINED {
-    Floats dh, a, u, s, z;
-    load_some(dh, job.dh + i, count);
-    load_some(a, job.a + i, count);
-    load_some(u, job.u + i, count);
-    load_some(z, job.z + n, count);
+template <class T, int kBytes>
+GATEPACK_INLINE void gated_gradients(Gated job, int64_t begin, int64_t end) {
+  const auto take = [&](int64_t i, int64_t n, int64_t count, Floats<kBytes>& sum) GATEPACK_INLINED {
+    Floats<kBytes> dh, a, u, s, z;
+    load(dh, job.dh + i, count);
+    load(a, job.a + i, count);
+    load(u, job.u + i, count);
+    load(z, job.z + n, count);
     sigmoid(s, a);
-    sum += z == 0.0f ? Floats{} : dh * (a * s * u);
-    const Floats da = z == 0.0f ? Floats{} : dh * z * u * (s * (1.0f + a * (1.0f - s)));
-    const Floats du = z == 0.0f ? Floats{} : dh * z * (a * s);
-    store_some(job.first + i, da, count);
-    store_some(job.second + i, du, count);
+    const Floats<kBytes> none = {};
+    sum += z == 0.0f ? none : dh * (a * s * u);
+    const Floats<kBytes> da = z == 0.0f ? none : dh * z * u * (s * (1.0f + a * (1.0f - s)));
+    const Floats<kBytes> du = z == 0.0f ? none : dh * z * (a * s);
+    store(job.first + i, da, count);
+    store(job.second + i, du, count);
   };
-  sum_runs(job.tokens, job.n, begin, end, job.dz, take);
+  sum_runs<kBytes>(job.tokens, job.n, begin, end, job.dz, take);
 }
 
 template <class T>
@@ -115,20 +115,22 @@ struct Columns {
 };
 
 // A short sum for each run of kRun tokens, and a sum of those.
-template <class T>
-GATEPACK_INLINE void column_sums(const Columns<T>& job, int64_t begin, int64_t end) {
+template <class T, int kBytes>
+GATEPACK_INLINE void column_sums(Columns<T> job, int64_t begin, int64_t end) {
   for (int64_t t = 0; t < job.tokens; t += kRun) {
     const int64_t last = std::min(t + kRun, job.tokens);
     for (int64_t n = begin; n < end; n += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, end - n);
-      Floats sum = {};
+      Lanes<kBytes> sum = {};
       for (int64_t i = t; i < last; ++i) {
-        Floats a, b;
-        load_some(a, job.a + i * job.n + n, count);
-        load_some(b, job.b + i * job.n + n, count);
-        sum += a * b;
+        Lanes<kBytes> a, b;
+        load(a, job.a + i * job.n + n, count);
+        load(b, job.b + i * job.n + n, count);
+        sum.add_product(a, b);
       }
-      add_run(&sum, job.y, n, n + count);
+      float run[kLanes];
+      store(run, sum);
+      add_run(run, count, job.y + n);
     }
   }
 }

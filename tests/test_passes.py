@@ -114,6 +114,14 @@ def test_gated_lanes_and_their_gradients_are_as_close_as_torch(dtype, tokens, un
     )
 
 
+def test_gated_lanes_round_every_bfloat16_as_torch_does(simd_levels):
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).reshape(64, 1024)
+    z = torch.rand(16).clamp_min(0.1)
+    for _ in simd_levels():
+        y, wanted = ops.gate_lanes(x, z, 64), (x * z.repeat_interleave(64)).bfloat16()
+        torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def test_closed_units_stop_what_is_no_number():
     x, dy, z = normal(3, 40), normal(3, 40), torch.ones(10)
     x[:, 8], dy[1, 9], z[2] = float("nan"), float("inf"), 0
