@@ -6,8 +6,11 @@ import pytest
 import torch
 from atp_training import FAST, STEPS, generator_batches, loss_of, started, train
 from tiny import tiny_model, token_ids
+from torch.profiler import profile
 
 import gatepack as gp
+from gatepack import _ext, in_place
+from gatepack.functional import FoldedLinear
 from gatepack.methods import ATP, atp
 from gatepack.methods.group_lasso import lasso, proximal
 from gatepack.methods.masked_lora import mask_linears, merge_adapters, unmask_linears
@@ -291,13 +294,9 @@ def test_generator_step_pays_for_no_lora_gradient():
 
 
 def test_pruned_rows_of_the_frozen_path_are_not_computed(folded, monkeypatch):
-    from gatepack.methods import masked_lora
-
     widths = []
-    real = masked_lora.FoldedLinear.apply
-    monkeypatch.setattr(
-        masked_lora.FoldedLinear, "apply", lambda *a: widths.append(len(a[5])) or real(*a)
-    )
+    real = FoldedLinear.apply
+    monkeypatch.setattr(FoldedLinear, "apply", lambda *a: widths.append(len(a[5])) or real(*a))
     model, training = started("llama", torch.float32)
     model(token_ids())
     decisions = training.decisions
@@ -307,6 +306,23 @@ def test_pruned_rows_of_the_frozen_path_are_not_computed(folded, monkeypatch):
         if place.rows is not None
     ]
     assert sorted(widths) == sorted(expected)
+
+
+@pytest.mark.skipif(_ext.backend().name == "torch", reason="gatepack._C could not be built")
+def test_few_tokens_multiply_the_kept_rows_in_place(monkeypatch):
+    found = []
+    for most in (in_place.few_tokens, dict):
+        monkeypatch.setattr(in_place, "few_tokens", most)
+        model, training = started("llama", torch.float32)
+        with profile() as trace:
+            loss = loss_of(model, 0)
+        calls = sum(event.name == "gatepack::open_linear" for event in trace.events())
+        found.append((calls, torch.autograd.grad(loss, training.weights())))
+    (calls, ours), (none, dense) = found
+    assert none == 0
+    assert calls == sum(place.rows is not None for place in training.decisions.layout.places)
+    for a, b in zip(ours, dense, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
 class TestErrors:
