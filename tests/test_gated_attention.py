@@ -1,87 +1,23 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ops import DTYPES, GATES, captured, ids, make_gate, no_host_sync, run, to
-
-from gatepack.kernels import (
-    AttentionTile,
-    GatedAttentionConfig,
-    gated_attention_fn,
-    gated_attention_ref,
+from attention import (
+    KV_HEADS,
+    SMALL_TILES,
+    D,
+    H,
+    S,
+    check,
+    make_inputs,
+    make_varlen,
+    mostly_slow,
+    padding,
+    upstream,
 )
-from gatepack.testing import MODEL_SHAPES, assert_close_to_fp64, poisoned_empty
+from ops import DTYPES, GATES, captured, ids, no_host_sync, run, to
 
-S, H, KV_HEADS, D = 17, 2, 1, 16
-SMALL_TILES = GatedAttentionConfig(*[AttentionTile(16, 16, num_warps=1, num_stages=1)] * 3)
-
-
-def mostly_slow(values, quick=1):
-    """Parameters of which the first `quick` run by default, the others as slow tests."""
-    return [*values[:quick], *(pytest.param(v, marks=pytest.mark.slow) for v in values[quick:])]
-
-
-def make_inputs(
-    dtype, queries=S, keys=None, batch=1, heads=H, kv_heads=KV_HEADS, lanes=D, v_lanes=None,
-    z="fractional", seed=0
-):  # fmt: skip
-    """CPU tensors for gated_attention_fn; z names a kind of gate, or gives it."""
-    random = torch.Generator().manual_seed(seed)
-    keys = queries if keys is None else keys
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=random).to(dtype)
-
-    return {
-        "q": normal(batch, queries, heads, lanes),
-        "k": normal(batch, keys, kv_heads, lanes),
-        "v": normal(batch, keys, kv_heads, lanes if v_lanes is None else v_lanes),
-        "z": make_gate(z, heads, seed + 1) if isinstance(z, str) else z,
-    }
-
-
-def upstream(inputs):
-    shape = (*inputs["q"].shape[:-1], inputs["v"].shape[-1])
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(7)).to(inputs["q"].dtype)
-
-
-def summed_terms(inputs, do, settings):
-    """The largest sums of |terms| behind one number of dq and of dk. Their ds = p * (dp - delta) is
-    a small difference where one key gets almost all of the softmax."""
-    q, k, v, z = (inputs[name].double() for name in ("q", "k", "v", "z"))
-    batch, keys, kv_heads, lanes = k.shape
-    group = q.shape[2] // kv_heads
-    each_key = torch.eye(keys, dtype=q.dtype, device=q.device)[:, None]
-    each_key = each_key.expand(batch, -1, kv_heads, -1)
-    p = gated_attention_ref(q, k, each_key, **settings)
-    dp = torch.einsum("bshd,bkhd->bshk", do.double(), v.repeat_interleave(group, 2))
-    ds = p * (dp.abs() + (p * dp).sum(-1, keepdim=True).abs()) * z[:, None] * lanes**-0.5
-    dq = torch.einsum("bshk,bkhd->bshd", ds, k.abs().repeat_interleave(group, 2))
-    dk = torch.einsum("bshk,bshd->bkhd", ds, q.abs()).unflatten(2, (kv_heads, group)).sum(3)
-    return {"dq": dq.max().item(), "dk": dk.max().item()}
-
-
-def check(inputs, device, do=None, config=SMALL_TILES, cancels=False, **settings):
-    """Forward and every gradient, from poisoned memory, against fp64 and torch's own error.
-
-    cancels: dq and dk are differences of numbers that are larger by far.
-    """
-    inputs = to(inputs, device)
-    do = (upstream(inputs) if do is None else do).to(device)
-    truth = run(gated_attention_ref, {k: t.double() for k, t in inputs.items()}, do, **settings)
-    theirs = run(gated_attention_ref, inputs, do, **settings)
-    with poisoned_empty():
-        ours = run(gated_attention_fn, inputs, do, config=config, **settings)
-    z, dtype = inputs["z"], inputs["q"].dtype
-    per_head = (do.double() * truth["y"]).abs().sum(-1).flatten(0, -2).sum(0)
-    terms = summed_terms(inputs, do, settings) if cancels else {}
-    terms["dz"] = torch.where(z != 0, per_head / z, 0.0).max().item() if len(z) else 0.0
-    for name, got in ours.items():
-        factor, of_sum = 2 if name == "y" else 3, terms.get(name, 0.0)
-        assert_close_to_fp64(name, got, theirs[name], truth[name], factor, dtype, of_sum)
-    for name in ("y", "dq", "dz"):
-        closed = ours[name][z == 0] if name == "dz" else ours[name][..., z == 0, :]
-        assert (closed == 0).all(), f"{name}: closed heads are not 0"
-    return ours
+from gatepack.kernels import AttentionTile, GatedAttentionConfig, gated_attention_fn
+from gatepack.testing import MODEL_SHAPES, assert_close_to_fp64
 
 
 @pytest.mark.parametrize("gates", GATES)
@@ -131,99 +67,6 @@ def test_groups_of_query_heads(kv_heads, z, device):
         ungated = run(gated_attention_fn, to(inputs, device), upstream(inputs), config=SMALL_TILES)
         for name, got in ungated.items():
             assert torch.equal(got, ours[name]), name
-
-
-def padding(kind, batch, keys):
-    lengths = torch.tensor([keys - 4, 3])[:batch, None]
-    key = torch.arange(keys)
-    return {
-        "left": key >= keys - lengths,
-        "right": key < lengths,
-        "holes": torch.rand(batch, keys, generator=torch.Generator().manual_seed(3)) < 0.5,
-        "nothing": (key < 0).expand(batch, keys),
-        "strided": (key < lengths).t().contiguous().t(),
-    }[kind]
-
-
-@pytest.mark.parametrize("causal", mostly_slow([True, False]))
-@pytest.mark.parametrize("kind", ["left", "right", "holes", "nothing", "strided"])
-def test_key_mask(kind, causal, device):
-    inputs = make_inputs(torch.float32, batch=2, z=torch.tensor([0.5, 0.0]))
-    mask = padding(kind, 2, S).to(device)
-    ours = check(inputs, device, causal=causal, key_mask=mask)
-    if kind == "nothing":
-        assert all((result == 0).all() for result in ours.values())
-
-
-def test_key_mask_of_a_cache(device):
-    inputs = make_inputs(torch.bfloat16, queries=2, keys=37, batch=2)
-    check(inputs, device, key_mask=padding("left", 2, 37).to(device))
-
-
-def test_what_the_key_mask_hides_is_never_read(device):
-    inputs = to(make_inputs(torch.float32, batch=2), device)
-    do, mask = upstream(inputs).to(device), padding("right", 2, S).to(device)
-    clean = run(gated_attention_fn, inputs, do, key_mask=mask, config=SMALL_TILES)
-    inputs["k"][~mask] = float("nan")
-    inputs["v"][~mask] = float("nan")
-    dirty = run(gated_attention_fn, inputs, do, key_mask=mask, config=SMALL_TILES)
-    for name, tensor in clean.items():
-        assert torch.equal(tensor, dirty[name]), name
-
-
-@pytest.mark.parametrize("window", mostly_slow([5, 1, 16, 100], 2))
-@pytest.mark.parametrize(("queries", "keys"), [(35, 35), (5, 40)])
-def test_window(queries, keys, window, device):
-    inputs = make_inputs(torch.float32, queries, keys, heads=1)
-    check(inputs, device, window=window, cancels=True)
-
-
-def test_window_beside_key_mask(device):
-    inputs = make_inputs(torch.float32, batch=2, heads=2)
-    check(inputs, device, window=4, key_mask=padding("left", 2, S).to(device))
-
-
-def make_varlen(dtype, lengths_q, lengths_k, device):
-    """Inputs [T, H, D] and the settings that cut them into sequences."""
-    inputs = make_inputs(dtype, sum(lengths_q), sum(lengths_k))
-    inputs = {name: t if name == "z" else t[0] for name, t in inputs.items()}
-
-    def starts(lengths):
-        return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32).to(device)
-
-    return inputs, {
-        "cu_seqlens_q": starts(lengths_q),
-        "cu_seqlens_k": starts(lengths_k),
-        "max_seqlen_q": max(lengths_q),
-        "max_seqlen_k": max(lengths_k),
-    }
-
-
-@pytest.mark.parametrize("causal", mostly_slow([True, False]))
-@pytest.mark.parametrize(
-    ("lengths_q", "lengths_k"), [((5, 18), (5, 18)), ((2, 0, 17), (20, 3, 4))], ids=ids
-)
-def test_sequences_without_padding(lengths_q, lengths_k, causal, device):
-    inputs, cuts = make_varlen(torch.float32, lengths_q, lengths_k, device)
-    ours = check(inputs, device, causal=causal, **cuts)
-    inputs, do = to(inputs, device), upstream(inputs).to(device)
-    names = ("q", "k", "v")
-    splits = dict(zip(names, (lengths_q, lengths_k, lengths_k), strict=True))
-    parts = {name: inputs[name].split(splits[name]) for name in names}
-    dz = 0.0
-    for b, do_b in enumerate(do.split(lengths_q)):
-        alone = {name: parts[name][b][None] for name in names} | {"z": inputs["z"]}
-        got = run(gated_attention_fn, alone, do_b[None], causal=causal, config=SMALL_TILES)
-        assert torch.equal(got["y"][0], ours["y"].split(lengths_q)[b])
-        for name in names:
-            assert torch.equal(got[f"d{name}"][0], ours[f"d{name}"].split(splits[name])[b]), name
-        dz = dz + got["dz"]
-    torch.testing.assert_close(dz, ours["dz"])
-
-
-def test_sequences_without_padding_in_low_precision(device):
-    inputs, cuts = make_varlen(torch.bfloat16, (9, 18), (9, 18), device)
-    check(inputs, device, **cuts)
 
 
 @pytest.mark.parametrize("dtype", mostly_slow([torch.bfloat16, torch.float32]), ids=ids)
@@ -345,12 +188,6 @@ def test_deterministic(device):
 )
 def test_zero_sizes(sizes, device):
     check(make_inputs(torch.float32, **sizes), device)
-
-
-def test_no_sequences(device):
-    inputs, cuts = make_varlen(torch.float32, (5,), (5,), device)
-    inputs = {name: t if name == "z" else t[:0] for name, t in inputs.items()}
-    check(inputs, device, **cuts | {f"cu_seqlens_{x}": cuts[f"cu_seqlens_{x}"][:1] for x in "qk"})
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "z"])
@@ -498,17 +335,6 @@ def test_models(model, mask, dtype, device):
 @pytest.mark.parametrize("lanes", [80, 96, 256])
 def test_other_head_dims(lanes, device):
     check(make_inputs(torch.bfloat16, 300, lanes=lanes), device, config=None)
-
-
-@pytest.mark.gpu
-def test_sequences_of_llama_3_8b(device):
-    shape = MODEL_SHAPES["llama-3-8b"]
-    lengths = (700, 1, 324)
-    inputs, cuts = make_varlen(torch.bfloat16, lengths, lengths, device)
-    heads = {"heads": shape.heads, "kv_heads": shape.kv_heads, "lanes": shape.head_dim}
-    wide = make_inputs(torch.bfloat16, sum(lengths), **heads)
-    inputs = {name: t if name == "z" else t[0] for name, t in wide.items()}
-    check(inputs, device, config=None, **cuts)
 
 
 @pytest.mark.gpu

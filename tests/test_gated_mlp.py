@@ -230,49 +230,6 @@ def test_only_what_the_backward_needs_is_kept(recompute, device):
     assert shapes == ([(T, K)] if recompute else [(T, F - 4), (T, F - 4)])
 
 
-NAMES = (
-    "x", "w_a", "w_u", "w_d", "z", "bias_a", "bias_u", "bias_d", "a_of_a", "b_of_a", "a_of_u",
-    "b_of_u", "a_of_d", "b_of_d",
-)  # fmt: skip
-SETTINGS = (0.5, 0.5, 0.5, "silu", F, [])
-
-
-@pytest.mark.parametrize("branches", ["aud", pytest.param("ud", marks=slow)])
-def test_opcheck_forward(branches, device):
-    inputs = to(make_inputs(torch.float32, branches=branches), device)
-    arguments = [inputs[n].requires_grad_() if n in inputs else None for n in NAMES]
-    operator = torch.ops.gatepack.gated_mlp.default
-    torch.library.opcheck(operator, (*arguments, True, True, *SETTINGS))
-
-
-def test_opcheck_backward(device):
-    inputs = to(make_inputs(torch.float32), device)
-    arguments = [inputs[name] for name in NAMES]
-    y, *kept = torch.ops.gatepack.gated_mlp(*arguments, True, True, *SETTINGS)
-    operator = torch.ops.gatepack.gated_mlp_backward.default
-    torch.library.opcheck(
-        operator, (torch.randn_like(y), *arguments, *kept, [True] * 14, *SETTINGS)
-    )
-
-
-def test_compiles_into_one_graph(device):
-    inputs, dy = to(make_inputs(torch.float32), device), torch.randn(T, K, device=device)
-    compiled = with_pairs(torch.compile(gated_mlp_fn, fullgraph=True, backend="aot_eager"))
-    expected, got = (run(fn, inputs, dy) for fn in (ours, compiled))
-    for name in expected:
-        assert torch.equal(expected[name], got[name]), name
-
-
-def test_second_derivative_is_refused(device):
-    inputs = to(make_inputs(torch.float32), device)
-    y = ours(**inputs | {"x": inputs["x"].requires_grad_()})
-    (dx,) = torch.autograd.grad(
-        y, inputs["x"], torch.ones_like(y).requires_grad_(), create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="gated_mlp has no second derivative"):
-        dx.sum().backward()
-
-
 REFUSED = [
     ({"x": torch.zeros(T, K, dtype=torch.float64)}, "x: expected dtype float32, bfloat16 or"),
     ({"w_u": torch.zeros(K)}, rf"w_u: expected two dimensions, got shape \({K},\)"),

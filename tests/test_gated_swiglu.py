@@ -207,46 +207,6 @@ def test_only_what_the_backward_needs_is_kept(recompute, device):
     assert shapes == ([(T, K)] if recompute else [(T, F), (T, F)])
 
 
-NAMES = ("x", "w_a", "w_u", "z", "bias_a", "bias_u", "a_of_a", "b_of_a", "a_of_u", "b_of_u")
-SETTINGS = (0.5, 0.5, "silu", F, [])
-
-
-@pytest.mark.parametrize("branches", ["au", "u"])
-def test_opcheck_forward(branches, device):
-    inputs = to(inputs_of(torch.float32, branches=branches), device)
-    arguments = [inputs[n].requires_grad_() if n in inputs else None for n in NAMES]
-    operator = torch.ops.gatepack.gated_swiglu.default
-    torch.library.opcheck(operator, (*arguments, True, True, *SETTINGS))
-
-
-def test_opcheck_backward(device):
-    inputs = to(inputs_of(torch.float32), device)
-    arguments = [inputs[name] for name in NAMES]
-    h, *kept = torch.ops.gatepack.gated_swiglu(*arguments, True, True, *SETTINGS)
-    operator = torch.ops.gatepack.gated_swiglu_backward.default
-    torch.library.opcheck(
-        operator, (torch.randn_like(h), *arguments, *kept, [True] * 10, *SETTINGS)
-    )
-
-
-def test_compiles_into_one_graph(device):
-    inputs, dy = to(inputs_of(torch.float32), device), torch.randn(T, F, device=device)
-    compiled = with_pairs(torch.compile(gated_swiglu_fn, fullgraph=True, backend="aot_eager"))
-    expected, got = (run(fn, inputs, dy, config=SMALL_TILES) for fn in (ours, compiled))
-    for name in expected:
-        assert torch.equal(expected[name], got[name]), name
-
-
-def test_second_derivative_is_refused(device):
-    inputs = to(inputs_of(torch.float32), device)
-    h = ours(**inputs | {"x": inputs["x"].requires_grad_()})
-    (dx,) = torch.autograd.grad(
-        h, inputs["x"], torch.ones_like(h).requires_grad_(), create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="gated_swiglu has no second derivative"):
-        dx.sum().backward()
-
-
 FACTORS = torch.zeros(RANK, K), torch.zeros(F, RANK)
 REFUSED = [
     ({"x": torch.zeros(T, K, dtype=torch.float64)}, "x: expected dtype float32, bfloat16 or"),

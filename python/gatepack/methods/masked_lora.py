@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gatepack.functional import FoldedLinear, spread_lanes
+from gatepack.functional import spread_lanes
+from gatepack.in_place import folded_linear, tokens_in_place
 from gatepack.methods.decisions import Layout, Place
 from gatepack.modules import Operands, adopt, operands_of
 from gatepack.paths import choose_path
@@ -101,7 +102,7 @@ def _frozen(
     tokens = x.numel() // max(x.shape[-1], 1)
     rows = decisions.open_rows(place)
     kept = 1.0 if rows is None else len(rows) / len(w)
-    path = choose_path(tokens, decisions.width, x.device, kept).path
+    path = choose_path(tokens, decisions.width, x.device, kept, tokens_in_place(w)).path
     if path == "triton":
         from gatepack.kernels import gated_linear_fn
 
@@ -113,7 +114,7 @@ def _frozen(
     if not tunes or rows is None or path == "dense":
         y = F.linear(x, w.to(x.dtype), _cast(bias, x.dtype))
         return y if tunes and rows is None else y * decisions.values(place, y.dtype)
-    compact = FoldedLinear.apply(x, w, bias, None, None, rows, None, 1, 1)
+    compact = folded_linear(x, w, bias, None, None, rows, None, 1, 1)
     return spread_lanes(compact, rows, len(w))
 
 

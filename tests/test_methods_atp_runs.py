@@ -1,0 +1,128 @@
+"""Whole runs of ATP: where they end, how they resume, in a Trainer and beside PEFT's LoRA."""
+
+import copy
+
+import pytest
+import torch
+from atp_training import FAST, STEPS, batches_of, generator_batches, started, train
+from tiny import tiny_model, token_ids
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import gatepack as gp
+from gatepack.methods import ATP
+
+pytest.importorskip("peft")
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("final", ["budget", "sample"])
+def test_recipe_ends_at_the_target_and_packs(family, final, tmp_path):
+    model = tiny_model(family, torch.float32).train()
+    training = ATP(**{**FAST, "final": final}).start(model, STEPS, batches_of(model))
+    assert float(training.metrics()["gates/kept_fraction"]) == 1.0
+    train(model, training)
+    kept = training.finish()
+    assert training.finish() == kept < 1
+    if final == "budget":
+        assert abs(kept - 0.6) <= 0.005
+    ids = token_ids()
+    expected = model.eval()(ids).logits.detach()
+    gp.pack(model)
+    packed = model(ids).logits.detach()
+    torch.testing.assert_close(packed, expected, rtol=1e-3, atol=1e-3)
+    gp.save_pretrained(model, tmp_path)
+    assert torch.equal(gp.from_pretrained(tmp_path).eval()(ids).logits, packed)
+
+
+def test_generator_meets_the_budget_and_its_masks_change():
+    model, training = started("llama", torch.float32, 60, decide=False, freeze=1.0)
+    first = training.decisions.hard.clone()
+    train(model, training, until=59)
+    assert training.budget_loss < 0.2 and not torch.equal(training.decisions.hard, first)
+
+
+@pytest.mark.parametrize("regulariser", ["lasso", "proximal"])
+def test_resumes_bit_for_bit(regulariser):
+    def fresh():
+        torch.manual_seed(0)
+        fields = {"regulariser": regulariser, "generator_dropout": 0.1}
+        return started("llama", torch.float32, decide=False, **fields)
+
+    whole, training = fresh()
+    train(whole, training)
+    for cut in (4, 9):
+        first, training = fresh()
+        optimizer = train(first, training, until=cut)
+        second, resumed = fresh()
+        second.load_state_dict(first.state_dict())
+        resumed.load_state_dict(copy.deepcopy(training.state_dict()))
+        again = torch.optim.AdamW(resumed.weights(), lr=1e-2)
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        train(second, resumed, again)
+        for (name, a), b in zip(
+            whole.state_dict().items(), second.state_dict().values(), strict=True
+        ):
+            assert torch.equal(a, b), name
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = control.should_save = state.global_step == self.step
+
+
+class NoFinish(gp.GateCallback):
+    """A run that is killed never sees on_train_end."""
+
+    def on_train_end(self, args, state, control, **_):
+        pass
+
+
+def trainer(folder, callback, callbacks=()):
+    rows = [{"input_ids": row, "labels": row} for row in token_ids(24, 6)]
+    return Trainer(
+        tiny_model("llama", torch.float32),
+        TrainingArguments(
+            output_dir=str(folder), max_steps=8, per_device_train_batch_size=2, report_to=[],
+            use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=2, seed=5,
+        ),
+        train_dataset=rows,
+        callbacks=[callback, *callbacks],
+    )  # fmt: skip
+
+
+def test_in_a_trainer_with_resume(tmp_path):
+    method = ATP(**{**FAST, "lora_dropout": 0.1})
+    whole = trainer(tmp_path / "whole", gp.GateCallback(method, batches=generator_batches()))
+    whole.train()
+    assert any("gates/budget_loss" in entry for entry in whole.state.log_history)
+    trainer(tmp_path / "cut", NoFinish(method, batches=generator_batches()), [StopAt(3)]).train()
+    second = trainer(tmp_path / "cut", gp.GateCallback(method, batches=generator_batches()))
+    second.train(resume_from_checkpoint=True)
+    ours = second.model.state_dict()
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(ours[name], tensor), name
+    assert abs(gp.pack(second.model).kept_fraction - 0.6) <= 0.005
+
+
+def test_peft_model_keeps_its_adapters():
+    import peft
+
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", lora_alpha=2, init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("llama", torch.float32), lora).train()
+    training = ATP(**FAST).start(model, STEPS, generator_batches())
+    ids = token_ids(4, 8)
+    optimizer = torch.optim.AdamW(training.weights(), lr=1e-3)
+    for _ in range(STEPS):
+        model(input_ids=ids, labels=ids).loss.backward()
+        training.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    training.finish()
+    expected = model.eval()(ids).logits.detach()
+    plain = model.merge_and_unload()
+    report = gp.pack(plain)
+    assert abs(report.kept_fraction - 0.6) <= 0.005
+    torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-3, atol=1e-3)
