@@ -108,22 +108,27 @@ GATEPACK_TARGET inline void stream_line(const uint8_t* src, const uint8_t* next,
 // is kept next (out of memory 1.05 to 1.25 times as fast; AMD EPYC).
 template <class E>
 inline void copy_lines(const Job& job, int64_t begin, int64_t end) {
-  constexpr int64_t kPiece = 16 << 10, kAsked = 256;
-  const int64_t n = job.lanes * sizeof(E), asked = std::min(n, kAsked);
-  const bool dense = job.src_stride == job.lanes && job.dst_stride == job.lanes;
-  const auto source = [&](int64_t i) {
-    return reinterpret_cast<const uint8_t*>(source_line<E>(job, i));
-  };
+  constexpr int64_t kPiece = 16 << 10, kLine = sizeof(CacheLine);
+  const int64_t n = job.lanes * sizeof(E), pitch = job.src_stride * sizeof(E);
+  const int64_t* const map = job.line_map;
+  const uint8_t* const src = static_cast<const uint8_t*>(job.src);
+  uint8_t* const dst = static_cast<uint8_t*>(job.dst);
+  const int64_t dst_pitch = job.dst_stride * sizeof(E);
+  const bool dense = pitch == n && dst_pitch == n;
   for (int64_t i = begin, last; i < end; i = last) {
-    const uint8_t* from = source(i);
-    for (last = i + 1; dense && last < end && source(last) == from + (last - i) * n;) ++last;
-    const uint8_t* const next = source(std::min(last, end - 1));
-    uint8_t* to = reinterpret_cast<uint8_t*>(static_cast<E*>(job.dst) + i * job.dst_stride);
+    const int64_t line = map ? map[i] : i;
+    last = i + 1;
+    if (dense) {
+      while (last < end && (!map || map[last] == line + last - i)) ++last;
+    }
+    const uint8_t* from = src + line * pitch;
+    uint8_t* to = dst + i * dst_pitch;
+    const uint8_t* const next = map && last < end ? src + map[last] * pitch : from;
     for (int64_t left = (last - i) * n; left > 0;) {
       const int64_t to_boundary = kPiece - reinterpret_cast<uintptr_t>(from) % kPiece;
       const int64_t size = std::min(left, to_boundary);
       const uint8_t* const ahead = size < left ? from + size : next;
-      for (int64_t at = 0; at < asked; at += sizeof(CacheLine)) __builtin_prefetch(ahead + at);
+      for (int k = 0; k < 4; ++k) __builtin_prefetch(ahead + k * kLine);
       std::memcpy(to, from, size);
       from += size;
       to += size;
