@@ -69,7 +69,7 @@ def run(
         print(" " * 16 * len(labels) + "".join(f"{column:>16}" for column in columns))
         for row in rows:
             ratios = ("" if row[f"of_{base}"] is None else row[f"of_{base}"] for base in bases)
-            values = (*(f"{row[key]:.3f}" for key in ("ms", "p20", "p80", "GB/s")), *ratios)
+            values = (*(f"{row[key]:.4g}" for key in ("ms", "p20", "p80", "GB/s")), *ratios)
             names = "".join(f"{row[label]:16}" for label in labels)
             print(names + "".join(f"{value:>16}" for value in values))
         if chosen.json:

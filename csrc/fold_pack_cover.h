@@ -9,6 +9,13 @@
 
 namespace gatepack {
 
+// Without a way out, so that the compiler can take several at once.
+inline bool is_increasing(const int64_t* index, int64_t n) {
+  bool increasing = true;
+  for (int64_t i = 1; i < n; ++i) increasing &= index[i - 1] < index[i];
+  return increasing;
+}
+
 // An index as int64, after proof that it is strictly increasing and inside [0, bound).
 //
 // in_place: int64 is read where it lies, without a copy, which a small matrix would feel; for fresh
@@ -24,9 +31,7 @@ class Units {
     if (!index.wide) copy_.assign(narrow, narrow + n);
     else if (!in_place) copy_.assign(wide, wide + n);
     data_ = index.wide && in_place ? wide : copy_.data();
-    bool increasing = true;
-    for (int64_t i = 1; i < n; ++i) increasing &= data_[i - 1] < data_[i];
-    if (!increasing) {
+    if (!is_increasing(data_, n)) {
       const int64_t i =
           std::adjacent_find(data_, data_ + n, [](auto a, auto b) { return a >= b; }) - data_;
       require(false, where(name), " must be strictly increasing, got ", data_[i + 1], " at ", i + 1,

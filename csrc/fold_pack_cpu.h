@@ -12,6 +12,8 @@ Tensor fold_pack_cpu(const Tensor& w, const OptTensor& rows, const OptTensor& co
                      const OptTensor& z_out, const OptTensor& z_in,
                      std::optional<ScalarType> dtype, bool stream);
 
+Tensor pack_rows_cpu(const Tensor& w, const Tensor& rows);
+
 Tensor fold_pack_adjoint_cpu(const Tensor& g, const OptTensor& rows, const OptTensor& cols,
                              const OptTensor& z_out, const OptTensor& z_in, int64_t O, int64_t I,
                              std::optional<ScalarType> dtype);

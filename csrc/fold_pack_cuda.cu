@@ -427,6 +427,10 @@ Tensor fold_pack_cuda(const Tensor& w, const OptTensor& rows, const OptTensor& c
   return std::get<0>(run(where.op, false, {call}, {w}, dtype))[0];
 }
 
+Tensor pack_rows_cuda(const Tensor& w, const Tensor& rows) {
+  return fold_pack_cuda(w, rows, {}, {}, {}, {}, false);
+}
+
 Tensor fold_pack_adjoint_cuda(const Tensor& g, const OptTensor& rows, const OptTensor& cols,
                               const OptTensor& z_out, const OptTensor& z_in, int64_t O, int64_t I,
                               std::optional<ScalarType> dtype) {
@@ -477,6 +481,7 @@ void unpack_tensors_out_cuda(const Tensors& g, const OptTensors& rows, const Opt
 
 STABLE_TORCH_LIBRARY_IMPL(gatepack, CUDA, m) {
   m.impl("fold_pack", TORCH_BOX(&fold_pack_cuda));
+  m.impl("pack_rows", TORCH_BOX(&pack_rows_cuda));
   m.impl("fold_pack_adjoint", TORCH_BOX(&fold_pack_adjoint_cuda));
   m.impl("pack_tensors", TORCH_BOX(&pack_tensors_cuda));
   m.impl("pack_tensors_out", TORCH_BOX(&pack_tensors_out_cuda));

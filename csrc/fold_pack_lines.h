@@ -83,51 +83,72 @@ inline void pad_line(const Job& job, int64_t from, Out* line) {
   std::memset(static_cast<void*>(line + from), 0, (job.out_lanes - from) * sizeof(Out));
 }
 
-// dst = src. In the caches, vectors alone are fastest. Out of memory, the CPU's own prefetcher
-// stops at the end of a page and cannot know which line is kept next: what lies kAhead bytes
-// further on, past the end of src in `next`, is asked for by hand.
-template <bool kStreamed>
-GATEPACK_TARGET void copy_line(const uint8_t* src, const uint8_t* next, int64_t n, uint8_t* dst) {
+// dst = src, past the caches. What lies kAhead bytes further on, past the end of src in `next`, is
+// asked for by hand, as in copy_lines.
+GATEPACK_TARGET inline void stream_line(const uint8_t* src, const uint8_t* next, int64_t n,
+                                        uint8_t* dst) {
   constexpr int64_t kLine = sizeof(CacheLine), kAhead = 4096;
   const int64_t head = std::min<int64_t>(n, -reinterpret_cast<uintptr_t>(dst) % kLine);
   if (head > 0) std::memcpy(dst, src, head);
   int64_t at = head;
-  if constexpr (kStreamed) {
-    const int64_t turn = std::max<int64_t>(0, n - kAhead);
-    for (; at < turn; at += kLine) {
-      __builtin_prefetch(src + at + kAhead, 0, 0);
-      copy_cache_lines<true, 1>(src + at, dst + at);
-    }
-    for (; at + kLine <= n; at += kLine) {
-      __builtin_prefetch(next + at - turn, 0, 0);
-      copy_cache_lines<true, 1>(src + at, dst + at);
-    }
-  } else {
-    constexpr int64_t kLines = 4 * kLine;
-    for (; at + kLines <= n; at += kLines) copy_cache_lines<false, 4>(src + at, dst + at);
-    for (; at + kLine <= n; at += kLine) copy_cache_lines<false, 1>(src + at, dst + at);
+  const int64_t turn = std::max<int64_t>(0, n - kAhead);
+  for (; at < turn; at += kLine) {
+    __builtin_prefetch(src + at + kAhead, 0, 0);
+    stream_cache_line(src + at, dst + at);
+  }
+  for (; at + kLine <= n; at += kLine) {
+    __builtin_prefetch(next + at - turn, 0, 0);
+    stream_cache_line(src + at, dst + at);
   }
   if (at < n) std::memcpy(dst + at, src + at, n - at);
 }
 
-template <class E, Copying kCopying>
-GATEPACK_TARGET void copy_lines(const Job& job, int64_t begin, int64_t end) {
-  const int64_t n = job.lanes * sizeof(E);
-  const auto source = [&](int64_t i) {
-    return reinterpret_cast<const uint8_t*>(source_line<E>(job, i));
-  };
-  for (int64_t i = begin; i < end; ++i) {
-    uint8_t* const to = reinterpret_cast<uint8_t*>(static_cast<E*>(job.dst) + i * job.dst_stride);
-    if constexpr (kCopying == Copying::kMemcpy) {
-      std::memcpy(to, source(i), n);
-    } else {
-      const uint8_t* const next = source(std::min(i + 1, job.kept_lines - 1));
-      copy_line<kCopying == Copying::kStreamed>(source(i), next, n, to);
+// Whole lines, neighbours on both sides as one. While a piece is copied, the start of the next is
+// asked for by hand: the CPU's own prefetcher stops at the end of a page and cannot know which line
+// is kept next (out of memory 1.05 to 1.25 times as fast; AMD EPYC).
+template <class E>
+inline void copy_lines(const Job& job, int64_t begin, int64_t end) {
+  constexpr int64_t kPiece = 16 << 10, kLine = sizeof(CacheLine);
+  const int64_t n = job.lanes * sizeof(E), pitch = job.src_stride * sizeof(E);
+  const int64_t* const map = job.line_map;
+  const uint8_t* const src = static_cast<const uint8_t*>(job.src);
+  uint8_t* const dst = static_cast<uint8_t*>(job.dst);
+  const int64_t dst_pitch = job.dst_stride * sizeof(E);
+  const bool dense = pitch == n && dst_pitch == n;
+  for (int64_t i = begin, last; i < end; i = last) {
+    const int64_t line = map ? map[i] : i;
+    last = i + 1;
+    if (dense) {
+      while (last < end && (!map || map[last] == line + last - i)) ++last;
     }
+    const uint8_t* from = src + line * pitch;
+    uint8_t* to = dst + i * dst_pitch;
+    const uint8_t* const next = map && last < end ? src + map[last] * pitch : from;
+    for (int64_t left = (last - i) * n; left > 0;) {
+      const int64_t to_boundary = kPiece - reinterpret_cast<uintptr_t>(from) % kPiece;
+      const int64_t size = std::min(left, to_boundary);
+      const uint8_t* const ahead = size < left ? from + size : next;
+      for (int k = 0; k < 4; ++k) __builtin_prefetch(ahead + k * kLine);
+      std::memcpy(to, from, size);
+      from += size;
+      to += size;
+      left -= size;
+    }
+  }
+}
+
+template <class E>
+GATEPACK_TARGET void stream_lines(const Job& job, int64_t begin, int64_t end) {
+  const int64_t n = job.lanes * sizeof(E);
+  for (int64_t i = begin; i < end; ++i) {
+    const E* const next = source_line<E>(job, std::min(i + 1, job.kept_lines - 1));
+    stream_line(reinterpret_cast<const uint8_t*>(source_line<E>(job, i)),
+                reinterpret_cast<const uint8_t*>(next), n,
+                reinterpret_cast<uint8_t*>(static_cast<E*>(job.dst) + i * job.dst_stride));
   }
 #if GATEPACK_X86
   // Other threads see these stores before what this one does next.
-  if constexpr (kCopying == Copying::kStreamed) _mm_sfence();
+  _mm_sfence();
 #endif
 }
 
@@ -140,11 +161,7 @@ GATEPACK_TARGET void pack_moved(const Job& job, int64_t begin, int64_t end) {
   }
   end = std::min(end, job.kept_lines);
   if (!job.blocks) {
-    switch (job.copying) {
-      case Copying::kVectors: return copy_lines<E, Copying::kVectors>(job, begin, end);
-      case Copying::kMemcpy: return copy_lines<E, Copying::kMemcpy>(job, begin, end);
-      case Copying::kStreamed: return copy_lines<E, Copying::kStreamed>(job, begin, end);
-    }
+    return job.past_caches ? stream_lines<E>(job, begin, end) : copy_lines<E>(job, begin, end);
   }
   int64_t i = begin;
   for (; i + 4 <= end; i += 4) {

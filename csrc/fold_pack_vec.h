@@ -3,8 +3,7 @@
 //   Vec<T>    W lanes of the compute type: load with widening, multiply, store with one rounding
 //   Mover<E>  W elements of a width in bytes: gather open lanes to the front (gather_front stores
 //             `count` of them and nothing behind), or spread them out
-//   copy_cache_lines<kStreamed, N>  N times 64 bytes to the start of a cache line, through the
-//             caches or past them; all loads before all stores
+//   stream_cache_line  64 bytes to the start of a cache line, past the caches
 #pragma once
 
 #include "layout.h"
@@ -69,12 +68,6 @@ inline void stream(char* to, const uint8_t* from, int64_t bytes) { std::memcpy(t
 inline void end_of_stream() {}
 #endif
 
-// How lines that stay whole are copied, by the bytes of all results of a call: in vectors, where
-// they stay in the caches of the cores; by memcpy, whose string moves need not fetch what they
-// overwrite (10 MB of bf16 rows on 2 threads: 1.02 of index_select's time, 1.09 in vectors; AMD
-// EPYC); past the caches.
-enum class Copying { kVectors, kMemcpy, kStreamed };
-
 struct Job;
 using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
 using Stage = void (*)(const Job&, int64_t i, void* gathered, void* values);
@@ -92,7 +85,7 @@ struct Job {
   const void* line_gate;    // compute type, one per kept line
   const void* lane_gate;    // compute type, one per kept lane, padded to a full vector
   bool lane_first;
-  Copying copying;
+  bool past_caches;  // how lines that stay whole are copied
   // Staged packing: a kept line in the compute type first, then what becomes of it.
   Stage stage;
   bool crossed;
@@ -152,9 +145,8 @@ struct Mover {
   static void spread(const E* src, Pattern, int count, E* dst) { *dst = count ? *src : 0; }
 };
 
-template <bool kStreamed, int N>
-inline void copy_cache_lines(const uint8_t* src, uint8_t* dst) {
-  std::memcpy(dst, src, N * sizeof(CacheLine));
+inline void stream_cache_line(const uint8_t* src, uint8_t* dst) {
+  std::memcpy(dst, src, sizeof(CacheLine));
 }
 #include "fold_pack_lines.h"
 #undef GATEPACK_TARGET
@@ -278,16 +270,12 @@ struct Mover<uint16_t> {
   }
 };
 
-template <bool kStreamed, int N>
-GATEPACK_TARGET inline void copy_cache_lines(const uint8_t* src, uint8_t* dst) {
+GATEPACK_TARGET inline void stream_cache_line(const uint8_t* src, uint8_t* dst) {
   const auto* from = reinterpret_cast<const __m256i*>(src);
   auto* to = reinterpret_cast<__m256i*>(dst);
-  __m256i v[2 * N];
-  for (int k = 0; k < 2 * N; ++k) v[k] = _mm256_loadu_si256(from + k);
-  for (int k = 0; k < 2 * N; ++k) {
-    if constexpr (kStreamed) _mm256_stream_si256(to + k, v[k]);
-    else _mm256_store_si256(to + k, v[k]);
-  }
+  const __m256i low = _mm256_loadu_si256(from), high = _mm256_loadu_si256(from + 1);
+  _mm256_stream_si256(to, low);
+  _mm256_stream_si256(to + 1, high);
 }
 #include "fold_pack_lines.h"
 #undef GATEPACK_TARGET
@@ -395,16 +383,8 @@ struct Mover {
   }
 };
 
-template <bool kStreamed, int N>
-GATEPACK_TARGET inline void copy_cache_lines(const uint8_t* src, uint8_t* dst) {
-  const auto* from = reinterpret_cast<const __m512i*>(src);
-  auto* to = reinterpret_cast<__m512i*>(dst);
-  __m512i v[N];
-  for (int k = 0; k < N; ++k) v[k] = _mm512_loadu_si512(from + k);
-  for (int k = 0; k < N; ++k) {
-    if constexpr (kStreamed) _mm512_stream_si512(to + k, v[k]);
-    else _mm512_store_si512(to + k, v[k]);
-  }
+GATEPACK_TARGET inline void stream_cache_line(const uint8_t* src, uint8_t* dst) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(dst), _mm512_loadu_si512(src));
 }
 #include "fold_pack_lines.h"
 #undef GATEPACK_TARGET

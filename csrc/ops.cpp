@@ -45,6 +45,7 @@ STABLE_TORCH_LIBRARY(gatepack, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gatepack, CPU, m) {
   m.impl("fold_pack", TORCH_BOX(&fold_pack_cpu));
+  m.impl("pack_rows", TORCH_BOX(&pack_rows_cpu));
   m.impl("fold_pack_adjoint", TORCH_BOX(&fold_pack_adjoint_cpu));
   m.impl("pack_tensors", TORCH_BOX(&pack_tensors_cpu));
   m.impl("pack_tensors_out", TORCH_BOX(&pack_tensors_out_cpu));

@@ -3,6 +3,7 @@
 
 GATEPACK_SCHEMA("fold_pack(Tensor w, Tensor? rows, Tensor? cols, Tensor? z_out, Tensor? z_in, "
                 "ScalarType? dtype, bool stream=False) -> Tensor")
+GATEPACK_SCHEMA("pack_rows(Tensor w, Tensor rows) -> Tensor")
 GATEPACK_SCHEMA("fold_pack_adjoint(Tensor g, Tensor? rows, Tensor? cols, Tensor? z_out, "
                 "Tensor? z_in, SymInt O, SymInt I, ScalarType? dtype) -> Tensor")
 GATEPACK_SCHEMA("pack_tensors(Tensor[] w, Tensor?[] rows, Tensor?[] cols, Tensor?[] z_out, "

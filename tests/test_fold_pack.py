@@ -1,6 +1,7 @@
 """fold_pack and its adjoint: bytes against plain torch, adjointness, refusals, registrations."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -169,6 +170,7 @@ def test_adjoint_identity(data, m, n, column_major):
         ({"rows": torch.tensor([1, 1])}, "rows must be strictly increasing"),
         ({"rows": torch.tensor([2, 1])}, "rows must be strictly increasing"),
         ({"rows": torch.tensor([0, 4])}, r"rows must be in \[0, 4\), got 4"),
+        ({"rows": torch.tensor([-1, 2])}, r"rows must be in \[0, 4\), got -1"),
         ({"cols": torch.tensor([-1, 2])}, r"cols must be in \[0, 6\), got -1"),
         ({"cols": torch.tensor([0.0])}, "cols must be int64 or int32"),
         ({"cols": torch.tensor([[0]])}, "cols must have 1 dimension, got 2"),
@@ -231,6 +233,27 @@ def test_gradient_of_an_expanded_upstream():
     assert w.grad.sum() == 20
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ((7, 3), (40, 130), (300, 700), (9, 20011)))
+def test_rows_alone(shape, dtype):
+    """Runs of rows are copied as one, in pieces, by an op of their own."""
+    m, n = shape
+    w, gaps = matrix(m, n, dtype), matrix(m, n + 5, dtype)[:, 2 : n + 2]
+    threads = torch.get_num_threads()
+    try:
+        for kind, some in itertools.product(SUBSETS[1:], (1, 2)):
+            torch.set_num_threads(some)
+            rows = subset(kind, m, 0)
+            expected = w.index_select(0, rows)
+            assert_same_bytes(fold_pack(w, rows), expected)
+            assert_same_bytes(torch.ops.gatepack.pack_rows(w, rows), expected)
+            assert_same_bytes(fold_pack(w, rows.int()), expected)
+            assert_same_bytes(fold_pack(w.t().contiguous().t(), rows), expected)
+            assert_same_bytes(fold_pack(gaps, rows), gaps.index_select(0, rows))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("column_major", (False, True))
 @pytest.mark.parametrize("dtype", (None, torch.bfloat16))
 def test_opcheck(column_major, dtype):
@@ -241,6 +264,7 @@ def test_opcheck(column_major, dtype):
     ops = torch.ops.gatepack
     torch.library.opcheck(ops.fold_pack.default, (w, rows, cols, z_out, z_in, dtype))
     torch.library.opcheck(ops.fold_pack.default, (w, None, None, None, None, dtype))
+    torch.library.opcheck(ops.pack_rows.default, (w.detach(), rows))
     g = matrix(len(rows), len(cols), torch.float32, column_major).requires_grad_()
     arguments = (g, rows, cols, z_out, z_in, 6, 40, dtype)
     torch.library.opcheck(ops.fold_pack_adjoint.default, arguments)
@@ -345,18 +369,22 @@ class TestPlainCall:
     def test_profiler_names_the_op(self):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             fold_pack(self.w, self.rows)
-        assert "gatepack::fold_pack" in [event.key for event in profile.key_averages()]
+            fold_pack(self.w, None, self.rows)
+        names = {event.key for event in profile.key_averages()}
+        assert {"gatepack::pack_rows", "gatepack::fold_pack"} <= names
 
     def test_the_state_of_autograd_is_put_back(self):
         key = torch._C.DispatchKey.AutogradFunctionality
-        for rows in (self.rows, -self.rows):
+        for index in ((self.rows,), (-self.rows,), (None, self.rows), (None, -self.rows)):
             with contextlib.suppress(ValueError):
-                fold_pack(self.w, rows)
+                fold_pack(self.w, *index)
             assert not torch._C._dispatch_tls_is_dispatch_key_excluded(key)
         with torch._C._AutoDispatchBelowAutograd():
             fold_pack(self.w, self.rows)
+            fold_pack(self.w, None, self.rows)
             assert torch._C._dispatch_tls_is_dispatch_key_excluded(key)
-        with torch.inference_mode():
-            assert fold_pack(self.w, self.rows).is_inference()
-        with torch.no_grad():
-            assert not fold_pack(self.w.clone().requires_grad_(), self.rows).requires_grad
+        for index in ((self.rows,), (None, self.rows)):
+            with torch.inference_mode():
+                assert fold_pack(self.w, *index).is_inference()
+            with torch.no_grad():
+                assert not fold_pack(self.w.clone().requires_grad_(), *index).requires_grad

@@ -25,10 +25,24 @@ import torch
 from torch import Tensor
 
 from gatepack import _build, _env
+from gatepack._fakes import (
+    column_products_fake,
+    fold_pack_adjoint_fake,
+    fold_pack_fake,
+    gate_lanes_backward_fake,
+    gate_lanes_fake,
+    open_linear_backward_fake,
+    open_linear_fake,
+    open_sets_fake,
+    out_fake,
+    pack_tensors_fake,
+    remap_ids_fake,
+    swiglu_backward_fake,
+    swiglu_fake,
+    unpack_tensors_fake,
+)
 from gatepack._reference import (
-    E4M3,
     column_products_ref,
-    empty_like_order,
     fold_pack_adjoint_ref,
     fold_pack_ref,
     gate_lanes_backward_ref,
@@ -39,7 +53,6 @@ from gatepack._reference import (
     pack_tensors_out_ref,
     pack_tensors_ref,
     remap_ids_ref,
-    rounded_up,
     swiglu_backward_ref,
     swiglu_ref,
     unpack_tensors_out_ref,
@@ -55,6 +68,7 @@ CSRC = Path(__file__).resolve().parent / "csrc"
 
 OPS = (
     "fold_pack",
+    "pack_rows",
     "fold_pack_adjoint",
     "pack_tensors",
     "pack_tensors_out",
@@ -85,6 +99,7 @@ _backend: Backend | None = None
 _location: Path | None = None
 _library: torch.library.Library | None = None
 _fold_pack: torch._C._DispatchOperatorHandle | None = None
+_pack_rows: torch._C._DispatchOperatorHandle | None = None
 _loading = threading.Lock()
 
 
@@ -199,80 +214,6 @@ def _reference_kernel(reference):
     return kernel
 
 
-def _kept(index: Tensor | None, size: int) -> int:
-    return size if index is None else index.shape[0]
-
-
-def _fold_pack_fake(w, rows, cols, z_out, z_in, dtype, stream=False):
-    return empty_like_order(w, _kept(rows, w.shape[0]), _kept(cols, w.shape[1]), dtype or w.dtype)
-
-
-def _fold_pack_adjoint_fake(g, rows, cols, z_out, z_in, O, I, dtype):
-    return empty_like_order(g, O, I, dtype or g.dtype)
-
-
-def _pack_tensors_fake(
-    w, rows, cols, z_out, z_in, a, b, s, row_multiple, col_multiple, order, dtype
-):
-    packed, scales = [], []
-    for full, r, c, rm, cm, o in zip(w, rows, cols, row_multiple, col_multiple, order, strict=True):
-        m = rounded_up(_kept(r, full.shape[0]), rm)
-        n = rounded_up(_kept(c, full.shape[1]), cm)
-        packed.append(empty_like_order(full, m, n, dtype or full.dtype, o))
-        if dtype == E4M3:
-            scales.append(full.new_empty(m, dtype=torch.float32))
-    return packed, scales
-
-
-def _unpack_tensors_fake(g, rows, cols, z_out, z_in, O, I, dtype):
-    return [
-        empty_like_order(compact, m, n, dtype or compact.dtype)
-        for compact, m, n in zip(g, O, I, strict=True)
-    ]
-
-
-def _out_fake(*arguments):
-    return None
-
-
-def _open_sets_fake(masks):
-    return [mask.new_empty(mask.shape[0] + 1, dtype=torch.int32) for mask in masks]
-
-
-def _remap_ids_fake(ids, table):
-    return torch.empty_like(ids)
-
-
-def _open_linear_fake(x, w, bias, rows, cols, z_out, z_in, out_lanes, in_lanes):
-    return x.new_empty(x.shape[0], _kept(rows, w.shape[0]))
-
-
-def _open_linear_backward_fake(dy, x, y, w, rows, cols, z_out, z_in, out_lanes, in_lanes):
-    dz_out = dy.new_empty(0 if y is None else z_out.shape[0], dtype=torch.float32)
-    dz_in = dy.new_empty(0 if x is None else z_in.shape[0], dtype=torch.float32)
-    return dy.new_empty(dy.shape[0], _kept(cols, w.shape[1])), dz_out, dz_in
-
-
-def _swiglu_fake(a, u, z=None):
-    return torch.empty_like(a)
-
-
-def _swiglu_backward_fake(dh, a, u, z=None):
-    return torch.empty_like(a), torch.empty_like(u), a.new_empty(0 if z is None else z.shape[0])
-
-
-def _gate_lanes_fake(x, z, lanes):
-    return torch.empty_like(x)
-
-
-def _gate_lanes_backward_fake(dy, x, z, lanes):
-    return torch.empty_like(x), torch.empty_like(z)
-
-
-def _column_products_fake(a, b):
-    return a.new_empty(a.shape[1], dtype=torch.float32)
-
-
 def _save(ctx, inputs, output):
     matrix, rows, cols, z_out, z_in, *_ = inputs
     ctx.save_for_backward(rows, cols, z_out, z_in)
@@ -299,26 +240,27 @@ def _fold_pack_adjoint_backward(ctx, grad):
 
 # Name, reference, fake, backward.
 _TABLE = (
-    ("fold_pack", fold_pack_ref, _fold_pack_fake, _fold_pack_backward),
+    ("fold_pack", fold_pack_ref, fold_pack_fake, _fold_pack_backward),
+    ("pack_rows", fold_pack_ref, fold_pack_fake, None),
     (
         "fold_pack_adjoint",
         fold_pack_adjoint_ref,
-        _fold_pack_adjoint_fake,
+        fold_pack_adjoint_fake,
         _fold_pack_adjoint_backward,
     ),
-    ("pack_tensors", pack_tensors_ref, _pack_tensors_fake, None),
-    ("pack_tensors_out", pack_tensors_out_ref, _out_fake, None),
-    ("unpack_tensors", unpack_tensors_ref, _unpack_tensors_fake, None),
-    ("unpack_tensors_out", unpack_tensors_out_ref, _out_fake, None),
-    ("open_sets", open_sets_ref, _open_sets_fake, None),
-    ("remap_ids", remap_ids_ref, _remap_ids_fake, None),
-    ("open_linear", open_linear_ref, _open_linear_fake, None),
-    ("open_linear_backward", open_linear_backward_ref, _open_linear_backward_fake, None),
-    ("swiglu", swiglu_ref, _swiglu_fake, None),
-    ("swiglu_backward", swiglu_backward_ref, _swiglu_backward_fake, None),
-    ("gate_lanes", gate_lanes_ref, _gate_lanes_fake, None),
-    ("gate_lanes_backward", gate_lanes_backward_ref, _gate_lanes_backward_fake, None),
-    ("column_products", column_products_ref, _column_products_fake, None),
+    ("pack_tensors", pack_tensors_ref, pack_tensors_fake, None),
+    ("pack_tensors_out", pack_tensors_out_ref, out_fake, None),
+    ("unpack_tensors", unpack_tensors_ref, unpack_tensors_fake, None),
+    ("unpack_tensors_out", unpack_tensors_out_ref, out_fake, None),
+    ("open_sets", open_sets_ref, open_sets_fake, None),
+    ("remap_ids", remap_ids_ref, remap_ids_fake, None),
+    ("open_linear", open_linear_ref, open_linear_fake, None),
+    ("open_linear_backward", open_linear_backward_ref, open_linear_backward_fake, None),
+    ("swiglu", swiglu_ref, swiglu_fake, None),
+    ("swiglu_backward", swiglu_backward_ref, swiglu_backward_fake, None),
+    ("gate_lanes", gate_lanes_ref, gate_lanes_fake, None),
+    ("gate_lanes_backward", gate_lanes_backward_ref, gate_lanes_backward_fake, None),
+    ("column_products", column_products_ref, column_products_fake, None),
 )
 
 
@@ -340,12 +282,13 @@ def _register(backend: Backend) -> torch.library.Library:
 # Under torch.compile the first call must happen while tracing, not become part of the graph.
 @torch.compiler.assume_constant_result
 def _load() -> bool:
-    global _backend, _library, _fold_pack
+    global _backend, _library, _fold_pack, _pack_rows
     with _loading:
         if _backend is None:
             chosen = _choose()
             _library = _register(chosen)  # registrations live as long as this object
             _fold_pack = torch.ops.gatepack.fold_pack.default._handle
+            _pack_rows = torch.ops.gatepack.pack_rows.default._handle
             _backend = chosen
     return True
 
@@ -407,6 +350,8 @@ _exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 _dispatch = torch._C._dispatch_call_boxed
 _has_torch_function = torch._C._has_torch_function_variadic
 _is_compiling = torch.compiler.is_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_count_modes = torch._C._len_torch_dispatch_stack
 _is_grad_enabled = torch.is_grad_enabled
 
 
@@ -449,6 +394,19 @@ def fold_pack(
     """
     if _backend is None:
         _load()
+    # Rows alone, without a gradient, have an op of their own with less to hand over: 1.7 us a call
+    # instead of 2.7 us. Tracers, fakes and other modes see fold_pack.
+    if (
+        cols is z_out is z_in is dtype is None
+        and rows is not None
+        and not (stream or _is_dynamo_compiling() or _count_modes())
+        and not (_has_torch_function(w, rows) or (w.requires_grad and _is_grad_enabled()))
+    ):
+        try:
+            return _dispatch(_pack_rows, w, rows)
+        except RuntimeError as error:
+            _raise_refusal(error)
+            raise
     if z_out is not None or z_in is not None:
         _refuse_gate_gradient("fold_pack", z_out, z_in)
     if (

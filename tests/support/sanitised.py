@@ -113,14 +113,17 @@ def main() -> None:
         # Rows beyond the last cache, which leave the CPU's kernels another way.
         w, rows = torch.rand(4203, 2111)[:, 1:], torch.arange(0, 4202)
         assert_same([ops.fold_pack(w, rows, None, None, None, None)], [w[rows]], "fold_pack")
+        rows = torch.arange(2, 1200)[torch.rand(1198) < 0.8]
+        assert_same([ops.pack_rows(w, rows)], [w[rows]], "pack_rows")
         masks = [torch.rand(n) < p for n, p in ((0, 0.5), (1, 1), (300, 0.4), (2000, 0.9), (5, 0))]
         assert_same(ops.open_sets(masks), open_sets_ref(masks), "open_sets")
         table = torch.randperm(50).int()
         ids = torch.randint(0, 50, (3, 400))
         assert_same([ops.remap_ids(ids, table)], [remap_ids_ref(ids, table)], "remap_ids")
-        compared += 3
+        compared += 4
     cpu = torch.ops.gatepack
     refused(cpu.fold_pack, torch.ones(3, 4), torch.tensor([0, 3]), None, None, None, None)
+    refused(cpu.pack_rows, torch.ones(3, 4), torch.tensor([0, 3]))
     refused(cpu.fold_pack, torch.ones(3, 4), None, torch.tensor([1, 0]), None, None, None)
     refused(cpu.remap_ids, torch.tensor([1, 7]), torch.tensor([0, 1], dtype=torch.int32))
     print(compared)
