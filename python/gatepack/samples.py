@@ -50,7 +50,7 @@ class Open:
         blocks = list(self._running_in_blocks)
         if len(blocks) * self.gate.spec.shared_size == self.gate.size:
             return None
-        return torch.tensor(blocks, device=self.units.device)
+        return torch.tensor(blocks, dtype=torch.int64, device=self.units.device)
 
     @functools.cached_property
     def shared_lanes(self) -> torch.Tensor | None:
@@ -75,7 +75,7 @@ class Open:
         if len(set(counts)) == 1:
             return None
         position = [block for block, count in enumerate(counts) for _ in range(count)]
-        return torch.tensor(position, device=self.units.device)
+        return torch.tensor(position, dtype=torch.int64, device=self.units.device)
 
 
 class Sample:
