@@ -72,19 +72,24 @@ class Cell:
 def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict]:
     """(the packed and merged model, what else there is to say of how it came about)."""
     train = cell.train
+    tuned: list[float] = []
     with log.bar(cell.name, "step", train.steps) as tell:
 
         def on_step(tuning) -> None:
-            tell(tuning.step, loss=round(tuning.losses[-1], 3))
+            tell(len(tuned) + tuning.step, loss=round(tuning.losses[-1], 3))
 
         if cell.method in ("dense", "recipe", "distilled"):
-            distilling = None
-            if cell.method == "distilled":
-                distilling = DISTILLATION.start(model, keep=repaired_weights(model).values())
+            distilling, before = None, train.before_closing()
             if cell.method != "dense":
+                if before is not None:
+                    tuned, model = fine_tune(model, windows, before, None, on_step)
+                if cell.method == "distilled":
+                    distilling = DISTILLATION.start(model, keep=repaired_weights(model).values())
                 attach(model, cell.gates())
                 close_to_budget(model, windows, train)
+                train = train.after_closing()
             losses, merged = fine_tune(model, windows, train, None, on_step)
+            losses = tuned + losses
             settings = {}
             if distilling is not None:
                 distilling.stop()

@@ -112,7 +112,7 @@ class Trained:
 
 
 def train(config: RecipeConfig, log: Log) -> dict:
-    """Prices, closes and repairs, trains LoRA through what stays open; saves the gated model.
+    """Trains LoRA, prices, closes and repairs, trains LoRA on what stays open; saves it, gated.
 
     config.out gets the checkpoint with LoRA merged in, train.json (the report that is returned),
     losses.png and gates.png. Interrupted or failed, it goes on from its last finished stage (in
@@ -282,19 +282,25 @@ def load_inputs(config: RecipeConfig, documents: list[str], log: Log) -> Inputs:
 
 
 def train_gated(inputs: Inputs, config: RecipeConfig, state: State, log: Log) -> Trained:
-    """Puts gates on inputs.model, closes them down to the target, and trains LoRA."""
-    gates = attach(inputs.model, config.gates())
+    """Trains LoRA, merges it, closes the model's gates down to the target, trains LoRA again."""
+    before, after = config.train.before_closing(), config.train.after_closing()
+    model, windows, losses = inputs.model, inputs.windows, []
+    if before is not None:
+        wrapped = add_lora(model, before)
+        losses = fine_tune(wrapped, windows, before, state.folder / "dense", "LoRA, all open", log)
+        model = wrapped.merge_and_unload()
+    gates = attach(model, config.gates())
     folder = state.folder / "gated"
     if not load_gated_base(gates, folder):
         with log.phases() as progress:
-            close_to_budget(inputs.model, inputs.windows, config.train, progress)
+            close_to_budget(model, windows, config.train, progress)
         save_gated_base(gates, folder)
-    wrapped = add_lora(inputs.model, config.train)
+    wrapped = add_lora(model, after)
     budget = {
         "open": f"{gates.open_fraction():.1%}",
         "budget": f"{gates.kept_fraction():.1%}/{config.target:.1%}",
     }
-    losses = fine_tune(wrapped, inputs.windows, config.train, folder, "gates and LoRA", log, budget)
+    losses += fine_tune(wrapped, windows, after, folder, "gates and LoRA", log, budget)
     return Trained(wrapped, losses)
 
 

@@ -1,4 +1,4 @@
-"""Stage 4, methods: the default recipe: price, close and repair, then LoRA on what stays open."""
+"""Stage 4, methods: the default recipe: LoRA, then price, close and repair, then LoRA again."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,13 +21,18 @@ from gatepack.gates import GateSet
 from gatepack.hf import GATES_NAME, gates_of, hf_model, layers_of
 from gatepack.importance import calibrate, unit_scores
 
+# Of the rate before units close, what it is after. SmolLM2-135M at 80 % of MedQuAD, 40 steps before
+# and 40 after, perplexity of text kept apart: 13.17 with a quarter, 13.45 with the same rate.
+AFTER_CLOSING = 0.25
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Lengths in steps and tokens, peak learning rate of AdamW, LoRA rank (alpha = rank), seed.
 
     The rate rises linearly over warmup_steps and falls along a cosine to 0; weight_decay is taken
-    of the weights at that rate. autocast: "bfloat16" runs the matmuls of training in it
+    of the weights at that rate. dense_steps: how many of the recipe's steps come before units
+    close, None for half of them. autocast: "bfloat16" runs the matmuls of training in it
     (torch.autocast), with weights, gradients and AdamW in the model's dtype; None runs all in that.
     """
 
@@ -38,6 +43,7 @@ class TrainConfig:
     learning_rate: float = 4e-3
     weight_decay: float = 0.0
     lora_rank: int = 16
+    dense_steps: int | None = None
     calibration_batches: int = 8
     seed: int = 0
     autocast: str | None = None
@@ -48,6 +54,11 @@ class TrainConfig:
         for field in ("steps", "batch_size", "lora_rank", "calibration_batches"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be >= 1, got {getattr(self, field)}")
+        if self.dense_steps is not None and not 0 <= self.dense_steps < self.steps:
+            raise ValueError(
+                f"dense_steps must be >= 0 and less than steps ({self.steps}), got "
+                f"{self.dense_steps}"
+            )
         if self.window < 2:
             raise ValueError(f"window must be >= 2 tokens, got {self.window}")
         if not 0 < self.learning_rate < math.inf:
@@ -55,6 +66,24 @@ class TrainConfig:
         for field in ("seed", "warmup_steps", "weight_decay"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be >= 0, got {getattr(self, field)}")
+
+    def before_closing(self) -> "TrainConfig | None":
+        """The recipe's run on the dense model, None without one."""
+        steps = self.steps // 2 if self.dense_steps is None else self.dense_steps
+        return replace(self, steps=steps, dense_steps=0) if steps else None
+
+    def after_closing(self) -> "TrainConfig":
+        """The recipe's run on what stays open, on other batches."""
+        before = self.before_closing()
+        if before is None:
+            return self
+        return replace(
+            self,
+            steps=self.steps - before.steps,
+            dense_steps=0,
+            learning_rate=AFTER_CLOSING * self.learning_rate,
+            seed=self.seed + 2,
+        )
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of step 0, 1, ..., steps - 1."""
