@@ -7,7 +7,12 @@ import torch
 from tiny import set_gates, tiny_model, token_ids
 
 import gatepack as gp
-from gatepack.compensation import add_removed_means, close_and_compensate
+from gatepack.compensation import (
+    DAMPINGS,
+    _least_squares,
+    add_removed_means,
+    close_and_compensate,
+)
 from gatepack.importance import gated_inputs
 from gatepack.samples import lane_indices
 
@@ -78,6 +83,52 @@ def test_repair_beats_plain_closing_on_fresh_text():
         return (pruned(fresh).logits - expected).pow(2).mean().item()
 
     assert error(model) < 0.7 * error(plain)
+
+
+@pytest.mark.parametrize("count", [2, 4, 7])
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_damping_is_what_fits_the_batches_left_out_best(count, noise):
+    """Against a literal transcription in fp64: chosen on the last quarter, applied to all."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 5, 12) for _ in range(count)]
+    weight = torch.randn(12, 4)
+    residuals = [x @ weight + noise * torch.randn(3, 5, 4) for x in inputs]
+    xs, rs = ([t.double().flatten(0, 1) for t in each] for each in (inputs, residuals))
+
+    def solution(damping, xs, rs):
+        x, r = torch.cat(xs), torch.cat(rs)
+        gram = x.t() @ x
+        return torch.linalg.inv(gram + damping * gram.diagonal().mean() * torch.eye(12)) @ x.t() @ r
+
+    used = count * 3 // 4
+    left = [
+        (torch.cat(rs[used:]) - torch.cat(xs[used:]) @ solution(each, xs[:used], rs[:used]))
+        .square()
+        .sum()
+        for each in DAMPINGS
+    ]
+    best = DAMPINGS[int(torch.stack(left).argmin())]
+    assert (best == DAMPINGS[0]) == (noise == 0)
+    found = _least_squares(inputs, residuals, None).double()
+    torch.testing.assert_close(found, solution(best, xs, rs), rtol=1e-4, atol=1e-5)
+
+
+def test_chosen_damping_beats_hardly_any_on_fresh_text():
+    fresh = token_ids(batch=16, length=16, seed=9)
+    dense = tiny_model("llama").eval()
+    expected = dense(fresh).logits
+    errors = {}
+    for damping in (None, 1e-4):
+        model = copy.deepcopy(dense)
+        gates = gp.attach(model, CONFIG)
+        closed = {
+            name: [0] if gate.kind == "heads" else list(range(0, 40, 3))
+            for name, gate in gates.items()
+        }
+        few = [token_ids(batch=1, length=16, seed=seed) for seed in range(4)]
+        close_and_compensate(model, keep_all_but(gates, closed), few, damping)
+        errors[damping] = (model(fresh).logits - expected).square().mean().item()
+    assert errors[None] < 0.9 * errors[1e-4], errors
 
 
 def test_repaired_model_packs_to_the_same_logits():

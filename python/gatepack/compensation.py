@@ -21,6 +21,11 @@ _BIAS_FIELDS = {
     "qwen3": {"attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj")},
 }
 
+# Fractions of the mean diagonal among which a repair finds the one that fits fresh text best. 576 x
+# 1536 with 80 % open, 8,192 tokens: 1 and 3 for most linears. Against 0.1 for all, SmolLM2-135M at
+# 80 % of MedQuAD has a perplexity of 17.96 instead of 18.63 before it is tuned.
+DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
 
 class _Stop(Exception):
     """Ends a layer's forward once the tensor that was wanted has been seen."""
@@ -31,7 +36,7 @@ def close_and_compensate(
     model: nn.Module,
     masks: Mapping[str, torch.Tensor],
     batches: list[torch.Tensor],
-    damping: float = DAMPING,
+    damping: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Closes the units that masks leave out and repairs the linears that read them.
@@ -40,9 +45,11 @@ def close_and_compensate(
     projection get W' = W + R^T X (X^T X + damping * mean(diag) * I)^-1, where X are their inputs in
     the pruned model and R is what the dense model's residual stream has and the pruned one lacks
     (Fang et al. 2023 and SlimGPT, arXiv 2412.18110, repair one layer at a time; following the dense
-    stream also takes back what earlier layers lost). batches: token ids [B, S] each. Writes base
-    weights in place, adapters stay; all gates must be 1 before. progress is called with the number
-    of layers done. Raises ValueError for post-norm models (BERT), whose stream is not a sum.
+    stream also takes back what earlier layers lost). batches: token ids [B, S] each. damping:
+    None takes for each linear what, fitted on three quarters of the batches, leaves least of R in
+    the others, of DAMPINGS; one batch alone has 0.1. Writes base weights in place, adapters stay;
+    all gates must be 1 before. progress is called with the number of layers done. Raises ValueError
+    for post-norm models (BERT), whose stream is not a sum.
     """
     root = hf_model(model)
     gates = gates_of(model)
@@ -169,16 +176,10 @@ class _watching:
 
 
 def _repair(
-    linear: nn.Module, gates: GateSet, name: str, inputs, residuals, damping: float
+    linear: nn.Module, gates: GateSet, name: str, inputs, residuals, damping: float | None
 ) -> torch.Tensor:
     """Adds the least-squares correction to a linear's open columns; returns it, fp32 [N, |C|]."""
-    moment = cross = None
-    for x, r in zip(inputs, residuals, strict=True):
-        x = x.reshape(-1, x.shape[-1]).float()
-        r = r.reshape(-1, r.shape[-1]).float()
-        moment = x.t() @ x if moment is None else moment + x.t() @ x
-        cross = r.t() @ x if cross is None else cross + r.t() @ x
-    change = torch.linalg.solve(damped(moment, damping), cross.t()).t()
+    change = _least_squares(inputs, residuals, damping).t()
     lanes = gates[name].open().lanes
     matrix = weight_matrix(base_linear(linear))
     if lanes is None:
@@ -186,6 +187,38 @@ def _repair(
     else:
         matrix.index_add_(1, lanes, change.to(matrix.dtype))
     return change
+
+
+def _least_squares(inputs, residuals, damping: float | None) -> torch.Tensor:
+    """(X^T X + damping * mean(diag) * I)^-1 X^T R over all batches, fp32 [|C|, N]."""
+    count = max(1, len(inputs) * 3 // 4)
+    fitted = _products(inputs[:count], residuals[:count])
+    if count == len(inputs):
+        return _solve(*fitted, DAMPING if damping is None else damping)
+    fresh = _products(inputs[count:], residuals[count:])
+    if damping is None:
+        damping = min(DAMPINGS, key=lambda each: _left_over(_solve(*fitted, each), *fresh))
+    return _solve(*(a + b for a, b in zip(fitted, fresh, strict=True)), damping)
+
+
+def _products(inputs, residuals) -> tuple[torch.Tensor, torch.Tensor]:
+    """X^T X [C, C] and X^T R [C, N], fp32, summed over batches."""
+    moment = cross = None
+    for x, r in zip(inputs, residuals, strict=True):
+        x = x.reshape(-1, x.shape[-1]).float()
+        r = r.reshape(-1, r.shape[-1]).float()
+        moment = x.t() @ x if moment is None else moment.addmm_(x.t(), x)
+        cross = x.t() @ r if cross is None else cross.addmm_(x.t(), r)
+    return moment, cross
+
+
+def _solve(moment: torch.Tensor, cross: torch.Tensor, damping: float) -> torch.Tensor:
+    return torch.linalg.solve(damped(moment, damping), cross)
+
+
+def _left_over(change: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor) -> float:
+    """|R - X change|^2 - |R|^2, of the X and R that the products are of."""
+    return float((change * (moment @ change - 2 * cross)).sum())
 
 
 def check_biases(gates: GateSet) -> None:
