@@ -188,10 +188,9 @@ def test_rate_rises_and_falls_along_a_cosine():
 
 
 def test_steps_are_split_where_units_close():
-    config = TrainConfig(steps=9, learning_rate=1.0, seed=5)
+    config = TrainConfig(steps=9, seed=5)
     before, after = config.before_closing(), config.after_closing()
     assert (before.steps, after.steps) == (4, 5)
-    assert (before.learning_rate, after.learning_rate) == (1.0, training.AFTER_CLOSING)
     seeds = {before.seed, after.seed, config.seed + 1}  # close_to_budget's batches come from this
     assert len(seeds) == 3
     given = TrainConfig(steps=9, dense_steps=7)
