@@ -5,7 +5,8 @@ python benchmarks/quality.py --domain medical --train medquad_train.jsonl \\
 
 Runs that stand in --out with the same settings are left out, and models that stand in --work are
 not trained again, so a call that was cut off goes on when it is given once more. Methods: dense
-(LoRA and nothing removed), recipe (gatepack's default one), and those of gatepack.methods.
+(LoRA and nothing removed), recipe (gatepack's default one), distilled (the same with the dense
+model as its teacher), and those of gatepack.methods.
 """
 
 import argparse
@@ -21,21 +22,22 @@ from gatepack import methods
 from gatepack.checkpoint import save_pretrained
 from gatepack.config import GateConfig
 from gatepack.data import load_documents, to_windows
+from gatepack.distillation import Distillation
 from gatepack.evaluation import EvalConfig, evaluate
 from gatepack.files import plain, write_json
+from gatepack.hf import attach
 from gatepack.methods.one_shot import fine_tune, run_beside_lora
 from gatepack.models import load_model, torch_device
 from gatepack.packing import pack
 from gatepack.progress import Log
-from gatepack.recipe import Inputs, RecipeConfig, train_gated
-from gatepack.resume import State, state_of
 from gatepack.timing import measure
-from gatepack.training import TrainConfig
+from gatepack.training import TrainConfig, close_to_budget, repaired_weights
 
 ONE_SHOT = ("Magnitude", "WandaSP", "FLAP", "Taylor", "ContextPruning")
-METHODS = ("dense", "recipe", *ONE_SHOT, "FineGates", "ATP")
+METHODS = ("dense", "recipe", "distilled", *ONE_SHOT, "FineGates", "ATP")
 TRAVEL = 4.0  # how far FineGates may move a logit until gates freeze; 1.55 down, it closes
 GENERATOR_RATE = 1e-2  # the published one is for thousands of steps
+DISTILLATION = Distillation(temperature=1.0, weight=0.5, task_weight=0.5)
 WINDOW, STRIDE = 512, 448  # tokens of a scored window, and of it those that count
 CALIBRATION = 16  # batches of every method; cells with another number say so in their names
 
@@ -67,35 +69,34 @@ class Cell:
         )
 
 
-def trained(cell: Cell, model, windows, folder: Path, log: Log) -> tuple[torch.nn.Module, dict]:
-    """(the packed and merged model, what else there is to say of how it came about).
+def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict]:
+    """(the packed and merged model, what else there is to say of how it came about)."""
+    train = cell.train
+    with log.bar(cell.name, "step", train.steps) as tell:
 
-    The recipe keeps what it has finished in folder until it ends.
-    """
-    train, settings, report = cell.train, {}, None
-    if cell.method == "recipe":
-        config = RecipeConfig(target=cell.kept, width_multiple=cell.width_multiple, train=train)
-        state = State.open(folder, plain(asdict(config)))
-        run = train_gated(Inputs(model, None, windows, windows[:0]), config, state, log)
-        losses = [loss for part in run.losses.values() for loss in part]
-        merged = run.model.merge_and_unload()
-        report = pack(merged)
-        state.clear()
-    else:
-        with log.bar(cell.name, "step", train.steps) as tell:
+        def on_step(tuning) -> None:
+            tell(tuning.step, loss=round(tuning.losses[-1], 3))
 
-            def on_step(tuning) -> None:
-                tell(tuning.step, loss=round(tuning.losses[-1], 3))
-
-            if cell.method == "dense":
-                losses, merged = fine_tune(model, windows, train, None, on_step)
-            else:
-                method = published(cell)
-                # OneShot's own run: ContextPruning.run scores and splits texts besides.
-                train_by = methods.OneShot.run if cell.method in ONE_SHOT else run_beside_lora
-                run = train_by(method, model, windows, train, None, on_step)
-                losses, merged, report = run.losses, run.model, run.report
-                settings = asdict(method)
+        if cell.method in ("dense", "recipe", "distilled"):
+            distilling = None
+            if cell.method == "distilled":
+                distilling = DISTILLATION.start(model, keep=repaired_weights(model).values())
+            if cell.method != "dense":
+                attach(model, cell.gates())
+                close_to_budget(model, windows, train)
+            losses, merged = fine_tune(model, windows, train, None, on_step)
+            settings = {}
+            if distilling is not None:
+                distilling.stop()
+                settings = asdict(DISTILLATION)
+            report = None if cell.method == "dense" else pack(merged)
+        else:
+            method = published(cell)
+            # OneShot's own run: ContextPruning.run scores and splits texts besides.
+            train_by = methods.OneShot.run if cell.method in ONE_SHOT else run_beside_lora
+            run = train_by(method, model, windows, train, None, on_step)
+            losses, merged, report = run.losses, run.model, run.report
+            settings = asdict(method)
     return merged, {
         "losses": losses,
         "settings": settings,
@@ -145,7 +146,7 @@ def made(cell: Cell, options, folder: Path, log: Log) -> dict:
         documents = [text for path in options.train for text in load_documents(path)]
         windows = to_windows(documents, tokenizer, cell.train.window).to(model.device)
         start = time.perf_counter()
-        model, record = trained(cell, model, windows, state_of(folder), log)
+        model, record = trained(cell, model, windows, log)
         record["train_seconds"] = round(time.perf_counter() - start, 1)
         save_pretrained(model, folder, tokenizer)
         write_json(said, {**plain(asdict(cell)), **record})

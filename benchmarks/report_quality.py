@@ -12,6 +12,7 @@ from _results import RESULTS, conditions, spread, table
 LANGUAGE_METHODS = {
     "dense": "LoRA, nothing removed",
     "recipe": "gatepack's recipe",
+    "distilled": "gatepack's recipe, distilled",
     "Magnitude": "magnitude",
     "WandaSP": "Wanda-sp",
     "FLAP": "FLAP",

@@ -14,7 +14,7 @@ from tiny import tiny_model
 from gatepack.methods import FineGates
 from gatepack.training import TrainConfig
 
-MADE = ("dense", "recipe", "FLAP", "FineGates", "ATP")
+MADE = ("dense", "recipe", "distilled", "FLAP", "FineGates", "ATP")
 TEXT = "The gate that stays open is worth its cost; the others go. "
 
 

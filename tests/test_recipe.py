@@ -1,6 +1,5 @@
 """gatepack train and pack: what they leave on disk, how they go on, and what they plan."""
 
-import dataclasses
 import json
 
 import pytest
@@ -76,7 +75,7 @@ def invoke(*arguments):
 def test_train_then_pack(trained, packing):
     config, report = trained
     assert abs(report["kept_fraction"] - 0.7) <= 0.005
-    assert [len(run) for run in report["losses"].values()] == [SMALL.steps // 2] * 2
+    assert len(report["losses"]) == SMALL.steps
     assert set(report["perplexity"]) == {"base", "gated"}
     assert json.loads((config.out / "train.json").read_text()) == json.loads(json.dumps(report))
     for name in ("losses.png", "gates.png"):
@@ -96,25 +95,20 @@ def test_train_then_pack(trained, packing):
     assert max_logit_difference(gated, packed, ids) <= done["parity"]["bound"]
 
 
-@pytest.mark.parametrize("done", [1, 3])
-def test_interrupted_training_goes_on_to_the_same_result(trained, tmp_path, monkeypatch, done):
-    """Before units close and after."""
+def test_interrupted_training_goes_on_to_the_same_result(trained, tmp_path, monkeypatch):
     config, whole = trained
     step = training.FineTuning._train_step
     again = RecipeConfig(**{**vars(config), "out": tmp_path / "again"})
-    steps = []
 
-    def some_steps(self):
-        if len(steps) == done:
+    def two_steps(self):
+        if self.step == 2:
             self.save()
             raise Interrupted
         step(self)
-        steps.append(self.step)
 
-    monkeypatch.setattr(training.FineTuning, "_train_step", some_steps)
+    monkeypatch.setattr(training.FineTuning, "_train_step", two_steps)
     with pytest.raises(Interrupted):
         train(again, QUIET)
-    assert steps == [1, 2, 1][:done]
     assert not (again.out / "config.json").exists()
     monkeypatch.setattr(training.FineTuning, "_train_step", step)
     resumed = train(again, QUIET)
@@ -122,27 +116,6 @@ def test_interrupted_training_goes_on_to_the_same_result(trained, tmp_path, monk
     assert resumed["perplexity"] == whole["perplexity"]
     weights = [(out / "model.safetensors").read_bytes() for out in (config.out, again.out)]
     assert weights[0] == weights[1]
-
-
-def test_units_are_priced_on_the_tuned_model(config, monkeypatch):
-    """close_to_budget gets what LoRA has made of the weights, and no adapter is left on them."""
-    base = gp.models.load_model(config.model)[0].state_dict()
-    seen = []
-
-    def close(model, *rest):
-        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        return training.close_to_budget(model, *rest)
-
-    monkeypatch.setattr(recipe, "close_to_budget", close)
-    for dense_steps in (0, 2):
-        settings = dataclasses.replace(SMALL, dense_steps=dense_steps)
-        out = config.out / str(dense_steps)
-        train(dataclasses.replace(config, out=out, train=settings), QUIET)
-    plain, tuned = seen
-    name = "model.layers.0.self_attn.q_proj.weight"
-    assert torch.equal(plain[name], base[name])
-    assert not torch.equal(tuned[name], base[name])
-    assert plain.keys() == tuned.keys()
 
 
 def test_plan_counts_what_training_then_does(config):

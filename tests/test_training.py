@@ -187,30 +187,6 @@ def test_rate_rises_and_falls_along_a_cosine():
     assert rates == pytest.approx(expected)
 
 
-def test_steps_are_split_where_units_close():
-    config = TrainConfig(steps=9, seed=5)
-    before, after = config.before_closing(), config.after_closing()
-    assert (before.steps, after.steps) == (4, 5)
-    seeds = {before.seed, after.seed, config.seed + 1}  # close_to_budget's batches come from this
-    assert len(seeds) == 3
-    given = TrainConfig(steps=9, dense_steps=7)
-    assert (given.before_closing().steps, given.after_closing().steps) == (7, 2)
-
-
-def test_no_dense_steps_are_one_whole_run():
-    for config in (TrainConfig(steps=9, dense_steps=0), TrainConfig(steps=1)):
-        assert config.before_closing() is None
-        assert config.after_closing() is config
-
-
-@pytest.mark.parametrize("steps", [-1, 4])
-def test_config_refuses_dense_steps_that_leave_none(steps):
-    with pytest.raises(
-        ValueError, match=rf"dense_steps must be .* less than steps \(4\), got {steps}"
-    ):
-        TrainConfig(steps=4, dense_steps=steps)
-
-
 def test_config_refuses_bad_rates_and_windows():
     with pytest.raises(ValueError, match="learning_rate must be a positive number, got -1"):
         TrainConfig(learning_rate=-1)

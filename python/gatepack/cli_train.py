@@ -43,9 +43,6 @@ def train(
     window: Window = 256,
     learning_rate: LearningRate = 4e-3,
     lora_rank: LoraRank = 16,
-    dense_steps: Annotated[
-        int | None, typer.Option(help="Steps before units close.", show_default="half of them")
-    ] = None,
     calibration_batches: Annotated[
         int, typer.Option(help="Batches by which units are priced and repaired.")
     ] = 8,

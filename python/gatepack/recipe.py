@@ -25,20 +25,13 @@ from gatepack.rounding import compare
 from gatepack.texts import sha256_of
 from gatepack.timing import environment, seconds_of
 from gatepack.training import (
-    AS_TUNED,
     FineTuning,
     TrainConfig,
     add_lora,
     close_to_budget,
     load_gated_base,
-    repaired_weights,
     save_gated_base,
 )
-
-# The runs of a training, as bars and pictures call them.
-DENSE = "LoRA, all open"
-CLOSED = "gates and LoRA"
-DISTILLED = "gates and LoRA, KL from all open"
 
 
 @dataclass(frozen=True)
@@ -112,14 +105,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Trained:
-    """A gated PEFT model, and by run the loss of each step, nats per token."""
+    """A gated PEFT model, and the loss of each step, nats per token."""
 
     model: nn.Module
-    losses: dict[str, list[float]]
+    losses: list[float]
 
 
 def train(config: RecipeConfig, log: Log) -> dict:
-    """Trains LoRA, prices, closes and repairs, trains LoRA on what stays open; saves it, gated.
+    """Prices, closes and repairs, trains LoRA through what stays open; saves the gated model.
 
     config.out gets the checkpoint with LoRA merged in, train.json (the report that is returned),
     losses.png and gates.png. Interrupted or failed, it goes on from its last finished stage (in
@@ -145,7 +138,7 @@ def train(config: RecipeConfig, log: Log) -> dict:
     }
     with saving(gated, config.out, inputs.tokenizer) as folder:
         check_reload(gated, folder, inputs.held_out)
-        draw_training(trained.losses, folder / "losses.png")
+        draw_training({"gates and LoRA": trained.losses}, folder / "losses.png")
         draw_gate_map(gates, folder / "gates.png")
         write_json(folder / "train.json", report)
     state.clear()
@@ -289,29 +282,19 @@ def load_inputs(config: RecipeConfig, documents: list[str], log: Log) -> Inputs:
 
 
 def train_gated(inputs: Inputs, config: RecipeConfig, state: State, log: Log) -> Trained:
-    """Tunes inputs.model by LoRA, closes it down to the target, and trains LoRA to be as before."""
-    before, after = config.train.before_closing(), config.train.after_closing()
-    model, windows = inputs.model, inputs.windows
-    losses, title, distilling = {}, CLOSED, None
-    if before is not None:
-        wrapped = add_lora(model, before)
-        losses[DENSE] = fine_tune(wrapped, windows, before, state.folder / "dense", DENSE, log)
-        model, title = wrapped.merge_and_unload(), DISTILLED
-        distilling = AS_TUNED.start(model, keep=repaired_weights(model).values())
-    gates = attach(model, config.gates())
+    """Puts gates on inputs.model, closes them down to the target, and trains LoRA."""
+    gates = attach(inputs.model, config.gates())
     folder = state.folder / "gated"
     if not load_gated_base(gates, folder):
         with log.phases() as progress:
-            close_to_budget(model, windows, config.train, progress)
+            close_to_budget(inputs.model, inputs.windows, config.train, progress)
         save_gated_base(gates, folder)
-    wrapped = add_lora(model, after)
+    wrapped = add_lora(inputs.model, config.train)
     budget = {
         "open": f"{gates.open_fraction():.1%}",
         "budget": f"{gates.kept_fraction():.1%}/{config.target:.1%}",
     }
-    losses[title] = fine_tune(wrapped, windows, after, folder, title, log, budget)
-    if distilling is not None:
-        distilling.stop()
+    losses = fine_tune(wrapped, inputs.windows, config.train, folder, "gates and LoRA", log, budget)
     return Trained(wrapped, losses)
 
 

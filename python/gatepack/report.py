@@ -32,10 +32,7 @@ def print_training(report: dict, out: Path) -> None:
         report["model"],
         {
             "block weights open": f"{report['kept_fraction']:.1%} (target {report['target']:.1%})",
-            **{
-                f"{name}, first and last step": f"{run[0]:.3f}, {run[-1]:.3f}"
-                for name, run in report["losses"].items()
-            },
+            "loss, first and last step": f"{report['losses'][0]:.3f}, {report['losses'][-1]:.3f}",
             "held-out perplexity, base": f"{quality['base']:.2f}",
             "held-out perplexity, gated": f"{quality['gated']:.2f}",
             "written": f"{out}/ (gated model, train.json, losses.png, gates.png)",

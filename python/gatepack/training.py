@@ -1,4 +1,4 @@
-"""Stage 4, methods: the default recipe: LoRA, then price, close and repair, then LoRA again."""
+"""Stage 4, methods: the default recipe: price, close and repair, then LoRA on what stays open."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,18 +15,11 @@ from torch import nn
 
 from gatepack.compensation import close_and_compensate
 from gatepack.data import batches
-from gatepack.distillation import Distillation
 from gatepack.files import parse_json, read_safetensors, write_safetensors
 from gatepack.gate_training import under
 from gatepack.gates import GateSet
 from gatepack.hf import GATES_NAME, gates_of, hf_model, layers_of
 from gatepack.importance import calibrate, unit_scores
-
-# What trains LoRA after units have closed: to be as the tuned dense model is. SmolLM2-135M on
-# MedQuAD, 40 steps before and 40 after, perplexity of text kept apart with 80 % and 60 % of the
-# blocks left: 13.03 and 20.22; by the next token 13.17 and 20.92; with no dense steps 13.39 and
-# 21.22, each at the best of the rates tried.
-AS_TUNED = Distillation(temperature=1.0, task_weight=0.0)
 
 
 @dataclass(frozen=True)
@@ -34,10 +27,8 @@ class TrainConfig:
     """Lengths in steps and tokens, peak learning rate of AdamW, LoRA rank (alpha = rank), seed.
 
     The rate rises linearly over warmup_steps and falls along a cosine to 0; weight_decay is taken
-    of the weights at that rate. dense_steps: how many of the recipe's steps come before units
-    close, None for half of them; the others learn from the model that these have made. autocast:
-    "bfloat16" runs the matmuls of training in it (torch.autocast), with weights, gradients and
-    AdamW in the model's dtype; None runs all in that.
+    of the weights at that rate. autocast: "bfloat16" runs the matmuls of training in it
+    (torch.autocast), with weights, gradients and AdamW in the model's dtype; None runs all in that.
     """
 
     steps: int = 40
@@ -47,7 +38,6 @@ class TrainConfig:
     learning_rate: float = 4e-3
     weight_decay: float = 0.0
     lora_rank: int = 16
-    dense_steps: int | None = None
     calibration_batches: int = 8
     seed: int = 0
     autocast: str | None = None
@@ -58,11 +48,6 @@ class TrainConfig:
         for field in ("steps", "batch_size", "lora_rank", "calibration_batches"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be >= 1, got {getattr(self, field)}")
-        if self.dense_steps is not None and not 0 <= self.dense_steps < self.steps:
-            raise ValueError(
-                f"dense_steps must be >= 0 and less than steps ({self.steps}), got "
-                f"{self.dense_steps}"
-            )
         if self.window < 2:
             raise ValueError(f"window must be >= 2 tokens, got {self.window}")
         if not 0 < self.learning_rate < math.inf:
@@ -70,23 +55,6 @@ class TrainConfig:
         for field in ("seed", "warmup_steps", "weight_decay"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be >= 0, got {getattr(self, field)}")
-
-    def before_closing(self) -> "TrainConfig | None":
-        """The recipe's run on the dense model, None without one."""
-        steps = self.steps // 2 if self.dense_steps is None else self.dense_steps
-        return replace(self, steps=steps, dense_steps=0) if steps else None
-
-    def after_closing(self) -> "TrainConfig":
-        """The recipe's run on what stays open, on other batches."""
-        before = self.before_closing()
-        if before is None:
-            return self
-        return replace(
-            self,
-            steps=self.steps - before.steps,
-            dense_steps=0,
-            seed=self.seed + 2,
-        )
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of step 0, 1, ..., steps - 1."""
