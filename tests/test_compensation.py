@@ -26,6 +26,12 @@ def keep_all_but(gates, closed: dict[str, list[int]]) -> dict[str, torch.Tensor]
     return masks
 
 
+def first_head_and_third_channels(gates) -> dict[str, list[int]]:
+    return {
+        name: [0] if gate.kind == "heads" else list(range(0, 40, 3)) for name, gate in gates.items()
+    }
+
+
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2"])
 def test_redundant_channels_are_repaired_exactly(model_type):
     model = tiny_model(model_type).eval()
@@ -69,10 +75,8 @@ def test_repair_beats_plain_closing_on_fresh_text():
     fresh = token_ids(batch=16, length=16, seed=9)
     expected = model(fresh).logits
     plain = copy.deepcopy(model)
-    closed = {}
     gates = gp.attach(model, CONFIG)
-    for name, gate in gates.items():
-        closed[name] = [0] if gate.kind == "heads" else list(range(0, 40, 3))
+    closed = first_head_and_third_channels(gates)
     calibration = [token_ids(batch=16, length=16, seed=seed) for seed in range(4)]
     close_and_compensate(model, keep_all_but(gates, closed), calibration)
     plain_gates = gp.attach(plain, CONFIG)
@@ -121,10 +125,7 @@ def test_chosen_damping_beats_hardly_any_on_fresh_text():
     for damping in (None, 1e-4):
         model = copy.deepcopy(dense)
         gates = gp.attach(model, CONFIG)
-        closed = {
-            name: [0] if gate.kind == "heads" else list(range(0, 40, 3))
-            for name, gate in gates.items()
-        }
+        closed = first_head_and_third_channels(gates)
         few = [token_ids(batch=1, length=16, seed=seed) for seed in range(4)]
         close_and_compensate(model, keep_all_but(gates, closed), few, damping)
         errors[damping] = (model(fresh).logits - expected).square().mean().item()

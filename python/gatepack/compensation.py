@@ -100,7 +100,9 @@ def _first_inputs(root, layers: list[Layer], batches):
     return first, calls
 
 
-def _compensate_layer(gates: GateSet, layer: Layer, masks, dense, pruned, calls, damping: float):
+def _compensate_layer(
+    gates: GateSet, layer: Layer, masks, dense, pruned, calls, damping: float | None
+):
     """Advances both streams through a layer: returns the dense one, updates the pruned one."""
     out, down = (layer.module.get_submodule(path) for path in (layer.family.out, layer.family.down))
     after_out, after_layer = [], []
