@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from gatepack.families import family_of
 from gatepack.gates import Gate, GateSet
 from gatepack.hf import Layer, gates_of, hf_model, layers_of
 from gatepack.importance import DAMPING, damped, gated_inputs
@@ -46,18 +45,16 @@ def close_and_compensate(
     projection get W' = W + R^T X (X^T X + damping * mean(diag) * I)^-1, where X are their inputs in
     the pruned model and R is what the dense model's residual stream has and the pruned one lacks
     (Fang et al. 2023 and SlimGPT, arXiv 2412.18110, repair one layer at a time; following the dense
-    stream also takes back what earlier layers lost). batches: token ids [B, S] each. damping:
-    None for that of DAMPINGS which, fitted on three quarters of the batches, leaves least of a
-    linear's R in the others (0.1 if there is one batch only). Writes base weights in place,
-    adapters stay; all gates must be 1 before. progress is called with the number of layers done.
-    Raises ValueError for post-norm models (BERT), whose stream is not a sum.
+    stream also takes back what earlier layers lost). Where a layer does more to its stream than
+    add what these linears give (BERT and Gemma 2 normalise it, Granite scales it), R is what the
+    linear gave in the dense model and does not give in the pruned one. batches: token ids [B, S]
+    each. damping: None for that of DAMPINGS which, fitted on three quarters of the batches, leaves
+    least of a linear's R in the others (0.1 if there is one batch only). Writes base weights in
+    place, adapters stay; all gates must be 1 before. progress is called with the number of layers
+    done.
     """
     root = hf_model(model)
     gates = gates_of(model)
-    if family_of(root.config).post_norm:
-        raise ValueError(
-            f"{type(root).__name__} normalises its residual stream: close without compensation"
-        )
     was_training = root.training
     root.eval()
     layers = layers_of(root)
@@ -105,36 +102,57 @@ def _compensate_layer(
 ):
     """Advances both streams through a layer: returns the dense one, updates the pruned one."""
     out, down = (layer.module.get_submodule(path) for path in (layer.family.out, layer.family.down))
-    after_out, after_layer = [], []
+    after_out, after_down, after_layer = [], [], []
+    sums = True
     for x, call in zip(dense, calls, strict=True):
         seen: dict = {}
-        with _watching(out, seen, "out"):
-            after_layer.append(_run(layer, x, call))
-        after_out.append(x + seen["out"][1])
+        with _watching(out, seen, "out"), _watching(down, seen, "down"):
+            after = _run(layer, x, call)
+        added = [seen[key][1].reshape(x.shape) for key in ("out", "down")]
+        sums = sums and _is_sum(after, x, *added)
+        after_out.append(added[0])
+        after_down.append(added[1])
+        after_layer.append(after)
     names = (f"{layer.heads_name}:heads", f"{layer.channels_name}:channels")
     gates.set_open({name: masks[name] for name in names if name in masks})
     _refresh(gates, pruned[0])
     inputs, residuals = [], []
-    for x, target, call in zip(pruned, after_out, calls, strict=True):
+    for x, was, target, call in zip(pruned, dense, after_out, calls, strict=True):
         seen = {}
         with _watching(out, seen, "out", stop=True):
             _run(layer, x, call)
         inputs.append(_open_lanes(gates, names[0], seen["out"][0]))
-        residuals.append(target - x - seen["out"][1])
+        residuals.append(target - seen["out"][1].reshape(x.shape))
+        if sums:
+            residuals[-1] += was - x
     if names[0] in masks:
         _repair(out, gates, names[0], inputs, residuals, damping)
-    inputs, residuals = [], []
-    for i, (x, target, call) in enumerate(zip(pruned, after_layer, calls, strict=True)):
+    inputs, residuals, after_pruned = [], [], []
+    for x, target, stream, call in zip(pruned, after_down, after_layer, calls, strict=True):
         seen = {}
         with _watching(down, seen, "down"):
-            pruned[i] = _run(layer, x, call)
+            after_pruned.append(_run(layer, x, call))
         inputs.append(_open_lanes(gates, names[1], seen["down"][0]))
-        residuals.append(target - pruned[i])
+        lacks = stream - after_pruned[-1] if sums else target - seen["down"][1].reshape(x.shape)
+        residuals.append(lacks)
     if names[1] in masks:
         change = _repair(down, gates, names[1], inputs, residuals, damping)
-        for i, x in enumerate(inputs):
-            pruned[i] += (x.float() @ change.t()).reshape(pruned[i].shape).to(pruned[i].dtype)
+        for i, call in enumerate(calls):
+            if sums:
+                added = (inputs[i].float() @ change.t()).reshape(pruned[i].shape)
+                after_pruned[i] += added.to(pruned[i].dtype)
+            else:
+                after_pruned[i] = _run(layer, pruned[i], call)
+    pruned[:] = after_pruned
     return after_layer
+
+
+def _is_sum(after: torch.Tensor, before: torch.Tensor, *added: torch.Tensor) -> bool:
+    """Whether a layer's stream is that before it plus what was added, up to rounding."""
+    added = sum(each.float() for each in added)
+    error = (after.float() - before.float() - added).norm()
+    rounding = 4 * torch.finfo(after.dtype).eps * after.float().norm()
+    return bool(error <= 0.01 * added.norm() + rounding)
 
 
 def _refresh(gates: GateSet, hidden: torch.Tensor) -> None:

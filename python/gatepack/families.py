@@ -5,7 +5,7 @@ the projections' width or from the attributes in head_attributes, so that compac
 no patched forward.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _COUNTS = ("queries", "groups", "width")
 
@@ -19,8 +19,7 @@ class Family:
     them; mlp: a container whose forward is down(act(up[0](x)) * up[1](x)), or None.
     head_attributes: attribute of `attention` -> "queries" (query heads), "groups" (query heads per
     key/value head) or "width" (query lanes); its forward must take head counts from these or from
-    the widths of its linears. post_norm: the residual stream is normalised after each sublayer is
-    added (BERT), not before it. The model's config has head_dim, or hidden_size and
+    the widths of its linears. The model's config has head_dim, or hidden_size and
     num_attention_heads.
 
     Raises ValueError naming the field, what it must be and what it is.
@@ -35,7 +34,6 @@ class Family:
     kv: tuple[str, ...] = ()
     qkv: str = ""
     mlp: str | None = None
-    post_norm: bool = False
 
     def __post_init__(self):
         for field in ("attention", "out", "down"):
@@ -101,7 +99,15 @@ BERT = Family(
     up=("intermediate.dense",),
     down="output.dense",
     head_attributes=(("num_attention_heads", "queries"), ("all_head_size", "width")),
-    post_norm=True,
+)
+DISTILBERT = Family(
+    attention="attention",
+    q="attention.q_lin",
+    kv=("attention.k_lin", "attention.v_lin"),
+    out="attention.out_lin",
+    up=("ffn.lin1",),
+    down="ffn.lin2",
+    head_attributes=(),
 )
 GPT2 = Family(
     attention="attn",
@@ -111,6 +117,8 @@ GPT2 = Family(
     down="mlp.c_proj",
     head_attributes=(("num_heads", "queries"), ("split_size", "width")),
 )
+STARCODER2 = replace(LLAMA, up=("mlp.c_fc",), down="mlp.c_proj", mlp=None)
+PHI = replace(LLAMA, out="self_attn.dense", up=("mlp.fc1",), down="mlp.fc2", mlp=None)
 OPT = Family(
     attention="self_attn",
     q="self_attn.q_proj",
@@ -126,8 +134,19 @@ FAMILIES = {
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "gemma": LLAMA,
+    "gemma2": LLAMA,
+    "gemma3_text": LLAMA,
+    "granite": LLAMA,
+    "smollm3": LLAMA,
+    "starcoder2": STARCODER2,
+    "phi": PHI,
     "bert": BERT,
     "roberta": BERT,
+    "xlm-roberta": BERT,
+    "camembert": BERT,
+    "electra": BERT,
+    "distilbert": DISTILBERT,
     "gpt2": GPT2,
     "opt": OPT,
 }

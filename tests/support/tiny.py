@@ -9,54 +9,94 @@ from gatepack.modules import base_linear
 VOCAB = 97
 
 
+_GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+_POSITIONS = {"max_position_embeddings": 64}
+_CLASSES = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", _GROUPED),
+    "mistral": ("MistralConfig", "MistralForCausalLM", _GROUPED),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _GROUPED),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", _GROUPED),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {**_GROUPED, "query_pre_attn_scalar": 8, "sliding_window": 4},
+    ),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {**_GROUPED, "query_pre_attn_scalar": 8, "sliding_window": 4, "sliding_window_pattern": 2},
+    ),
+    "granite": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {"num_key_value_heads": 2, "residual_multiplier": 0.22, "logits_scaling": 2.0},
+    ),
+    "smollm3": (
+        "SmolLM3Config",
+        "SmolLM3ForCausalLM",
+        {"num_key_value_heads": 2, "no_rope_layers": [1, 0], "pad_token_id": 0},
+    ),
+    "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", {"num_key_value_heads": 2}),
+    "phi": (
+        "PhiConfig",
+        "PhiForCausalLM",
+        {"num_key_value_heads": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    ),
+    "bert": ("BertConfig", "BertForSequenceClassification", {}),
+    "roberta": ("RobertaConfig", "RobertaForSequenceClassification", _POSITIONS),
+    "xlm-roberta": ("XLMRobertaConfig", "XLMRobertaForSequenceClassification", _POSITIONS),
+    "camembert": ("CamembertConfig", "CamembertForSequenceClassification", _POSITIONS),
+    "electra": ("ElectraConfig", "ElectraForSequenceClassification", {"embedding_size": 24}),
+    "distilbert": ("DistilBertConfig", "DistilBertForSequenceClassification", {}),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"bos_token_id": 1, "eos_token_id": 2}),
+    "opt": ("OPTConfig", "OPTForCausalLM", {"word_embed_proj_dim": 48}),
+}
+_SHAPE = {
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+}
+# What a family calls the sizes.
+_NAMES = {
+    "distilbert": {
+        "hidden_size": "dim",
+        "intermediate_size": "hidden_dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+    },
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "intermediate_size": "n_inner",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+    },
+    "opt": {"intermediate_size": "ffn_dim"},
+}
+
+
 def tiny_model(model_type: str, dtype=torch.float64, seed: int = 0, **overrides):
-    """2 layers, 6 query heads of 8 lanes (2 key/value heads where the family can), 40 channels."""
-    shape = {
-        "hidden_size": 48,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "vocab_size": VOCAB,
-    }
-    classes = {
-        "llama": ("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
-        "mistral": (
-            "MistralConfig",
-            "MistralForCausalLM",
-            {"num_key_value_heads": 2, "head_dim": 8},
-        ),
-        "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"num_key_value_heads": 2}),
-        "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
-        "bert": ("BertConfig", "BertForSequenceClassification", {}),
-        "roberta": (
-            "RobertaConfig",
-            "RobertaForSequenceClassification",
-            {"max_position_embeddings": 64},
-        ),
-        "gpt2": (
-            "GPT2Config",
-            "GPT2LMHeadModel",
-            {"n_inner": 40, "bos_token_id": 1, "eos_token_id": 2},
-        ),
-        "opt": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 40, "word_embed_proj_dim": 48}),
-    }
-    config_name, model_name, extra = classes[model_type]
-    if model_type == "opt":
-        del shape["intermediate_size"]
-    if model_type == "gpt2":
-        shape = {"n_embd": 48, "n_layer": 2, "n_head": 6, "vocab_size": VOCAB}
-    config = getattr(transformers, config_name)(**{**shape, **extra, **overrides})
+    """2 layers, 6 query heads of 8 lanes (2 key/value heads where the family can), 40 channels,
+    without dropout."""
+    names = _NAMES.get(model_type, {})
+    shape = {names.get(name, name): size for name, size in _SHAPE.items()}
+    config_name, model_name, extra = _CLASSES[model_type]
+    config = getattr(transformers, config_name)(
+        vocab_size=VOCAB, **{**shape, **extra, **overrides}
+    )
     for name in (
-        "hidden_dropout_prob",
+        "attention_dropout",
         "attention_probs_dropout_prob",
-        "resid_pdrop",
-        "embd_pdrop",
         "attn_pdrop",
+        "dropout",
+        "embd_pdrop",
+        "hidden_dropout_prob",
+        "resid_pdrop",
+        "seq_classif_dropout",
     ):
         if hasattr(config, name):
             setattr(config, name, 0.0)
-    if model_type == "opt":
-        config.dropout = 0.0
     torch.manual_seed(seed)
     model = getattr(transformers, model_name)(config).to(dtype)
     with torch.no_grad():
