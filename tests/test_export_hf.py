@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import token_ids
 
 import gatepack as gp
+from gatepack.families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
 WEIGHTS = "model.safetensors"
@@ -43,15 +44,12 @@ def edit(folder, change):
     path.write_text(json.dumps(data))
 
 
-@pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "opt", "bert", "roberta"]
-)
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_every_family_loads(tmp_path, model_type):
     model = packed_model(model_type, **UNEVEN)
     report = gp.export(model, tmp_path / "m", "hf")
     assert report["parity"]["max_abs_difference"] == 0
-    encoder = model_type in ("bert", "roberta")
-    auto = "AutoModelForSequenceClassification" if encoder else "AutoModelForCausalLM"
+    auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModelForSequenceClassification"
     loaded = load(tmp_path / "m", auto)
     assert isinstance(loaded, type(model))
     assert torch.equal(outputs_of(loaded), outputs_of(model))

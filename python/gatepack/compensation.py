@@ -12,12 +12,11 @@ from gatepack.modules import base_linear, weight_matrix
 from gatepack.samples import lane_indices
 
 # Config fields that give linears of a layer a bias, by model_type, with those linears.
+_ATTENTION_BIAS = {"attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj")}
+_BIASES = {**_ATTENTION_BIAS, "mlp_bias": ("gate_proj", "up_proj", "down_proj")}
 _BIAS_FIELDS = {
-    "llama": {
-        "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
-        "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
-    },
-    "qwen3": {"attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **dict.fromkeys(("llama", "granite", "smollm3"), _BIASES),
+    **dict.fromkeys(("qwen3", "gemma", "gemma2", "gemma3_text"), _ATTENTION_BIAS),
 }
 
 # Fractions of the mean diagonal among which a repair finds the one that fits fresh text best: from

@@ -22,9 +22,37 @@ logger = logging.getLogger(__name__)
 
 # How q and k lanes meet, by model_type: lane by lane, or rotated in pairs (j, j + head_dim / 2).
 QUERY_KEY = {
-    **dict.fromkeys(("bert", "roberta", "gpt2", "opt"), "lanes"),
-    **dict.fromkeys(("llama", "mistral", "qwen2"), "pairs"),
+    **dict.fromkeys(
+        (
+            "bert",
+            "roberta",
+            "xlm-roberta",
+            "camembert",
+            "electra",
+            "distilbert",
+            "gpt2",
+            "opt",
+        ),
+        "lanes",
+    ),
+    **dict.fromkeys(
+        (
+            "llama",
+            "mistral",
+            "qwen2",
+            "gemma",
+            "gemma2",
+            "granite",
+            "smollm3",
+            "starcoder2",
+        ),
+        "pairs",
+    ),
 }
+
+
+# What configs call the activation of their MLPs.
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
 
 @dataclass(frozen=True)
@@ -342,5 +370,6 @@ def _zero_stays_zero(config) -> bool:
     """Whether the MLP's activation of 0 is 0, so that a closed row leaves a dead channel."""
     from transformers.activations import ACT2FN
 
-    name = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    named = (getattr(config, key, None) for key in _ACTIVATION_KEYS)
+    name = next((name for name in named if name), None)
     return name in ACT2FN and bool(ACT2FN[name](torch.zeros(1, device="cpu")) == 0)

@@ -82,9 +82,7 @@ def tiny_model(model_type: str, dtype=torch.float64, seed: int = 0, **overrides)
     names = _NAMES.get(model_type, {})
     shape = {names.get(name, name): size for name, size in _SHAPE.items()}
     config_name, model_name, extra = _CLASSES[model_type]
-    config = getattr(transformers, config_name)(
-        vocab_size=VOCAB, **{**shape, **extra, **overrides}
-    )
+    config = getattr(transformers, config_name)(vocab_size=VOCAB, **{**shape, **extra, **overrides})
     for name in (
         "attention_dropout",
         "attention_probs_dropout_prob",

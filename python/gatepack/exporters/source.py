@@ -12,7 +12,7 @@ from gatepack.checkpoint import refuse_adapters
 from gatepack.hf import GATES_NAME, Layer, hf_model, layers_of
 from gatepack.modules import linear_shape
 
-_WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim")
+_WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")
 _FREE_HEAD_DIM = ("llama", "mistral", "qwen2", "qwen3")
 
 
