@@ -13,6 +13,7 @@ from tiny import tiny_model, token_ids
 
 import gatepack as gp
 from gatepack.exporters import uniform
+from gatepack.families import FAMILIES
 from gatepack.quality import ParityError
 
 FIVE_HEADS = {"num_key_value_heads": 6, "closed": ([1], [4]), "widths": (24, 24)}
@@ -27,27 +28,20 @@ def load(folder, auto="AutoModelForCausalLM", **options):
     return getattr(transformers, auto).from_pretrained(folder, **options)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "opt"])
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_plain_transformers_loads_it(tmp_path, model_type):
-    sizes = CHANNELS if model_type in ("gpt2", "opt") else EVEN
-    model = packed_model(model_type, **sizes)
+    grouped = hasattr(tiny_model(model_type).config, "num_key_value_heads")
+    model = packed_model(model_type, **(EVEN if grouped else CHANNELS))
     report = gp.export(model, tmp_path / "m")
-    loaded = load(tmp_path / "m")
+    auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModelForSequenceClassification"
+    loaded = load(tmp_path / "m", auto)
     assert type(loaded) is type(model)
     assert loaded.config.model_type == model_type
     assert not hasattr(loaded.config, "gatepack")
+    assert loaded.num_parameters() == model.num_parameters()
     assert torch.equal(outputs_of(loaded), outputs_of(model))
     assert report["parity"]["max_abs_difference"] == 0
     assert not list((tmp_path / "m").glob("*.py"))
-
-
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
-def test_encoders_keep_their_heads(tmp_path, model_type):
-    model = packed_model(model_type, **CHANNELS)
-    gp.export(model, tmp_path / "m")
-    loaded = load(tmp_path / "m", "AutoModelForSequenceClassification")
-    assert torch.equal(outputs_of(loaded), outputs_of(model))
-    assert loaded.config.intermediate_size == 24
 
 
 class TestLlamaAsMistral:
@@ -142,7 +136,15 @@ class TestRefusals:
             gp.export(uneven, tmp_path / "m")
         assert not (tmp_path / "m").exists()
 
-    @pytest.mark.parametrize("model_type", ["gpt2", "bert", "opt"])
+    @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+    def test_heads_that_do_not_divide_a_gemma(self, tmp_path, model_type):
+        model = packed_model(
+            model_type, closed=([0, 4],) * 2, hidden_size=64, num_attention_heads=8
+        )
+        with pytest.raises(ValueError, match=f"a {model_type} of 6 heads: its .* hidden_size 64"):
+            gp.export(model, tmp_path / "m")
+
+    @pytest.mark.parametrize("model_type", ["gpt2", "bert", "opt", "distilbert"])
     def test_heads_of_families_without_head_dim(self, tmp_path, model_type):
         model = packed_model(model_type, closed=([0], [2]), widths=(40, 40))
         with pytest.raises(

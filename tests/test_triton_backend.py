@@ -9,6 +9,7 @@ from tiny import dense_gradients, mask_dense, set_gates, tiny_model, token_ids
 
 import gatepack as gp
 from gatepack import mlp, modules
+from gatepack.attention import attention
 from gatepack.samples import Sample
 
 pytest.importorskip("triton")
@@ -169,6 +170,12 @@ def test_attention_refuses_what_it_would_ignore(device):
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
     with pytest.raises(ValueError, match="without sliding windows or packed sequences"):
         model(ids, position_ids=packed, use_cache=False)
+    q, kv = torch.randn(1, 6, 4, 8, device=device), torch.randn(1, 2, 4, 8, device=device)
+    module = model.model.layers[0].self_attn
+    for name in ("softcap", "s_aux"):
+        with pytest.raises(ValueError, match=f"{name}: expected None with attn_implementation"):
+            attention(module, q, kv, kv, None, **{name: 50.0})
+    assert attention(module, q, kv, kv, None, softcap=None)[0].shape == (1, 4, 6, 8)
 
 
 def test_a_training_step_never_counts_on_the_host(device, no_counting):

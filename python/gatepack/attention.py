@@ -16,6 +16,8 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from gatepack.paths import has_kernels
 
 NAME = "gatepack"
+# What models pass that changes the scores (Gemma 2's tanh, gpt-oss's sinks, T5's bias).
+UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias")
 
 
 def padding_mask(
@@ -50,12 +52,19 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    **_,
+    **others,
 ) -> tuple[torch.Tensor, None]:
     """o [B, S, H, D] and no weights; query [B, H, S, D], key and value [B, Hkv, Skv, D].
 
-    Refuses dropout on the attention weights, and masks that are not [B, Skv].
+    Refuses dropout on the attention weights, masks that are not [B, Skv], and whatever else changes
+    the scores (UNSUPPORTED).
     """
+    changed = next((name for name in UNSUPPORTED if others.get(name) is not None), None)
+    if changed is not None:
+        raise ValueError(
+            f"{changed}: expected None with attn_implementation='gatepack', which has no such term "
+            "in its scores; use attn_implementation='eager' for this model"
+        )
     if dropout:
         raise ValueError(
             f"dropout: expected 0 with attn_implementation='gatepack', got {dropout}; set "

@@ -78,7 +78,7 @@ _NAMES = {
 
 def tiny_model(model_type: str, dtype=torch.float64, seed: int = 0, **overrides):
     """2 layers, 6 query heads of 8 lanes (2 key/value heads where the family can), 40 channels,
-    without dropout."""
+    without dropout unless overrides ask for it."""
     names = _NAMES.get(model_type, {})
     shape = {names.get(name, name): size for name, size in _SHAPE.items()}
     config_name, model_name, extra = _CLASSES[model_type]
@@ -93,7 +93,7 @@ def tiny_model(model_type: str, dtype=torch.float64, seed: int = 0, **overrides)
         "resid_pdrop",
         "seq_classif_dropout",
     ):
-        if hasattr(config, name):
+        if hasattr(config, name) and name not in overrides:
             setattr(config, name, 0.0)
     torch.manual_seed(seed)
     model = getattr(transformers, model_name)(config).to(dtype)

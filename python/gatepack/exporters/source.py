@@ -13,7 +13,6 @@ from gatepack.hf import GATES_NAME, Layer, hf_model, layers_of
 from gatepack.modules import linear_shape
 
 _WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")
-_FREE_HEAD_DIM = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,10 @@ class Source:
         return values[0]
 
     def require_free_head_dim(self, queries: int, form: str) -> None:
-        """ValueError if heads were removed from a family whose config derives their width."""
-        if (
-            self.config.model_type not in _FREE_HEAD_DIM
-            and queries * self.head_dim != self.config.hidden_size
-        ):
+        """ValueError if heads were removed from a family whose config derives their width, as all
+        do that have as many key/value heads as query heads."""
+        derived = not hasattr(self.config, "num_key_value_heads")
+        if derived and queries * self.head_dim != self.config.hidden_size:
             raise ValueError(
                 f"format {form!r} cannot say that {queries} heads of {self.head_dim} are left of "
                 f"hidden_size {self.config.hidden_size}: model_type {self.config.model_type!r} has "

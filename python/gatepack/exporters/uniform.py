@@ -1,8 +1,8 @@
 """Stage 6, export: a stock checkpoint, which every engine loads without custom code.
 
 Keys: num_attention_heads, num_key_value_heads, head_dim and intermediate_size, each one number for
-all layers. LlamaConfig refuses head counts that do not divide hidden_size, so such a model is
-written as Mistral, whose forward is the same without biases.
+all layers. Some configs refuse head counts that do not divide hidden_size; such a Llama is written
+as Mistral, whose forward is the same without biases.
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ from gatepack.checkpoint import MODELING_KEYS
 from gatepack.exporters.parity import check_reloaded
 from gatepack.exporters.source import Source
 
+_DIVIDING = ("llama", "gemma2", "gemma3_text")  # heads must divide hidden_size
 _LLAMA_ONLY = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp")
 
 
@@ -53,13 +54,19 @@ def _stock_config(source: Source):
     if hasattr(source.config, "num_key_value_heads"):
         sizes = {"num_key_value_heads": kv_heads, "head_dim": source.head_dim}
         values |= {"num_attention_heads": queries, **sizes}
-    if source.config.model_type != "llama" or source.config.hidden_size % queries == 0:
+    model_type, hidden = source.config.model_type, source.config.hidden_size
+    if model_type not in _DIVIDING or hidden % queries == 0:
         return type(source.config).from_dict(values), name, []
+    if model_type != "llama":
+        raise ValueError(
+            f"format 'uniform' cannot write a {model_type} of {queries} heads: its config wants a "
+            f"number that divides hidden_size {hidden}; export with format='hf'"
+        )
     biased = [key for key in ("attention_bias", "mlp_bias") if values.get(key)]
     if biased:
         raise ValueError(
             f"format 'uniform' writes a Llama whose {queries} heads do not divide hidden_size "
-            f"{source.config.hidden_size} as Mistral, which has no biases, but {biased[0]} is set: "
+            f"{hidden} as Mistral, which has no biases, but {biased[0]} is set: "
             "export with format='hf' or 'gguf'"
         )
     for key in _LLAMA_ONLY:
