@@ -44,9 +44,11 @@ def test_redundant_channels_are_repaired_exactly(model_type):
             if site.rows_gate is not None and site.rows_gate.kind == "channels":
                 linear = parent._modules[child]
                 channels_first = linear.weight.t() if model_type == "gpt2" else linear.weight
-                channels_first[7] = channels_first[3]
-                if linear.bias is not None:
-                    linear.bias[7] = linear.bias[3]
+                for block in site.row_blocks:
+                    first, second = block.offset + 3, block.offset + 7
+                    channels_first[second] = channels_first[first]
+                    if linear.bias is not None:
+                        linear.bias[second] = linear.bias[first]
     expected = model(ids).logits
     close_and_compensate(
         model, keep_all_but(gates, {name: [7] for name in names}), [ids], damping=1e-10

@@ -22,6 +22,8 @@ from gatepack.families import BERT, FAMILIES, GPT2, LLAMA
         ({"qkv": "attn.c_attn"}, ["either q and kv or", "qkv='attn.c_attn'"]),
         ({"q": ""}, ["either q and kv or", "q=''"]),
         ({"kv": ()}, ["either q and kv or", "kv=()"]),
+        ({"fused_up": True}, ["fused_up", "one path in up", "'mlp.up_proj'"]),
+        ({"fused_up": True, "up": ("mlp.both",)}, ["fused_up", "no mlp", "mlp='mlp'"]),
         ({"head_attributes": (("heads", "count"),)}, ["head_attributes", "'queries'", "'count'"]),
         ({"head_attributes": [("heads", "queries")]}, ["head_attributes", "tuple of pairs"]),
         ({"head_attributes": ("heads",)}, ["head_attributes", "tuple of pairs"]),

@@ -161,6 +161,7 @@ class TestAttach:
                 "lm_head",
                 "classifier",
                 "pooler",
+                "head.dense",
             )
             expected = sum(
                 p.numel()

@@ -23,7 +23,7 @@ def float64(values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "glm", "gpt2", "bert", "modernbert"])
 def test_kept_fraction_counts_what_packing_keeps(family):
     model, training = started(family, torch.float32, final="sample")
     expected = float(training.decisions.layout.kept_fraction(training.decisions.hard.double()))
@@ -51,7 +51,7 @@ def literal_linear(module, place, x, m, tunes: bool):
     return torch.stack(rows, -1)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "glm", "gpt2", "bert", "modernbert"])
 @pytest.mark.parametrize("tunes", [True, False])
 def test_linears_are_the_published_formulas(family, tunes):
     model, training = started(family)
@@ -72,7 +72,7 @@ def test_linears_are_the_published_formulas(family, tunes):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "glm", "gpt2", "bert", "modernbert"])
 def test_soft_decisions_have_the_gradient_of_the_evaluation_formula(family):
     model, training = started(family)
     decisions = training.decisions
@@ -148,7 +148,9 @@ def test_dropout_is_between_a_and_b():
     assert widths == [3]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "gemma2", "gpt2", "opt", "bert", "modernbert"]
+)
 @pytest.mark.parametrize("per_head", [False, True])
 def test_packed_model_is_the_evaluation_formula(family, per_head):
     model, training = started(family, per_head=per_head, final="sample")

@@ -20,7 +20,7 @@ from gatepack.modules import weight_matrix
 from gatepack.training import TrainConfig
 
 GATES = gp.GateConfig(noise=0.0, target=0.7, width_multiple=1, equal_layers=False)
-FAMILIES = ["llama", "qwen2", "gpt2", "opt", "bert"]
+FAMILIES = ["llama", "qwen2", "gemma2", "glm", "gpt2", "opt", "bert", "modernbert"]
 TRAIN = TrainConfig(
     steps=4, batch_size=2, window=16, lora_rank=2, calibration_batches=2, learning_rate=1e-2
 )
@@ -71,12 +71,12 @@ def test_statistics_are_means_over_all_tokens(family):
     for name, reader in found.readers.items():
         x = torch.cat([x for x, _ in seen[reader]])
         torch.testing.assert_close(found.means[name], x.mean(0))
-    branches = [name for name in gates if name.endswith(":channels")] * (family in FAMILIES[:2])
+    branches = [name for name in gates if name.endswith(":channels")] * (family in FAMILIES[:3])
     assert sorted(found.branch) == sorted(branches)
     for name in branches:
         gate_proj = name.removesuffix(":channels") + ".gate_proj"
         a = torch.cat([y for _, y in seen[gate_proj]])
-        expected = torch.nn.functional.silu(a).abs().mean(0)
+        expected = tiny_model(family).model.layers[0].mlp.act_fn(a).abs().mean(0)
         torch.testing.assert_close(found.branch[name], expected)
 
 
@@ -85,11 +85,13 @@ def test_quiet_units_go_and_change_nothing(family):
     # SiLU (Llama), GELU (GPT-2, BERT) and ReLU (OPT) alike; a frozen output leaves its constant.
     model = tiny_model(family, torch.float32).eval()
     make_quiet(model)
-    compensate = family != "qwen2"
-    if not compensate:  # v has a bias, and o_proj has none that could take its mean over
+    compensate = family not in ("qwen2", "gemma2", "glm", "modernbert")
+    if not compensate:  # v may have a bias, and o_proj none that could take its mean over
         with torch.no_grad():
             for layer in layers_of(model):
-                layer.linear(layer.family.kv[1]).bias.zero_()
+                bias = layer.linear(layer.family.qkv or layer.family.kv[1]).bias
+                if bias is not None:
+                    bias.zero_()
     ids = token_ids(batch=4, length=12)
     expected = model(ids).logits.detach()
     first = layers_of(model)[0]

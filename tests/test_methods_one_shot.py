@@ -16,7 +16,7 @@ from gatepack.modules import weight_matrix
 from gatepack.training import TrainConfig
 
 GATES = gp.GateConfig(noise=0.0, target=0.7, width_multiple=2, equal_layers=False)
-FAMILIES = ["llama", "gpt2", "bert"]
+FAMILIES = ["llama", "glm", "gpt2", "bert", "modernbert"]
 
 
 def make(name: str, **fields):
@@ -88,9 +88,10 @@ def coupled_weights(model, of) -> dict[str, list[list[tuple[torch.Tensor, float]
             heads.append(parts)
         found[f"{layer.heads_name}:heads"] = heads
         down = of(layer.linear(family.down))
+        width = down.shape[1]
+        up = [row for path in family.up for row in of(layer.linear(path)).split(width)]
         found[f"{layer.channels_name}:channels"] = [
-            [(down[:, j], 1.0), *((of(layer.linear(path))[j], 1.0) for path in family.up)]
-            for j in range(down.shape[1])
+            [(down[:, j], 1.0), *((branch[j], 1.0) for branch in up)] for j in range(width)
         ]
     return found
 

@@ -16,7 +16,8 @@ class Family:
 
     attention: module that carries the head counts. q, kv, out: its linears by path; qkv: one fused
     linear instead of q and kv. up: linears that produce MLP channels; down: the one that consumes
-    them; mlp: a container whose forward is down(act(up[0](x)) * up[1](x)), or None.
+    them; mlp: a container whose forward is down(act(up[0](x)) * up[1](x)), or None. fused_up: the
+    one linear of `up` makes two branches, one above the other, whose product `down` consumes.
     head_attributes: attribute of `attention` -> "queries" (query heads), "groups" (query heads per
     key/value head) or "width" (query lanes); its forward must take head counts from these or from
     the widths of its linears. The model's config has head_dim, or hidden_size and
@@ -34,6 +35,7 @@ class Family:
     kv: tuple[str, ...] = ()
     qkv: str = ""
     mlp: str | None = None
+    fused_up: bool = False
 
     def __post_init__(self):
         for field in ("attention", "out", "down"):
@@ -47,6 +49,11 @@ class Family:
         for field in ("kv", "up"):
             _require(_is_paths(getattr(self, field)), self, field, "a tuple of paths of linears")
         _require(bool(self.up), self, "up", "at least one path")
+        if self.fused_up and (len(self.up) > 1 or self.mlp):
+            raise ValueError(
+                "a family with fused_up has one path in up and no mlp; "
+                f"got up={self.up!r}, mlp={self.mlp!r}"
+            )
         if bool(self.qkv) == bool(self.q) or bool(self.q) != bool(self.kv):
             raise ValueError(
                 "a family has either q and kv or, for one fused linear, qkv; "
@@ -66,6 +73,11 @@ class Family:
         """Paths of every linear whose weights the budget counts."""
         heads = (self.qkv,) if self.qkv else (self.q, *self.kv)
         return (*heads, self.out, *self.up, self.down)
+
+    @property
+    def branches(self) -> int:
+        """Rows of `up` that make one MLP channel."""
+        return 2 if self.fused_up else len(self.up)
 
 
 def _is_path(value) -> bool:
@@ -109,6 +121,15 @@ DISTILBERT = Family(
     down="ffn.lin2",
     head_attributes=(),
 )
+MODERNBERT = Family(
+    attention="attn",
+    qkv="attn.Wqkv",
+    out="attn.Wo",
+    up=("mlp.Wi",),
+    down="mlp.Wo",
+    head_attributes=(),
+    fused_up=True,
+)
 GPT2 = Family(
     attention="attn",
     qkv="attn.c_attn",
@@ -117,6 +138,7 @@ GPT2 = Family(
     down="mlp.c_proj",
     head_attributes=(("num_heads", "queries"), ("split_size", "width")),
 )
+GLM = replace(LLAMA, up=("mlp.gate_up_proj",), mlp=None, fused_up=True)
 STARCODER2 = replace(LLAMA, up=("mlp.c_fc",), down="mlp.c_proj", mlp=None)
 PHI = replace(LLAMA, out="self_attn.dense", up=("mlp.fc1",), down="mlp.fc2", mlp=None)
 OPT = Family(
@@ -139,6 +161,8 @@ FAMILIES = {
     "gemma3_text": LLAMA,
     "granite": LLAMA,
     "smollm3": LLAMA,
+    "glm": GLM,
+    "glm4": GLM,
     "starcoder2": STARCODER2,
     "phi": PHI,
     "bert": BERT,
@@ -147,6 +171,7 @@ FAMILIES = {
     "camembert": BERT,
     "electra": BERT,
     "distilbert": DISTILBERT,
+    "modernbert": MODERNBERT,
     "gpt2": GPT2,
     "opt": OPT,
 }

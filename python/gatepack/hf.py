@@ -322,7 +322,7 @@ def _specs(layer: Layer, config: GateConfig) -> Iterator[tuple[str, GateSpec]]:
         )
     if "channels" in config.units and _matches(layer.channels_name, config):
         out, width = linear_shape(layer.linear(family.down))
-        unit = out + sum(linear_shape(layer.linear(path))[1] for path in family.up)
+        unit = out + family.branches * linear_shape(layer.linear(family.up[0]))[1]
         yield f"{layer.channels_name}:channels", GateSpec("channels", width, 1, unit)
 
 
@@ -396,6 +396,8 @@ def gated_sites(
                 )
         yield family.out, Site(in_gate=heads, compact_in=True)
     if channels is not None:
+        branches = (0, channels.size) if family.fused_up else (0,)
+        blocks = tuple(RowBlock(offset) for offset in branches)
         for path in family.up:
-            yield path, Site(rows_gate=channels, compact_out=True)
+            yield path, Site(rows_gate=channels, row_blocks=blocks, compact_out=True)
         yield family.down, Site(in_gate=channels, compact_in=True)

@@ -21,33 +21,11 @@ from gatepack.sites import Site
 logger = logging.getLogger(__name__)
 
 # How q and k lanes meet, by model_type: lane by lane, or rotated in pairs (j, j + head_dim / 2).
+_LANES = "bert roberta xlm-roberta camembert electra distilbert gpt2 opt"
+_PAIRS = "llama mistral qwen2 gemma gemma2 granite smollm3 starcoder2 modernbert"
 QUERY_KEY = {
-    **dict.fromkeys(
-        (
-            "bert",
-            "roberta",
-            "xlm-roberta",
-            "camembert",
-            "electra",
-            "distilbert",
-            "gpt2",
-            "opt",
-        ),
-        "lanes",
-    ),
-    **dict.fromkeys(
-        (
-            "llama",
-            "mistral",
-            "qwen2",
-            "gemma",
-            "gemma2",
-            "granite",
-            "smollm3",
-            "starcoder2",
-        ),
-        "pairs",
-    ),
+    **dict.fromkeys(_LANES.split(), "lanes"),
+    **dict.fromkeys(_PAIRS.split(), "pairs"),
 }
 
 
@@ -331,8 +309,13 @@ def _couplings(root: nn.Module, layer: Layer, gates: GateSet) -> Iterator[Coupli
             start, start + size, device="cpu"
         )  # also where models are built on meta
 
-    channels = [side(path, "rows") for path in family.up] + [side(family.down, "columns")]
-    channels = [party for party in channels if party is not None]
+    width = linear_shape(layer.linear(family.down))[1]
+    channels = [
+        side(path, "rows", offset, width)
+        for path in family.up
+        for offset in ((0, width) if family.fused_up else (0,))
+    ]
+    channels = [p for p in (*channels, side(family.down, "columns")) if p is not None]
     if len(channels) > 1 and _zero_stays_zero(root.config):
         yield Coupling(torch.stack(channels, 1)[..., None], shared=False)
     lanes = queries * dim
@@ -362,7 +345,8 @@ def _channel_gates(root: nn.Module, layer: Layer, gates: GateSet) -> list[str]:
     family = layer.family
     names = [f"{layer.name}.{path}:rows" for path in family.up]
     names.append(f"{layer.name}.{family.down}:columns")
-    whole = all(name in gates.gates for name in names) and _zero_stays_zero(root.config)
+    gated = all(name in gates.gates for name in names)
+    whole = gated and not family.fused_up and _zero_stays_zero(root.config)
     return names if whole else []
 
 

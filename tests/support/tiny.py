@@ -37,6 +37,12 @@ _CLASSES = {
         "SmolLM3ForCausalLM",
         {"num_key_value_heads": 2, "no_rope_layers": [1, 0], "pad_token_id": 0},
     ),
+    "glm": (
+        "GlmConfig",
+        "GlmForCausalLM",
+        {**_GROUPED, "attention_bias": True, "pad_token_id": 0},
+    ),
+    "glm4": ("Glm4Config", "Glm4ForCausalLM", {**_GROUPED, "pad_token_id": 0}),
     "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", {"num_key_value_heads": 2}),
     "phi": (
         "PhiConfig",
@@ -49,6 +55,11 @@ _CLASSES = {
     "camembert": ("CamembertConfig", "CamembertForSequenceClassification", _POSITIONS),
     "electra": ("ElectraConfig", "ElectraForSequenceClassification", {"embedding_size": 24}),
     "distilbert": ("DistilBertConfig", "DistilBertForSequenceClassification", {}),
+    "modernbert": (
+        "ModernBertConfig",
+        "ModernBertForSequenceClassification",
+        {"pad_token_id": 0, "local_attention": 8, "reference_compile": False},
+    ),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"bos_token_id": 1, "eos_token_id": 2}),
     "opt": ("OPTConfig", "OPTForCausalLM", {"word_embed_proj_dim": 48}),
 }
@@ -57,6 +68,7 @@ _SHAPE = {
     "intermediate_size": 40,
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
+    "vocab_size": VOCAB,
 }
 # What a family calls the sizes.
 _NAMES = {
@@ -82,7 +94,7 @@ def tiny_model(model_type: str, dtype=torch.float64, seed: int = 0, **overrides)
     names = _NAMES.get(model_type, {})
     shape = {names.get(name, name): size for name, size in _SHAPE.items()}
     config_name, model_name, extra = _CLASSES[model_type]
-    config = getattr(transformers, config_name)(vocab_size=VOCAB, **{**shape, **extra, **overrides})
+    config = getattr(transformers, config_name)(**{**shape, **extra, **overrides})
     for name in (
         "attention_dropout",
         "attention_probs_dropout_prob",

@@ -105,7 +105,7 @@ def _resize_layer(layer, config, index):
     width = own.get(layout["width_key"])
     if width is not None:
         for path in layout["up"]:
-            _resize(layer, path, rows=width)
+            _resize(layer, path, rows=width * (1 + layout["fused_up"]))
         _resize(layer, layout["down"], columns=width)
     counts = {"queries": queries, "groups": queries // kv_heads, "width": lanes}
     attention = layer.get_submodule(layout["attention"])

@@ -157,12 +157,11 @@ def _quiet_channels(
 ) -> torch.Tensor:
     read = statistics.inputs[statistics.readers[gate.name]]
     closed = read <= max(tau, tau_activation)
-    single = len(layer.family.up) == 1
+    single = layer.family.branches == 1
     for path in layer.family.up:
         name = f"{layer.name}.{path}"
-        closed = closed | (
-            _quiet_rows(statistics, name, tau) if single else statistics.outputs[name] <= tau
-        )
+        quiet = _quiet_rows(statistics, name, tau) if single else statistics.outputs[name] <= tau
+        closed = closed | quiet.reshape(-1, gate.size).any(0)
     return closed
 
 
@@ -175,7 +174,7 @@ def _covered(
     count = int((lanes & (statistics.inputs[statistics.readers[gate.name]] <= tau)).sum())
     rows = {}
     if gate.kind == "channels":
-        rows = {path: lanes for path in family.up}
+        rows = {path: lanes.repeat(1 + family.fused_up) for path in family.up}
     elif family.qkv:
         rows = {family.qkv: lanes.repeat(3)}
     else:
