@@ -21,7 +21,7 @@ FLOORS = {
     "torch": "2.9",
     "triton": "3.5",
     "transformers": "5.1",
-    "accelerate": "1.2",
+    "accelerate": "1.3",
     "peft": "0.18",
 }
 CACHE_BYTES = 1 << 30

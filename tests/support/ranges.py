@@ -19,12 +19,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDS = ("oldest", "newest")
-# Gates, modules, packing, checkpoints, PEFT, the extension, the interpreter, the command line.
+# Gates, modules, packing, checkpoints, PEFT, the Trainer, the extension, the interpreter, the
+# command line.
 TESTS = (
-    "api budget channel_stats checkpoint closed_gradients column_dot doctor ext families fold_pack "
-    "functional gate_penalty gated_attention gated_linear gated_matmul gated_mlp gated_swiglu "
-    "gates gather_norm hf kernels_common linear_cross_entropy mlp modules open_set_ops open_sets "
-    "pack_tensors packed_linear packing repack sample_gates scatter_add training"
+    "api budget callback channel_stats checkpoint closed_gradients column_dot compensation doctor "
+    "ext families fold_pack functional gate_penalty gated_attention gated_linear gated_matmul "
+    "gated_mlp gated_swiglu gates gather_norm hf kernels_common linear_cross_entropy mlp modules "
+    "open_set_ops open_sets pack_tensors packed_linear packing repack row_column sample_gates "
+    "scatter_add training"
 ).split()
 _TOOLS = ("pytest", "hypothesis", "ninja")
 
