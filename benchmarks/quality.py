@@ -39,7 +39,7 @@ TRAVEL = 4.0  # how far FineGates may move a logit until gates freeze; 1.55 down
 GENERATOR_RATE = 1e-2  # the published one is for thousands of steps
 DISTILLATION = Distillation(temperature=1.0, weight=0.5, task_weight=0.5)
 WINDOW, STRIDE = 512, 448  # tokens of a scored window, and of it those that count
-CALIBRATION = 16  # batches of every method; cells with another number say so in their names
+CALIBRATION = 16  # batches by which every method scores units
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        batches = self.train.calibration_batches
-        more = "" if batches == CALIBRATION else f"-calibrated{batches}"
+        repaired = self.train.repair_batches
+        more = "" if repaired == self.train.steps else f"-repaired{repaired}"
         return f"{self.domain}-{self.method}-{self.kept}-{self.train.seed}{more}"
 
     def gates(self) -> GateConfig:
@@ -198,7 +198,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--window", type=int, default=256, help="of training, in tokens")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--calibration-batches", type=int, default=CALIBRATION)
+    parser.add_argument(
+        "--repair-batches", type=int, help="of the recipe; by default those of training"
+    )
     parser.add_argument("--width-multiple", type=int, default=32)
     parser.add_argument("--windows", type=int, default=16, help="scored per text, of 512 tokens")
     parser.add_argument("--questions", type=int, default=60, help="of multiple choice, 0 for all")
@@ -232,7 +234,8 @@ def cells(options) -> list[Cell]:
         train = TrainConfig(
             steps=options.steps, batch_size=options.batch_size, window=options.window,
             learning_rate=options.learning_rate, seed=seed, autocast="bfloat16",
-            calibration_batches=options.calibration_batches,
+            calibration_batches=CALIBRATION,
+            repair_batches=options.repair_batches or options.steps,
         )  # fmt: skip
         for kept in options.kept:
             for method in options.methods:

@@ -48,22 +48,23 @@ def language_section(domain: str, rows: list[dict]) -> str:
     for kept in sorted({row["kept"] for row in rows}, reverse=True):
         for method, title in LANGUAGE_METHODS.items():
             runs = [row for row in rows if (row["method"], row["kept"]) == (method, kept)]
-            for calibrated in sorted({_calibration_tokens(row) for row in runs}):
-                same = [row for row in runs if _calibration_tokens(row) == calibrated]
-                lines.append([title, f"{calibrated:,}", *language_cells(same, dense)])
-    header = ["method", "calibrated on", "removed", "perplexity", "of dense", *_choice_names(rows)]
+            for repaired in sorted({_repair_tokens(row) for row in runs}):
+                same = [row for row in runs if _repair_tokens(row) == repaired]
+                lines.append([title, f"{repaired:,}", *language_cells(same, dense)])
+    header = ["method", "repaired on", "removed", "perplexity", "of dense", *_choice_names(rows)]
     header += ["perplexity elsewhere", "prefill, x", "decode, x", "seeds"]
     train = rows[0]["train"]
-    tokens = train["steps"] * train["batch_size"] * train["window"]
+    tokens, scored = (_tokens(train, count) for count in ("steps", "calibration_batches"))
     return "\n\n".join(
         [
             f"## {Path(rows[0]['model']).name}, {domain}",
             f"{tokens:,} tokens of training for every row, in {train['steps']} steps; LoRA of rank "
-            f"{train['lora_rank']}. Calibrated on: tokens that price and repair units. Removed: of "
-            "the blocks' weights, physically, by the same "
-            "packer. Of dense: the perplexity of the first row over this one, that is how much is "
-            "recovered. Multiple choice: accuracy on the first questions of the file named, a few "
-            "dozen, so that differences of some points say nothing. Methods that train gates were "
+            f"{train['lora_rank']}. Methods that score units do so on {scored:,} of these tokens. "
+            "Repaired on: tokens of which the recipe's repair learns what the rest must give. "
+            "Removed: of the blocks' weights, physically, by the same packer. Of dense: the "
+            "perplexity of the first row over this one, that is how much is recovered. Multiple "
+            "choice: accuracy on the first questions of the file named, a few dozen, so that "
+            "differences of some points say nothing. Methods that train gates were "
             "published with thousands of steps; here they get as many as the others. "
             "Speed beside the model before pruning, interleaved in one run, batch 1.",
             table(header, lines),
@@ -72,12 +73,17 @@ def language_section(domain: str, rows: list[dict]) -> str:
     )
 
 
-def _calibration_tokens(row: dict) -> int:
-    """0 for methods that look at no text before training."""
-    train = row["train"]
-    if row["method"] in ("dense", "Magnitude", "FineGates", "ATP"):
+def _tokens(train: dict, batches: str) -> int:
+    return train[batches] * train["batch_size"] * train["window"]
+
+
+def _repair_tokens(row: dict) -> int:
+    """0 for methods that repair nothing."""
+    if row["method"] not in ("recipe", "distilled"):
         return 0
-    return train["calibration_batches"] * train["batch_size"] * train["window"]
+    # One number said both before it said only what units are scored by.
+    own = "repair_batches" if "repair_batches" in row["train"] else "calibration_batches"
+    return _tokens(row["train"], own)
 
 
 def language_cells(runs: list[dict], dense: list[dict]) -> list[str]:

@@ -68,7 +68,13 @@ def test_page_sets_methods_beside_the_dense_model(tmp_path, monkeypatch):
     shared["train"] = {"steps": 10, "batch_size": 2, "window": 5, "lora_rank": 3, "seed": 0}
     shared["train"]["calibration_batches"] = 4
     (tmp_path / "quality").mkdir()
-    for method, kept, perplexity in (("dense", 1.0, 8.0), ("FLAP", 0.6, 16.0)):
+    cells = (
+        ("dense", 1.0, 8.0, 9),
+        ("FLAP", 0.6, 16.0, 9),
+        ("recipe", 0.6, 10.0, 9),
+        ("recipe", 0.6, 12.5, 3),
+    )
+    for number, (method, kept, perplexity, repaired) in enumerate(cells):
         ratios = {"ratios": {"prefill": 1.5, "decode": 1.25}}
         figures = {
             "text": {"t.jsonl": {"perplexity": perplexity}},
@@ -77,12 +83,15 @@ def test_page_sets_methods_beside_the_dense_model(tmp_path, monkeypatch):
         }
         row = {**shared, "method": method, "kept": kept, "kept_fraction": kept, "figures": figures}
         row["speed"] = None if method == "dense" else ratios
-        jsonl(tmp_path / "quality" / f"{method}.json", [row])
+        row["train"] = {**shared["train"], "repair_batches": repaired}
+        jsonl(tmp_path / "quality" / f"{number}.json", [row])
     monkeypatch.setattr(report_quality, "RESULTS", tmp_path)
     page = report_quality.quality_page()
     assert "## tiny, law\n\n100 tokens of training for every row, in 10 steps" in page
     assert "| LoRA, nothing removed | 0 | 0 % | 8.00 | 100.0% | 50.0% | 30.00 | 1 | 1 | 1 |" in page
-    assert "| FLAP | 40 | 40.0% | 16.00 | 50.0% | 50.0% | 30.00 | 1.50 | 1.25 | 1 |" in page
+    assert "| FLAP | 0 | 40.0% | 16.00 | 50.0% | 50.0% | 30.00 | 1.50 | 1.25 | 1 |" in page
+    for tokens, of_dense in ((90, "10.00 | 80.0%"), (30, "12.50 | 64.0%")):
+        assert f"| gatepack's recipe | {tokens} | 40.0% | {of_dense} |" in page
     assert "chip, 1 threads, torch 2.9, 2026-01-01, commit abc." in page
 
 

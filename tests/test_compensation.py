@@ -10,6 +10,7 @@ import gatepack as gp
 from gatepack.compensation import (
     DAMPINGS,
     _least_squares,
+    _repair,
     add_removed_means,
     close_and_compensate,
 )
@@ -92,6 +93,22 @@ def test_repair_beats_plain_closing_on_fresh_text(model_type):
         return (pruned(fresh).logits - expected).pow(2).mean().item()
 
     assert error(model) < 0.7 * error(plain)
+
+
+def test_least_squares_are_fp32_under_autocast():
+    inputs, residuals = (
+        list(torch.randn(3, 5, lanes, generator=torch.Generator().manual_seed(lanes)).split(1))
+        for lanes in (40, 48)
+    )
+    changes = []
+    for enabled in (False, True):
+        model = tiny_model("llama", torch.float32)
+        gates = gp.attach(model, CONFIG)
+        name = "model.layers.0.mlp:channels"
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            linear = model.model.layers[0].mlp.down_proj
+            changes.append(_repair(linear, gates, name, inputs, residuals, 0.1))
+    assert torch.equal(*changes)
 
 
 @pytest.mark.parametrize("count", [2, 4, 7])

@@ -22,7 +22,13 @@ from gatepack.training import Interrupted, TrainConfig
 
 QUIET = Log("quiet")
 TRAIN = TrainConfig(
-    steps=3, batch_size=2, window=16, lora_rank=2, calibration_batches=2, learning_rate=1e-3
+    steps=3,
+    batch_size=2,
+    window=16,
+    lora_rank=2,
+    calibration_batches=2,
+    repair_batches=3,
+    learning_rate=1e-3,
 )
 
 
@@ -122,7 +128,8 @@ def test_plan_counts_both_fine_tunings(config):
     steps = config.train.steps
     assert found["tokens"] == 2 * steps * config.train.batch_size * config.train.window
     seconds = found["seconds"]
-    least = (2 * steps + config.train.calibration_batches) * seconds["step"]
+    calibration = config.train.calibration_batches + config.train.repair_batches
+    least = (2 * steps + calibration) * seconds["step"]
     assert seconds["total"] == pytest.approx(least + 3 * seconds["scoring"])
     assert not config.out.exists()
 
@@ -201,7 +208,7 @@ def test_version():
 
 @pytest.mark.slow
 def test_smollm2_gate_three_steps_pack_reload(tmp_path):
-    train = TrainConfig(steps=3, batch_size=2, window=64, calibration_batches=4)
+    train = TrainConfig(steps=3, batch_size=2, window=64, calibration_batches=4, repair_batches=6)
     report = demo.run(
         DemoConfig(
             out=tmp_path / "out",

@@ -5,7 +5,15 @@ import torch
 from tiny import tiny_model, token_ids
 
 import gatepack as gp
-from gatepack.importance import Moments, _greedy, _prices, calibrate, damped_inverse, unit_scores
+from gatepack.importance import (
+    Moments,
+    _greedy,
+    _prices,
+    _recorder,
+    calibrate,
+    damped_inverse,
+    unit_scores,
+)
 
 CONFIG = gp.GateConfig(noise=0.0, target=0.7, width_multiple=4)
 
@@ -49,6 +57,20 @@ def test_greedy_scores_add_up_to_the_joint_damage():
     assert bool((scores[:3].diff() > 0).all())
     joint = damage_after_best_repair(weight, moments, order[:3], 0.1)
     torch.testing.assert_close(scores[:3].sum(), joint, rtol=1e-9, atol=0)
+
+
+def test_moments_are_fp32_products_under_autocast():
+    moments = {}
+    for enabled in (False, True):
+        linear, inputs, gradients = torch.nn.Linear(8, 4), {}, {}
+        linear.load_state_dict({"weight": torch.eye(8)[:4], "bias": torch.zeros(4)})
+        linear.register_forward_hook(_recorder("gate", inputs, gradients))
+        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            linear(x).backward(torch.ones(32, 4, dtype=torch.bfloat16 if enabled else None))
+        moments[enabled] = inputs["gate"], gradients["gate"]
+    for exact, under in zip(moments[False], moments[True], strict=True):
+        torch.testing.assert_close(under, exact, rtol=1e-6, atol=1e-6)
 
 
 def test_unused_channel_is_cheapest_and_essential_one_dearest():

@@ -26,8 +26,8 @@ from gatepack.resume import STATE
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
-TRAIN = "--steps 3 --batch-size 2 --window 16 --lora-rank 2 --calibration-batches 2 --target 0.7"
-TRAIN += " --width-multiple 8 --eval-windows 2 --learning-rate 1e-3"
+TRAIN = "--steps 3 --batch-size 2 --window 16 --lora-rank 2 --calibration-batches 2"
+TRAIN += " --repair-batches 3 --target 0.7 --width-multiple 8 --eval-windows 2 --learning-rate 1e-3"
 
 
 @pytest.fixture

@@ -10,11 +10,17 @@ import torch
 from tiny import tiny_model, token_ids
 
 import gatepack as gp
-from gatepack import files, training
+from gatepack import compensation, files, importance, training
 from gatepack.training import FineTuning, Interrupted, TrainConfig, add_lora, close_to_budget
 
 CONFIG = TrainConfig(
-    steps=6, batch_size=2, window=9, lora_rank=2, calibration_batches=2, learning_rate=1e-2
+    steps=6,
+    batch_size=2,
+    window=9,
+    lora_rank=2,
+    calibration_batches=2,
+    repair_batches=3,
+    learning_rate=1e-2,
 )
 
 
@@ -98,6 +104,44 @@ def test_autocast_rounds_the_matmuls_and_keeps_fp32_weights():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_prices_and_repairs_on_as_many_batches_as_asked(monkeypatch):
+    windows, seen = token_ids(batch=12, length=9), {}
+
+    def calibrate(model, batches, progress):
+        seen["priced"] = [batch["input_ids"] for batch in batches]
+        return importance.calibrate(model, batches, progress)
+
+    def repair(model, masks, batches, progress):
+        seen["repaired"] = batches
+        return compensation.close_and_compensate(model, masks, batches, progress=progress)
+
+    monkeypatch.setattr(training, "calibrate", calibrate)
+    monkeypatch.setattr(training, "close_and_compensate", repair)
+    for calibration, repaired in ((2, 3), (3, 1)):
+        model = tiny_model("llama", torch.float32)
+        gp.attach(model, gp.GateConfig(noise=0.0, target=0.7, width_multiple=4))
+        counts = {"calibration_batches": calibration, "repair_batches": repaired}
+        close_to_budget(model, windows, dataclasses.replace(CONFIG, **counts))
+        assert (len(seen["priced"]), len(seen["repaired"])) == (calibration, repaired)
+        shared = zip(seen["priced"], seen["repaired"], strict=False)
+        assert all(torch.equal(a, b) for a, b in shared)
+
+
+def test_closing_in_autocast_rounds_the_models_matmuls_alone():
+    windows = token_ids(batch=12, length=9)
+    logits = {}
+    for precision in (None, "bfloat16"):
+        model = tiny_model("llama", torch.float32).eval()
+        gates = gp.attach(model, gp.GateConfig(noise=0.0, target=0.7, width_multiple=4))
+        close_to_budget(model, windows, dataclasses.replace(CONFIG, autocast=precision))
+        logits[precision] = model(windows).logits
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert gates.kept_fraction() == pytest.approx(0.7, abs=0.02)
+    assert not torch.equal(logits["bfloat16"], logits[None])
+    rounded = (logits["bfloat16"] - logits[None]).norm() / logits[None].norm()
+    assert rounded <= 2**-4
+
+
 def test_objective_is_what_is_minimised():
     windows = token_ids(batch=8, length=9)
     model = lora_model()
@@ -122,7 +166,9 @@ def test_finished_run_does_not_train_again(tmp_path):
 def test_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     windows = token_ids(batch=8, length=9)
     FineTuning(lora_model(), windows, CONFIG, tmp_path).run()
-    other = TrainConfig(steps=7, batch_size=2, window=9, lora_rank=2, calibration_batches=2)
+    other = TrainConfig(
+        steps=7, batch_size=2, window=9, lora_rank=2, calibration_batches=2, repair_batches=3
+    )
     with pytest.raises(ValueError, match="other settings"):
         FineTuning(lora_model(), windows, other, tmp_path)
     path = tmp_path / "run.safetensors"
@@ -174,7 +220,9 @@ def test_close_to_budget_meets_the_target_and_reloads(tmp_path):
     assert torch.equal(model.eval()(ids).logits, other.eval()(ids).logits)
 
 
-@pytest.mark.parametrize("field", ["steps", "batch_size", "lora_rank", "calibration_batches"])
+@pytest.mark.parametrize(
+    "field", ["steps", "batch_size", "lora_rank", "calibration_batches", "repair_batches"]
+)
 def test_config_names_the_field(field):
     with pytest.raises(ValueError, match=f"{field} must be >= 1, got 0"):
         TrainConfig(**{field: 0})

@@ -44,8 +44,11 @@ def train(
     learning_rate: LearningRate = 4e-3,
     lora_rank: LoraRank = 16,
     calibration_batches: Annotated[
-        int, typer.Option(help="Batches by which units are priced and repaired.")
+        int, typer.Option(help="Batches by which units are priced.")
     ] = 8,
+    repair_batches: Annotated[
+        int, typer.Option(help="Batches by which what stays is repaired.")
+    ] = 40,
     width_multiple: WidthMultiple = 32,
     equal_layers: EqualLayers = False,
     eval_windows: EvalWindows = 24,

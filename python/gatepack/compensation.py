@@ -7,7 +7,7 @@ from torch import nn
 
 from gatepack.gates import Gate, GateSet
 from gatepack.hf import Layer, gates_of, hf_model, layers_of
-from gatepack.importance import DAMPING, damped, gated_inputs
+from gatepack.importance import DAMPING, damped, gated_inputs, without_autocast
 from gatepack.modules import base_linear, weight_matrix
 from gatepack.samples import lane_indices
 
@@ -69,30 +69,40 @@ def close_and_compensate(
 
 
 def _first_inputs(root, layers: list[Layer], batches):
-    """Hidden states entering layer 0, [B, S, D] per batch, and every layer's other arguments."""
+    """Hidden states entering layer 0, [B, S, D] per batch, and every layer's other arguments.
+
+    The layers themselves do not run: each hands on what it got, in the form that layer 0 returns.
+    """
     first: list[torch.Tensor] = []
     calls: list[list] = [[] for _ in layers]
+    replaced = [vars(layer.module).get("forward") for layer in layers]
+    forms: list[Callable] = []
 
-    def recorder(index):
-        def hook(module, args, kwargs):
+    def recorder(index, module, forward):
+        def hand_on(*args, **kwargs):
             hidden = args[0] if args else kwargs["hidden_states"]
             if index == 0:
                 first.append(hidden.clone())
+                if not forms:
+                    output = forward(*args, **kwargs)
+                    rest = output[1:] if isinstance(output, tuple) else None
+                    forms.append(lambda x: x if rest is None else (x, *rest))
             others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             calls[index].append((args[1:], others))
+            return forms[0](hidden)
 
-        return hook
+        module.forward = hand_on
 
-    handles = [
-        layer.module.register_forward_pre_hook(recorder(index), with_kwargs=True)
-        for index, layer in enumerate(layers)
-    ]
     try:
+        for index, layer in enumerate(layers):
+            recorder(index, layer.module, layer.module.forward)
         for ids in batches:
             root.base_model(input_ids=ids, use_cache=False)
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer, forward in zip(layers, replaced, strict=True):
+            del layer.module.forward
+            if forward is not None:
+                layer.module.forward = forward
     return first, calls
 
 
@@ -102,16 +112,15 @@ def _compensate_layer(
     """Advances both streams through a layer: returns the dense one, updates the pruned one."""
     out, down = (layer.module.get_submodule(path) for path in (layer.family.out, layer.family.down))
     after_out, after_down, after_layer = [], [], []
-    sums = True
+    sums = None
     for x, call in zip(dense, calls, strict=True):
         seen: dict = {}
         with _watching(out, seen, "out"), _watching(down, seen, "down"):
-            after = _run(layer, x, call)
+            after_layer.append(_run(layer, x, call))
         added = [seen[key][1].reshape(x.shape) for key in ("out", "down")]
-        sums = sums and _is_sum(after, x, *added)
+        sums = _is_sum(after_layer[-1], x, *added) if sums is None else sums
         after_out.append(added[0])
-        after_down.append(added[1])
-        after_layer.append(after)
+        after_down.append(None if sums else added[1])
     names = (f"{layer.heads_name}:heads", f"{layer.channels_name}:channels")
     gates.set_open({name: masks[name] for name in names if name in masks})
     _refresh(gates, pruned[0])
@@ -121,9 +130,8 @@ def _compensate_layer(
         with _watching(out, seen, "out", stop=True):
             _run(layer, x, call)
         inputs.append(_open_lanes(gates, names[0], seen["out"][0]))
-        residuals.append(target - seen["out"][1].reshape(x.shape))
-        if sums:
-            residuals[-1] += was - x
+        lacks = target - seen["out"][1].reshape(x.shape)
+        residuals.append(lacks + (was - x) if sums else lacks)
     if names[0] in masks:
         _repair(out, gates, names[0], inputs, residuals, damping)
     inputs, residuals, after_pruned = [], [], []
@@ -138,7 +146,8 @@ def _compensate_layer(
         change = _repair(down, gates, names[1], inputs, residuals, damping)
         for i, call in enumerate(calls):
             if sums:
-                added = (inputs[i].float() @ change.t()).reshape(pruned[i].shape)
+                with without_autocast(change):
+                    added = (inputs[i].float() @ change.t()).reshape(pruned[i].shape)
                 after_pruned[i] += added.to(pruned[i].dtype)
             else:
                 after_pruned[i] = _run(layer, pruned[i], call)
@@ -199,7 +208,8 @@ def _repair(
     linear: nn.Module, gates: GateSet, name: str, inputs, residuals, damping: float | None
 ) -> torch.Tensor:
     """Adds the least-squares correction to a linear's open columns; returns it, fp32 [N, |C|]."""
-    change = _least_squares(inputs, residuals, damping).t()
+    with without_autocast(inputs[0]):
+        change = _least_squares(inputs, residuals, damping).t()
     lanes = gates[name].open().lanes
     matrix = weight_matrix(base_linear(linear))
     if lanes is None:

@@ -92,7 +92,8 @@ def _recorder(name: str, inputs: dict, gradients: dict):
     def add(store: dict, rows: torch.Tensor) -> None:
         rows = rows.reshape(-1, rows.shape[-1])
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        moment = rows.t() @ rows
+        with without_autocast(rows):
+            moment = rows.t() @ rows
         store[name] = store[name] + moment if name in store else moment
 
     def hook(module, args, output):
@@ -123,6 +124,11 @@ def unit_scores(
         if progress is not None:
             progress(done)
     return scores
+
+
+def without_autocast(x: torch.Tensor) -> torch.autocast:
+    """The context in which products of tensors where x is have their own dtype."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def damped(moment: torch.Tensor, damping: float) -> torch.Tensor:

@@ -163,6 +163,7 @@ def plan_training(config: RecipeConfig, log: Log) -> dict:
     lora = [p for p in wrapped.parameters() if p.requires_grad]
     step, scoring = _timed(wrapped, inputs, config.train, log)
     steps, tokens = config.train.steps, config.train.batch_size * config.train.window
+    calibration = config.train.calibration_batches + config.train.repair_batches
     return {
         "model": config.model,
         "target": config.target,
@@ -177,7 +178,7 @@ def plan_training(config: RecipeConfig, log: Log) -> dict:
         "seconds": {
             "step": step,
             "scoring": scoring,
-            "total": (steps + config.train.calibration_batches) * step + 2 * scoring,
+            "total": (steps + calibration) * step + 2 * scoring,
         },
         "bytes": {
             "weights": sum(p.numel() * p.element_size() for p in parameters),

@@ -27,8 +27,10 @@ class TrainConfig:
     """Lengths in steps and tokens, peak learning rate of AdamW, LoRA rank (alpha = rank), seed.
 
     The rate rises linearly over warmup_steps and falls along a cosine to 0; weight_decay is taken
-    of the weights at that rate. autocast: "bfloat16" runs the matmuls of training in it
-    (torch.autocast), with weights, gradients and AdamW in the model's dtype; None runs all in that.
+    of the weights at that rate. Units are priced on calibration_batches, what stays is repaired on
+    repair_batches, of which those are the first. autocast: "bfloat16" runs the matmuls of training
+    and of both in it (torch.autocast), with weights, gradients and AdamW in the model's dtype; None
+    runs all in that.
     """
 
     steps: int = 40
@@ -39,13 +41,16 @@ class TrainConfig:
     weight_decay: float = 0.0
     lora_rank: int = 16
     calibration_batches: int = 8
+    repair_batches: int = 40
     seed: int = 0
     autocast: str | None = None
 
     def __post_init__(self):
         if self.autocast not in (None, "bfloat16"):
             raise ValueError(f"autocast must be None or 'bfloat16', got {self.autocast!r}")
-        for field in ("steps", "batch_size", "lora_rank", "calibration_batches"):
+        for field in (
+            "steps", "batch_size", "lora_rank", "calibration_batches", "repair_batches",
+        ):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be >= 1, got {getattr(self, field)}")
         if self.window < 2:
@@ -55,6 +60,11 @@ class TrainConfig:
         for field in ("seed", "warmup_steps", "weight_decay"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be >= 0, got {getattr(self, field)}")
+
+    def precision(self, device: torch.device) -> torch.autocast:
+        """The context in which the model runs."""
+        enabled = self.autocast is not None
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of step 0, 1, ..., steps - 1."""
@@ -75,27 +85,24 @@ def close_to_budget(
 ) -> float:
     """Closes a gated model down to its target and repairs it; returns the kept fraction.
 
-    windows: training token ids [n, length]; config.calibration_batches batches of them are used.
-    progress is called with (phase, done, total).
+    windows: training token ids [n, length]; progress is called with (phase, done, total).
     """
 
     def reporter(phase: str, total: int):
         return None if progress is None else lambda done: progress(phase, done, total)
 
     gates = gates_of(model)
-    order = batches(windows, config.batch_size, config.calibration_batches, config.seed + 1)
+    count = max(config.calibration_batches, config.repair_batches)
+    order = batches(windows, config.batch_size, count, config.seed + 1)
     chosen = [windows[rows] for rows in order]
-    moments = calibrate(
-        model,
-        [{"input_ids": ids, "labels": ids} for ids in chosen],
-        reporter("calibrating", len(chosen)),
-    )
+    priced = [{"input_ids": ids, "labels": ids} for ids in chosen[: config.calibration_batches]]
+    with config.precision(windows.device):
+        moments = calibrate(model, priced, reporter("calibrating", len(priced)))
     scores = unit_scores(gates, moments, progress=reporter("pricing units", len(gates)))
-    chosen_plan = gates.plan(scores)
-    layers = len(layers_of(gates.attachment.root))
-    close_and_compensate(
-        model, chosen_plan.masks, chosen, progress=reporter("closing and repairing", layers)
-    )
+    masks = gates.plan(scores).masks
+    told = reporter("closing and repairing", len(layers_of(gates.attachment.root)))
+    with config.precision(windows.device):
+        close_and_compensate(model, masks, chosen[: config.repair_batches], progress=told)
     return gates.kept_fraction()
 
 
@@ -220,9 +227,7 @@ class FineTuning:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate_at(self.step)
         ids = self.windows[self.order[self.step]]
-        with torch.autocast(
-            ids.device.type, torch.bfloat16, enabled=self.config.autocast is not None
-        ):
+        with self.config.precision(ids.device):
             loss = self.objective(self.model, ids)
         if not torch.isfinite(loss):
             raise FloatingPointError(
