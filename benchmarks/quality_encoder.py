@@ -40,7 +40,6 @@ RATES = {
     "fine_gates": 3e-3,
     "fine_gates_lora": 1e-3,
 }
-WARMUP, FREEZE = 0.2, 0.7  # of the steps: gates close in between
 HEAD = {"classifier", "pooler"}  # what follows the encoder, and was not trained with it
 HEAD_RATE = 1e-3  # at least
 LAST = 2  # layers that "last_layers" trains
@@ -51,7 +50,10 @@ RUN = 16  # batches whose examples are sorted by length
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a method on a task, the fraction of the encoder's weights it keeps, and a seed."""
+    """One run: a method on a task, the fraction of the encoder's weights it keeps, and a seed.
+
+    warmup, freeze: of the steps, between which gates close.
+    """
 
     task: str
     method: str
@@ -61,6 +63,8 @@ class Cell:
     batch_size: int
     length: int
     rate: float
+    warmup: float
+    freeze: float
 
     @property
     def name(self) -> str:
@@ -117,7 +121,7 @@ def prepared(cell: Cell, model, train: TrainConfig):
         tune_last_layers(model, LAST)
     beside = None
     if cell.method.startswith("fine_gates"):
-        method = fine_gates(cell.kept, train.steps, cell.seed, FREEZE, WARMUP)
+        method = fine_gates(cell.kept, train.steps, cell.seed, cell.freeze, cell.warmup)
         beside = method.start(model, train.steps)
     for parameter in head_of(model):
         parameter.requires_grad_(True)
@@ -221,7 +225,9 @@ def cells(options) -> list[Cell]:
     for seed in options.seeds:
         for method in options.methods:
             for kept in options.kept if method.startswith("fine_gates") else [1.0]:
-                settings = (options.epochs, options.batch_size, options.length, RATES[method])
+                size = (options.epochs, options.batch_size, options.length)
+                closing = (options.warmup, options.freeze) if kept < 1 else (0.0, 1.0)
+                settings = (*size, RATES[method], *closing)
                 found.append(Cell(options.task, method, kept, seed, *settings))
     return found
 
@@ -238,6 +244,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=128, help="tokens of an example, at most")
+    parser.add_argument(
+        "--warmup", type=float, default=0.4, help="part of the steps before gates close: if the "
+        "task is not learned by then, it may never be",
+    )  # fmt: skip
+    parser.add_argument(
+        "--freeze", type=float, default=0.8, help="part of the steps to closed gates"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
     options = parser.parse_args(arguments)
     stamp, log = environment("cpu"), Log()

@@ -138,6 +138,7 @@ def encoder_section(task: str, rows: list[dict]) -> str:
             f"A new classification head, with the pooler: {first['epochs']:g} epochs, "
             f"{first['batch_size']} examples a step, at most {first['length']} tokens each; "
             f"accuracy on {first['tested']:,} held-out examples, mean (lowest-highest) over seeds. "
+            f"{_closing(rows)}"
             "Speed is the forward of 4 sequences beside the dense model, in one run. Step: a "
             "training step of the gated model once it has reached its size, beside the same gates "
             "multiplied in at full width, on the same batches in turn: how much faster while the "
@@ -147,6 +148,14 @@ def encoder_section(task: str, rows: list[dict]) -> str:
             conditions(rows[-1]) + ".",
         ]
     )
+
+
+def _closing(rows: list[dict]) -> str:
+    """When gates closed, as far as the rows say so."""
+    gated = [row for row in rows if row["method"].startswith("fine_gates") and "warmup" in row]
+    found = {(row["warmup"], row["freeze"]) for row in gated}
+    spans = [f"{warmup:.0%} and {freeze:.0%}" for warmup, freeze in sorted(found)]
+    return f"Gates close between {' or '.join(spans)} of the steps. " if spans else ""
 
 
 def _step_cells(runs: list[dict]) -> list[str]:

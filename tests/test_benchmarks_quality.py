@@ -137,6 +137,7 @@ def test_encoder(tmp_path):
         assert len(row["losses"]) == 8 and row["tested"] == 16
         low, high = row["interval"]
         assert low <= row["accuracy"] <= high
+        assert (row["warmup"], row["freeze"]) == ((0.4, 0.8) if "fine" in name else (0.0, 1.0))
         if "fine_gates" in name:
             assert row["removed"] == pytest.approx(0.3, abs=0.02)
             assert row["speed"]["model"]["decode"] is None
@@ -155,6 +156,7 @@ def test_page_gives_the_spread_over_seeds(tmp_path, monkeypatch):
     (tmp_path / "quality").mkdir()
     for seed, accuracy in enumerate((0.7, 0.8, 0.9)):
         row = {**shared, "method": "fine_gates", "accuracy": accuracy, "removed": 0.2}
+        row |= {"warmup": 0.25, "freeze": 0.75}
         row["speed"] = {"ratios": {"prefill": 1.1}}
         cost = {"ratio": 1.5, "ours_bytes": 3, "masked_bytes": 4}
         row["step"] = {"trained": cost, "frozen": {**cost, "ratio": 1.6 + seed}}
@@ -166,6 +168,7 @@ def test_page_gives_the_spread_over_seeds(tmp_path, monkeypatch):
     spread = "20.0% | 80.0% (70.0%-90.0%) | 1.10"
     step = "1.50 | 2.60 (1.60-3.60) | 75%"
     assert f"| FineGates | {spread} | {step} | 3 |" in page
+    assert "over seeds. Gates close between 25% and 75% of the steps. Speed" in page
     assert "| full fine-tuning | 0 % | 90.0% | 1 |  |  |  | 1 |" in page
 
 
@@ -187,7 +190,7 @@ def test_the_pooler_trains_with_the_head(method):
     """It was not trained with the encoder: with it frozen, nothing is learned on its output."""
     if "lora" in method:
         pytest.importorskip("peft")
-    cell = quality_encoder.Cell("tiny", method, 0.7, 0, 1, 4, 16, 1e-3)
+    cell = quality_encoder.Cell("tiny", method, 0.7, 0, 1, 4, 16, 1e-3, 0.2, 0.7)
     model = tiny_model("bert", torch.float32)
     train = TrainConfig(steps=4, lora_rank=2)
     model, beside = quality_encoder.prepared(cell, model, train)
