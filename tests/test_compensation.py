@@ -165,7 +165,7 @@ def test_repaired_model_packs_to_the_same_logits():
     assert (model(ids).logits - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize("model_type", ["llama", "granite", "smollm3", "gpt2", "opt", "bert"])
 def test_removed_means_are_exact_for_constant_units(model_type, tmp_path):
     model = tiny_model(model_type, torch.float32).eval()
     ids = token_ids(batch=4, length=12)

@@ -79,6 +79,10 @@ class Family:
         """Rows of `up` that make one MLP channel."""
         return 2 if self.fused_up else len(self.up)
 
+    def branch_offsets(self, width: int) -> tuple[int, ...]:
+        """Where in each linear of `up` the `width` rows of a branch begin."""
+        return (0, width) if self.fused_up else (0,)
+
 
 def _is_path(value) -> bool:
     return isinstance(value, str) and all(part.isidentifier() for part in value.split("."))

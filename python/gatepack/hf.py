@@ -396,8 +396,7 @@ def gated_sites(
                 )
         yield family.out, Site(in_gate=heads, compact_in=True)
     if channels is not None:
-        branches = (0, channels.size) if family.fused_up else (0,)
-        blocks = tuple(RowBlock(offset) for offset in branches)
+        blocks = tuple(RowBlock(offset) for offset in family.branch_offsets(channels.size))
         for path in family.up:
             yield path, Site(rows_gate=channels, row_blocks=blocks, compact_out=True)
         yield family.down, Site(in_gate=channels, compact_in=True)

@@ -313,7 +313,7 @@ def _couplings(root: nn.Module, layer: Layer, gates: GateSet) -> Iterator[Coupli
     channels = [
         side(path, "rows", offset, width)
         for path in family.up
-        for offset in ((0, width) if family.fused_up else (0,))
+        for offset in family.branch_offsets(width)
     ]
     channels = [p for p in (*channels, side(family.down, "columns")) if p is not None]
     if len(channels) > 1 and _zero_stays_zero(root.config):

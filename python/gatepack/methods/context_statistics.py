@@ -174,7 +174,8 @@ def _covered(
     count = int((lanes & (statistics.inputs[statistics.readers[gate.name]] <= tau)).sum())
     rows = {}
     if gate.kind == "channels":
-        rows = {path: lanes.repeat(1 + family.fused_up) for path in family.up}
+        branches = lanes.repeat(len(family.branch_offsets(gate.size)))
+        rows = {path: branches for path in family.up}
     elif family.qkv:
         rows = {family.qkv: lanes.repeat(3)}
     else:

@@ -161,7 +161,7 @@ def layout_of(layers: Sequence[Layer], per_head: bool, tie_pairs: bool) -> Layou
         for path, index in rows.items():
             places.append(Place(f"{layer.name}.{path}", index, masks_output=True))
         places.append(Place(f"{layer.name}.{family.out}", columns=to_queries(v), power=0))
-        made = channels.repeat(2) if family.fused_up else channels
+        made = channels.repeat(len(family.branch_offsets(width)))
         places += [Place(f"{layer.name}.{path}", made) for path in family.up]
         places.append(Place(f"{layer.name}.{family.down}", columns=channels, power=family.branches))
     costs = torch.zeros(len(layers) * sum(lengths), dtype=torch.float64)
