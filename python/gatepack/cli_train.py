@@ -47,8 +47,9 @@ def train(
         int, typer.Option(help="Batches by which units are priced.")
     ] = 8,
     repair_batches: Annotated[
-        int, typer.Option(help="Batches by which what stays is repaired.")
-    ] = 40,
+        int | None,
+        typer.Option(help="Batches by which what stays is repaired; as many as steps, at most 40."),
+    ] = None,
     width_multiple: WidthMultiple = 32,
     equal_layers: EqualLayers = False,
     eval_windows: EvalWindows = 24,

@@ -163,7 +163,7 @@ def plan_training(config: RecipeConfig, log: Log) -> dict:
     lora = [p for p in wrapped.parameters() if p.requires_grad]
     step, scoring = _timed(wrapped, inputs, config.train, log)
     steps, tokens = config.train.steps, config.train.batch_size * config.train.window
-    calibration = config.train.calibration_batches + config.train.repair_batches
+    calibration = config.train.calibration_batches + config.train.repaired
     return {
         "model": config.model,
         "target": config.target,

@@ -28,9 +28,9 @@ class TrainConfig:
 
     The rate rises linearly over warmup_steps and falls along a cosine to 0; weight_decay is taken
     of the weights at that rate. Units are priced on calibration_batches, what stays is repaired on
-    repair_batches, of which those are the first. autocast: "bfloat16" runs the matmuls of training
-    and of both in it (torch.autocast), with weights, gradients and AdamW in the model's dtype; None
-    runs all in that.
+    repair_batches, of which those are the first; None for as many as steps, at most 40. autocast:
+    "bfloat16" runs the matmuls of training and of both in it (torch.autocast), with weights,
+    gradients and AdamW in the model's dtype; None runs all in that.
     """
 
     steps: int = 40
@@ -41,7 +41,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     lora_rank: int = 16
     calibration_batches: int = 8
-    repair_batches: int = 40
+    repair_batches: int | None = None
     seed: int = 0
     autocast: str | None = None
 
@@ -51,8 +51,9 @@ class TrainConfig:
         for field in (
             "steps", "batch_size", "lora_rank", "calibration_batches", "repair_batches",
         ):  # fmt: skip
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be >= 1, got {getattr(self, field)}")
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field} must be >= 1, got {value}")
         if self.window < 2:
             raise ValueError(f"window must be >= 2 tokens, got {self.window}")
         if not 0 < self.learning_rate < math.inf:
@@ -60,6 +61,11 @@ class TrainConfig:
         for field in ("seed", "warmup_steps", "weight_decay"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be >= 0, got {getattr(self, field)}")
+
+    @property
+    def repaired(self) -> int:
+        """Batches that the repair reads."""
+        return min(self.steps, 40) if self.repair_batches is None else self.repair_batches
 
     def precision(self, device: torch.device) -> torch.autocast:
         """The context in which the model runs."""
@@ -92,7 +98,7 @@ def close_to_budget(
         return None if progress is None else lambda done: progress(phase, done, total)
 
     gates = gates_of(model)
-    count = max(config.calibration_batches, config.repair_batches)
+    count = max(config.calibration_batches, config.repaired)
     order = batches(windows, config.batch_size, count, config.seed + 1)
     chosen = [windows[rows] for rows in order]
     priced = [{"input_ids": ids, "labels": ids} for ids in chosen[: config.calibration_batches]]
@@ -102,7 +108,7 @@ def close_to_budget(
     masks = gates.plan(scores).masks
     told = reporter("closing and repairing", len(layers_of(gates.attachment.root)))
     with config.precision(windows.device):
-        close_and_compensate(model, masks, chosen[: config.repair_batches], progress=told)
+        close_and_compensate(model, masks, chosen[: config.repaired], progress=told)
     return gates.kept_fraction()
 
 
