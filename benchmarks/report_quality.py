@@ -48,19 +48,27 @@ def language_section(domain: str, rows: list[dict]) -> str:
     for kept in sorted({row["kept"] for row in rows}, reverse=True):
         for method, title in LANGUAGE_METHODS.items():
             runs = [row for row in rows if (row["method"], row["kept"]) == (method, kept)]
-            for repaired in sorted({_repair_tokens(row) for row in runs}):
-                same = [row for row in runs if _repair_tokens(row) == repaired]
-                lines.append([title, f"{repaired:,}", *language_cells(same, dense)])
-    header = ["method", "repaired on", "removed", "perplexity", "of dense", *_choice_names(rows)]
+            for read in sorted({_tokens_read(row) for row in runs}):
+                same = [row for row in runs if _tokens_read(row) == read]
+                lines.append([title, *map("{:,}".format, read), *language_cells(same, dense)])
+    header = [
+        "method",
+        "scored on",
+        "repaired on",
+        "removed",
+        "perplexity",
+        "of dense",
+        *_choice_names(rows),
+    ]
     header += ["perplexity elsewhere", "prefill, x", "decode, x", "seeds"]
     train = rows[0]["train"]
-    tokens, scored = (_tokens(train, count) for count in ("steps", "calibration_batches"))
+    tokens = _tokens(train, "steps")
     return "\n\n".join(
         [
             f"## {Path(rows[0]['model']).name}, {domain}",
             f"{tokens:,} tokens of training for every row, in {train['steps']} steps; LoRA of rank "
-            f"{train['lora_rank']}. Methods that score units do so on {scored:,} of these tokens. "
-            "Repaired on: tokens of which the recipe's repair learns what the rest must give. "
+            f"{train['lora_rank']}. Scored on: tokens by which units are scored before training. "
+            "Repaired on: those of which the recipe's repair learns what the rest must give. "
             "Removed: of the blocks' weights, physically, by the same packer. Of dense: the "
             "perplexity of the first row over this one, that is how much is recovered. Multiple "
             "choice: accuracy on the first questions of the file named, a few dozen, so that "
@@ -77,13 +85,16 @@ def _tokens(train: dict, batches: str) -> int:
     return train[batches] * train["batch_size"] * train["window"]
 
 
-def _repair_tokens(row: dict) -> int:
-    """0 for methods that repair nothing."""
+def _tokens_read(row: dict) -> tuple[int, int]:
+    """(by which units are scored, by which the rest is repaired), 0 where a method does not."""
+    if row["method"] in ("dense", "Magnitude", "FineGates", "ATP"):
+        return 0, 0
+    scored = _tokens(row["train"], "calibration_batches")
     if row["method"] not in ("recipe", "distilled"):
-        return 0
-    # One number said both before it said only what units are scored by.
-    own = "repair_batches" if "repair_batches" in row["train"] else "calibration_batches"
-    return _tokens(row["train"], own)
+        return scored, 0
+    # calibration_batches said both before there was repair_batches.
+    both = "repair_batches" not in row["train"]
+    return scored, scored if both else _tokens(row["train"], "repair_batches")
 
 
 def language_cells(runs: list[dict], dense: list[dict]) -> list[str]:

@@ -88,10 +88,13 @@ def test_page_sets_methods_beside_the_dense_model(tmp_path, monkeypatch):
     monkeypatch.setattr(report_quality, "RESULTS", tmp_path)
     page = report_quality.quality_page()
     assert "## tiny, law\n\n100 tokens of training for every row, in 10 steps" in page
-    assert "| LoRA, nothing removed | 0 | 0 % | 8.00 | 100.0% | 50.0% | 30.00 | 1 | 1 | 1 |" in page
-    assert "| FLAP | 0 | 40.0% | 16.00 | 50.0% | 50.0% | 30.00 | 1.50 | 1.25 | 1 |" in page
+    assert (
+        "| LoRA, nothing removed | 0 | 0 | 0 % | 8.00 | 100.0% | 50.0% | 30.00 | 1 | 1 | 1 |"
+        in page
+    )
+    assert "| FLAP | 40 | 0 | 40.0% | 16.00 | 50.0% | 50.0% | 30.00 | 1.50 | 1.25 | 1 |" in page
     for tokens, of_dense in ((90, "10.00 | 80.0%"), (30, "12.50 | 64.0%")):
-        assert f"| gatepack's recipe | {tokens} | 40.0% | {of_dense} |" in page
+        assert f"| gatepack's recipe | 40 | {tokens} | 40.0% | {of_dense} |" in page
     assert "chip, 1 threads, torch 2.9, 2026-01-01, commit abc." in page
 
 
