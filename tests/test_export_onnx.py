@@ -13,10 +13,14 @@ from gatepack.quality import ParityError
 pytest.importorskip("onnxscript", reason="needs onnx, onnxscript and onnxruntime")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnx, onnxscript and onnxruntime")
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gpt2", "opt", "mistral")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("qwen3", "gpt2", "opt", "mistral", "gemma2", "granite", "smollm3", "glm", "phi")
+]
 
 
-@pytest.mark.parametrize("model_type", ["llama", *SLOW])
+# Every other layer of this gemma3_text sees a window of 4 tokens.
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", *SLOW])
 def test_texts_tokens_and_padding(tmp_path, model_type):
     model = packed_model(model_type, **UNEVEN)
     report = gp.export(model, tmp_path / "m", "onnx")

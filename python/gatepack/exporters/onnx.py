@@ -106,11 +106,15 @@ def refuse(source: Source) -> None:
 
 def write(source: Source, folder: Path) -> list[str]:
     """Writes model.onnx; returns what it does not carry."""
+    from transformers import DynamicCache
+
     device = input_device(source.model)
     # Sizes 0 and 1 would be taken for constants.
     ids, mask = (torch.ones(2, size, dtype=torch.long, device=device) for size in (3, 8))
     with evaluating(source.model), torch.no_grad():
-        cache = source.model(input_ids=mask[:, :5], use_cache=True).past_key_values
+        # Without the config, as in Step: no layer forgets what lies behind its window.
+        cache = DynamicCache()
+        source.model(input_ids=mask[:, :5], past_key_values=cache, use_cache=True)
         past = _tensors(cache)
         names = [f"{i}.{what}" for i in range(len(past) // 2) for what in ("key", "value")]
         torch.onnx.export(
