@@ -39,7 +39,8 @@ TRAVEL = 4.0  # how far FineGates may move a logit until gates freeze; 1.55 down
 GENERATOR_RATE = 1e-2  # the published one is for thousands of steps
 DISTILLATION = Distillation(temperature=1.0, weight=0.5, task_weight=0.5)
 WINDOW, STRIDE = 512, 448  # tokens of a scored window, and of it those that count
-CALIBRATION = 16  # batches by which units are scored; cells with another number say so
+# Batches by which units are scored, and by which the recipe repairs; other cells say so.
+CALIBRATION, REPAIR = 16, 80
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Cell:
         scored, repaired = self.train.calibration_batches, self.train.repair_batches
         name = f"{self.domain}-{self.method}-{self.kept}-{self.train.seed}"
         name += "" if scored == CALIBRATION else f"-calibrated{scored}"
-        return name + ("" if repaired == self.train.steps else f"-repaired{repaired}")
+        return name + ("" if repaired == REPAIR else f"-repaired{repaired}")
 
     def gates(self) -> GateConfig:
         """For every method the same shapes, free from layer to layer."""
@@ -200,9 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--window", type=int, default=256, help="of training, in tokens")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--calibration-batches", type=int, default=CALIBRATION)
-    parser.add_argument(
-        "--repair-batches", type=int, help="of the recipe; by default those of training"
-    )
+    parser.add_argument("--repair-batches", type=int, default=REPAIR)
     parser.add_argument("--width-multiple", type=int, default=32)
     parser.add_argument("--windows", type=int, default=16, help="scored per text, of 512 tokens")
     parser.add_argument("--questions", type=int, default=60, help="of multiple choice, 0 for all")
@@ -237,7 +236,7 @@ def cells(options) -> list[Cell]:
             steps=options.steps, batch_size=options.batch_size, window=options.window,
             learning_rate=options.learning_rate, seed=seed, autocast="bfloat16",
             calibration_batches=options.calibration_batches,
-            repair_batches=options.repair_batches or options.steps,
+            repair_batches=options.repair_batches,
         )  # fmt: skip
         for kept in options.kept:
             for method in options.methods:
