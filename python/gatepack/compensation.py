@@ -76,26 +76,24 @@ def _first_inputs(root, layers: list[Layer], batches):
     first: list[torch.Tensor] = []
     calls: list[list] = [[] for _ in layers]
     replaced = [vars(layer.module).get("forward") for layer in layers]
-    forms: list[Callable] = []
+    output = None
 
-    def recorder(index, module, forward):
+    def recorder(index, forward):
         def hand_on(*args, **kwargs):
+            nonlocal output
             hidden = args[0] if args else kwargs["hidden_states"]
             if index == 0:
                 first.append(hidden.clone())
-                if not forms:
-                    output = forward(*args, **kwargs)
-                    rest = output[1:] if isinstance(output, tuple) else None
-                    forms.append(lambda x: x if rest is None else (x, *rest))
+                output = forward(*args, **kwargs) if output is None else output
             others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             calls[index].append((args[1:], others))
-            return forms[0](hidden)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-        module.forward = hand_on
+        return hand_on
 
     try:
         for index, layer in enumerate(layers):
-            recorder(index, layer.module, layer.module.forward)
+            layer.module.forward = recorder(index, layer.module.forward)
         for ids in batches:
             root.base_model(input_ids=ids, use_cache=False)
     finally:
