@@ -38,6 +38,13 @@ def demo_section() -> str:
     runs = newest(rows_of("demo"), "target", "seed")
     if not runs:
         return ""
+
+    def settings(run: dict) -> dict:
+        return {**run["train"], "seed": None}
+
+    # Rows of other settings, earlier ones, are another recipe's.
+    last = max(runs, key=lambda run: run["date"])
+    runs = [run for run in runs if settings(run) == settings(last)]
     lines = []
     for target in sorted({run["target"] for run in runs}, reverse=True):
         same = [run for run in runs if run["target"] == target]
@@ -65,14 +72,14 @@ def demo_section() -> str:
         )
     header = ["removed", "seeds", "perplexity, base", "LoRA, no gates", "packed"]
     header += ["bytes, of base", "prefill, x dense", "decode, x dense", "packed - gated logits"]
-    steps = runs[-1]["train"]["steps"]
+    steps = last["train"]["steps"]
     return "\n\n".join(
         [
             f"SmolLM2-135M-Instruct on Python's reference manual, {steps} steps for every "
             "column that is tuned; held-out perplexity, median (lowest-highest) over seeds. Speed "
             "is tokens/s of the packed model over the dense one, interleaved in one run, batch 1.",
             table(header, lines),
-            conditions(runs[-1]) + ".",
+            conditions(last) + ".",
         ]
     )
 

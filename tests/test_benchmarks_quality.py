@@ -6,6 +6,7 @@ import _step_cost
 import pytest
 import quality
 import quality_encoder
+import report
 import report_quality
 import torch
 from letters import letter_tokenizer
@@ -96,6 +97,30 @@ def test_page_sets_methods_beside_the_dense_model(tmp_path, monkeypatch):
     for tokens, of_dense in ((90, "10.00 | 80.0%"), (30, "12.50 | 64.0%")):
         assert f"| gatepack's recipe | 40 | {tokens} | 40.0% | {of_dense} |" in page
     assert "chip, 1 threads, torch 2.9, 2026-01-01, commit abc." in page
+
+
+def test_demo_rows_of_earlier_settings_are_left_out(monkeypatch):
+    stamp = {"bench": "demo", "device": "chip", "threads": 1, "torch": "2.9", "commit": "abc"}
+    rows = []
+    for seed, steps, day, perplexity in ((0, 10, 2, 9.0), (1, 10, 3, 11.0), (2, 20, 1, 5.0)):
+        rows.append(
+            {
+                **stamp,
+                "dirty": False,
+                "date": f"2026-01-0{day}",
+                "target": 0.8,
+                "seed": seed,
+                "train": {"steps": steps, "seed": seed},
+                "perplexity": {"base": 20.0, "lora": 8.0, "packed": perplexity},
+                "bytes_on_disk": {"base": 4, "packed": 3},
+                "speed": {"ratios": {"prefill": 1.5, "decode": 1.25}},
+                "error": 1e-6,
+            }
+        )
+    monkeypatch.setattr(report, "rows_of", lambda bench: rows)
+    section = report.demo_section()
+    assert "10 steps for every column" in section
+    assert "| 20% | 2 | 20.00 | 8.00 | 10.00 (9.00-11.00) | 0.75 |" in section
 
 
 def test_encoder(tmp_path):
