@@ -104,8 +104,13 @@ def test_strides(layout, gates, device):
 
 @pytest.mark.parametrize("shape", [(K,), (2, 3, K)], ids=ids)
 def test_leading_dimensions(shape, device):
-    inputs = make_inputs(torch.float32, rank=0) | {"x": normal(*shape)}
-    assert check_mlp(inputs, device)["y"].shape == shape
+    inputs = to(make_inputs(torch.float32, rank=0) | {"x": normal(*shape)}, device)
+    dy = normal(*shape, seed=5).to(device)
+    results = run(ours, inputs, dy)
+    rows = run(ours, inputs | {"x": inputs["x"].reshape(-1, K)}, dy.reshape(-1, K))
+    for name, got in results.items():
+        expected = rows[name].reshape(shape) if name in ("y", "dx") else rows[name]
+        assert torch.equal(got, expected), name
 
 
 def test_leading_dimensions_that_do_not_collapse(device):

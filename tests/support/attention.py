@@ -48,8 +48,9 @@ def upstream(inputs):
 
 
 def summed_terms(inputs, do, settings):
-    """The largest sums of |terms| behind one number of dq and of dk. Their ds = p * (dp - delta) is
-    a small difference where one key gets almost all of the softmax."""
+    """The largest sums of |terms| behind one number, where scores are large: of y and dv by the
+    rounding of the scores, which moves p by as much as the scores; of dq and dk, whose
+    ds = p * (dp - delta) is a small difference where one key gets almost all of the softmax."""
     q, k, v, z = (inputs[name].double() for name in ("q", "k", "v", "z"))
     batch, keys, kv_heads, lanes = k.shape
     group = q.shape[2] // kv_heads
@@ -60,7 +61,15 @@ def summed_terms(inputs, do, settings):
     ds = p * (dp.abs() + (p * dp).sum(-1, keepdim=True).abs()) * z[:, None] * lanes**-0.5
     dq = torch.einsum("bshk,bkhd->bshd", ds, k.abs().repeat_interleave(group, 2))
     dk = torch.einsum("bshk,bshd->bkhd", ds, q.abs()).unflatten(2, (kv_heads, group)).sum(3)
-    return {"dq": dq.max().item(), "dk": dk.max().item()}
+    size = torch.einsum("bshd,bkhd->bshk", q.abs(), k.abs().repeat_interleave(group, 2))
+    in_fp32 = torch.finfo(torch.float32).eps / torch.finfo(inputs["q"].dtype).eps
+    rounding = in_fp32 * (size * (p > 0)).amax(-1, keepdim=True) * lanes**-0.5
+    moved = 2 * p * z[:, None] * rounding
+    y = torch.einsum("bshk,bkhd->bshd", moved, v.abs().repeat_interleave(group, 2))
+    dv = torch.einsum("bshk,bshd->bkhd", moved, do.double().abs())
+    dv = dv.unflatten(2, (kv_heads, group)).sum(3)
+    found = {"y": y, "dv": dv, "dq": dq, "dk": dk}
+    return {name: terms.max().item() for name, terms in found.items()}
 
 
 def check(inputs, device, do=None, config=SMALL_TILES, cancels=False, **settings):
