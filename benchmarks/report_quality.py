@@ -162,8 +162,10 @@ def encoder_section(task: str, rows: list[dict]) -> str:
 
 
 def _closing(rows: list[dict]) -> str:
-    """When gates closed, as far as the rows say so."""
-    gated = [row for row in rows if row["method"].startswith("fine_gates") and "warmup" in row]
+    """When gates closed, where all rows say so."""
+    gated = [row for row in rows if row["method"].startswith("fine_gates")]
+    if not all("warmup" in row for row in gated):
+        return ""
     found = {(row["warmup"], row["freeze"]) for row in gated}
     spans = [f"{warmup:.0%} and {freeze:.0%}" for warmup, freeze in sorted(found)]
     return f"Gates close between {' or '.join(spans)} of the steps. " if spans else ""
