@@ -51,16 +51,8 @@ def language_section(domain: str, rows: list[dict]) -> str:
             for read in sorted({_tokens_read(row) for row in runs}):
                 same = [row for row in runs if _tokens_read(row) == read]
                 lines.append([title, *map("{:,}".format, read), *language_cells(same, dense)])
-    header = [
-        "method",
-        "scored on",
-        "repaired on",
-        "removed",
-        "perplexity",
-        "of dense",
-        *_choice_names(rows),
-    ]
-    header += ["perplexity elsewhere", "prefill, x", "decode, x", "seeds"]
+    header = ["method", "scored on", "repaired on", "removed", "perplexity", "of dense"]
+    header += [*_choice_names(rows), "perplexity elsewhere", "prefill, x", "decode, x", "seeds"]
     train = rows[0]["train"]
     tokens = _tokens(train, "steps")
     return "\n\n".join(

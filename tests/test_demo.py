@@ -22,13 +22,7 @@ from gatepack.training import Interrupted, TrainConfig
 
 QUIET = Log("quiet")
 TRAIN = TrainConfig(
-    steps=3,
-    batch_size=2,
-    window=16,
-    lora_rank=2,
-    calibration_batches=2,
-    repair_batches=3,
-    learning_rate=1e-3,
+    steps=3, batch_size=2, window=16, lora_rank=2, calibration_batches=2, learning_rate=1e-3
 )
 
 
@@ -208,7 +202,7 @@ def test_version():
 
 @pytest.mark.slow
 def test_smollm2_gate_three_steps_pack_reload(tmp_path):
-    train = TrainConfig(steps=3, batch_size=2, window=64, calibration_batches=4, repair_batches=6)
+    train = TrainConfig(steps=3, batch_size=2, window=64, calibration_batches=4)
     report = demo.run(
         DemoConfig(
             out=tmp_path / "out",

@@ -312,9 +312,7 @@ def check_command(path, folder):
     assert sorted(p.name for p in folder.iterdir()) == ["run.yaml"]
 
 
-TINY = TrainConfig(
-    steps=3, batch_size=2, window=9, lora_rank=2, calibration_batches=2, repair_batches=3
-)
+TINY = TrainConfig(steps=3, batch_size=2, window=9, lora_rank=2, calibration_batches=2)
 
 
 @pytest.fixture(scope="module")

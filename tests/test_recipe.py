@@ -28,13 +28,7 @@ from gatepack.training import Interrupted, TrainConfig
 
 QUIET = Log("quiet")
 SMALL = TrainConfig(
-    steps=4,
-    batch_size=2,
-    window=16,
-    lora_rank=2,
-    calibration_batches=2,
-    repair_batches=3,
-    learning_rate=1e-3,
+    steps=4, batch_size=2, window=16, lora_rank=2, calibration_batches=2, learning_rate=1e-3
 )
 
 
@@ -137,7 +131,7 @@ def test_plan_counts_what_training_then_does(config):
     sizes = ((48, 48), (48, 16), (48, 16), (48, 48), (48, 40), (48, 40), (40, 48))
     assert plan["params"]["lora"] == 2 * sum(2 * (i + o) for i, o in sizes)
     assert plan["bytes"]["training"] == 3 * 4 * plan["params"]["lora"]
-    steps = SMALL.steps + SMALL.calibration_batches + SMALL.repair_batches
+    steps = SMALL.steps + SMALL.calibration_batches + SMALL.repaired
     assert plan["seconds"]["total"] >= steps * plan["seconds"]["step"] > 0
 
 

@@ -14,13 +14,7 @@ from gatepack import compensation, files, importance, training
 from gatepack.training import FineTuning, Interrupted, TrainConfig, add_lora, close_to_budget
 
 CONFIG = TrainConfig(
-    steps=6,
-    batch_size=2,
-    window=9,
-    lora_rank=2,
-    calibration_batches=2,
-    repair_batches=3,
-    learning_rate=1e-2,
+    steps=6, batch_size=2, window=9, lora_rank=2, calibration_batches=2, learning_rate=1e-2
 )
 
 
@@ -166,9 +160,7 @@ def test_finished_run_does_not_train_again(tmp_path):
 def test_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     windows = token_ids(batch=8, length=9)
     FineTuning(lora_model(), windows, CONFIG, tmp_path).run()
-    other = TrainConfig(
-        steps=7, batch_size=2, window=9, lora_rank=2, calibration_batches=2, repair_batches=3
-    )
+    other = TrainConfig(steps=7, batch_size=2, window=9, lora_rank=2, calibration_batches=2)
     with pytest.raises(ValueError, match="other settings"):
         FineTuning(lora_model(), windows, other, tmp_path)
     path = tmp_path / "run.safetensors"

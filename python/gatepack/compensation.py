@@ -109,7 +109,7 @@ def _compensate_layer(
 ):
     """Advances both streams through a layer: returns the dense one, updates the pruned one."""
     out, down = (layer.module.get_submodule(path) for path in (layer.family.out, layer.family.down))
-    after_out, after_down, after_layer = [], [], []
+    after_out, wanted, after_layer = [], [], []
     sums = None
     for x, call in zip(dense, calls, strict=True):
         seen: dict = {}
@@ -118,7 +118,7 @@ def _compensate_layer(
         added = [seen[key][1].reshape(x.shape) for key in ("out", "down")]
         sums = _is_sum(after_layer[-1], x, *added) if sums is None else sums
         after_out.append(added[0])
-        after_down.append(None if sums else added[1])
+        wanted.append(after_layer[-1] if sums else added[1])
     names = (f"{layer.heads_name}:heads", f"{layer.channels_name}:channels")
     gates.set_open({name: masks[name] for name in names if name in masks})
     _refresh(gates, pruned[0])
@@ -133,13 +133,12 @@ def _compensate_layer(
     if names[0] in masks:
         _repair(out, gates, names[0], inputs, residuals, damping)
     inputs, residuals, after_pruned = [], [], []
-    for x, target, stream, call in zip(pruned, after_down, after_layer, calls, strict=True):
+    for x, target, call in zip(pruned, wanted, calls, strict=True):
         seen = {}
         with _watching(down, seen, "down"):
             after_pruned.append(_run(layer, x, call))
         inputs.append(_open_lanes(gates, names[1], seen["down"][0]))
-        lacks = stream - after_pruned[-1] if sums else target - seen["down"][1].reshape(x.shape)
-        residuals.append(lacks)
+        residuals.append(target - (after_pruned[-1] if sums else seen["down"][1].reshape(x.shape)))
     if names[1] in masks:
         change = _repair(down, gates, names[1], inputs, residuals, damping)
         for i, call in enumerate(calls):

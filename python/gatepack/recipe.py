@@ -149,10 +149,10 @@ def plan_training(config: RecipeConfig, log: Log) -> dict:
     """What train would do and cost, from two timed steps; writes nothing.
 
     params: of the model, of its blocks' linears, of those the kept ones, and of LoRA. seconds: a
-    step with every gate open, which is more than one with closed gates takes, and all steps,
-    calibration and scoring at that rate; pricing and repairing units come on top. bytes: of the
-    weights, and of what training keeps for LoRA (gradients and Adam's moments). Raises as train,
-    where the target cannot be met too.
+    step with every gate open, which is more than one with closed gates takes, and all steps, the
+    batches of calibration and repair, and scoring at that rate; pricing units and solving for the
+    repair come on top. bytes: of the weights, and of what training keeps for LoRA (gradients and
+    Adam's moments). Raises as train, where the target cannot be met too.
     """
     require("training", "peft")
     inputs = load_inputs(config, load_documents(config.text), log)

@@ -47,35 +47,48 @@ def upstream(inputs):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(7)).to(inputs["q"].dtype)
 
 
-def summed_terms(inputs, do, settings):
-    """The largest sums of |terms| behind one number, where scores are large: of y and dv by the
-    rounding of the scores, which moves p by as much as the scores; of dq and dk, whose
-    ds = p * (dp - delta) is a small difference where one key gets almost all of the softmax."""
-    q, k, v, z = (inputs[name].double() for name in ("q", "k", "v", "z"))
-    batch, keys, kv_heads, lanes = k.shape
-    group = q.shape[2] // kv_heads
+def softmax_weights(q, k, settings):
+    """p [B, S, H, keys]."""
+    batch, keys, kv_heads, _ = k.shape
     each_key = torch.eye(keys, dtype=q.dtype, device=q.device)[:, None]
-    each_key = each_key.expand(batch, -1, kv_heads, -1)
-    p = gated_attention_ref(q, k, each_key, **settings)
+    return gated_attention_ref(q, k, each_key.expand(batch, -1, kv_heads, -1), **settings)
+
+
+def summed_terms(inputs, do, settings):
+    """The largest sums of |terms| behind one number of dq and of dk. Their ds = p * (dp - delta) is
+    a small difference where one key gets almost all of the softmax."""
+    q, k, v, z = (inputs[name].double() for name in ("q", "k", "v", "z"))
+    kv_heads, lanes = k.shape[2:]
+    group = q.shape[2] // kv_heads
+    p = softmax_weights(q, k, settings)
     dp = torch.einsum("bshd,bkhd->bshk", do.double(), v.repeat_interleave(group, 2))
     ds = p * (dp.abs() + (p * dp).sum(-1, keepdim=True).abs()) * z[:, None] * lanes**-0.5
     dq = torch.einsum("bshk,bkhd->bshd", ds, k.abs().repeat_interleave(group, 2))
     dk = torch.einsum("bshk,bshd->bkhd", ds, q.abs()).unflatten(2, (kv_heads, group)).sum(3)
+    return {"dq": dq.max().item(), "dk": dk.max().item()}
+
+
+def moved_by_rounding(inputs, do, settings):
+    """By how many units in the last place the rounding of the scores, which are fp32, may move one
+    number of dv: p moves by as much, relatively, as the scores of its query do."""
+    q, k, z = (inputs[name].double() for name in ("q", "k", "z"))
+    kv_heads, lanes = k.shape[2:]
+    group = q.shape[2] // kv_heads
+    p = softmax_weights(q, k, settings)
     size = torch.einsum("bshd,bkhd->bshk", q.abs(), k.abs().repeat_interleave(group, 2))
     in_fp32 = torch.finfo(torch.float32).eps / torch.finfo(inputs["q"].dtype).eps
     rounding = in_fp32 * (size * (p > 0)).amax(-1, keepdim=True) * lanes**-0.5
-    moved = 2 * p * z[:, None] * rounding
-    y = torch.einsum("bshk,bkhd->bshd", moved, v.abs().repeat_interleave(group, 2))
-    dv = torch.einsum("bshk,bshd->bkhd", moved, do.double().abs())
-    dv = dv.unflatten(2, (kv_heads, group)).sum(3)
-    found = {"y": y, "dv": dv, "dq": dq, "dk": dk}
-    return {name: terms.max().item() for name, terms in found.items()}
+    moved = torch.einsum("bshk,bshd->bkhd", 2 * p * z[:, None] * rounding, do.double().abs())
+    return {"dv": moved.unflatten(2, (kv_heads, group)).sum(3).max().item()}
 
 
-def check(inputs, device, do=None, config=SMALL_TILES, cancels=False, **settings):
+def check(
+    inputs, device, do=None, config=SMALL_TILES, cancels=False, large_scores=False, **settings
+):
     """Forward and every gradient, from poisoned memory, against fp64 and torch's own error.
 
-    cancels: dq and dk are differences of numbers that are larger by far.
+    cancels: dq and dk are differences of numbers that are larger by far. large_scores: their
+    rounding moves dv by more than its own.
     """
     inputs = to(inputs, device)
     do = (upstream(inputs) if do is None else do).to(device)
@@ -86,6 +99,7 @@ def check(inputs, device, do=None, config=SMALL_TILES, cancels=False, **settings
     z, dtype = inputs["z"], inputs["q"].dtype
     per_head = (do.double() * truth["y"]).abs().sum(-1).flatten(0, -2).sum(0)
     terms = summed_terms(inputs, do, settings) if cancels else {}
+    terms |= moved_by_rounding(inputs, do, settings) if large_scores else {}
     terms["dz"] = torch.where(z != 0, per_head / z, 0.0).max().item() if len(z) else 0.0
     for name, got in ours.items():
         factor, of_sum = 2 if name == "y" else 3, terms.get(name, 0.0)

@@ -63,9 +63,7 @@ def exporting(form, **sizes):
 
 def training(folder):
     """The state of a run after its first and after its second step."""
-    config = TrainConfig(
-        steps=2, batch_size=2, window=9, lora_rank=2, calibration_batches=1, repair_batches=1
-    )
+    config = TrainConfig(steps=2, batch_size=2, window=9, lora_rank=2, calibration_batches=1)
     model = add_lora(tiny_model("llama", torch.float32), config)
     folder.mkdir()
     runs = []
