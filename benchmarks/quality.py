@@ -47,6 +47,7 @@ CALIBRATION, REPAIR = 16, 80
 class Cell:
     """One run: a method, the fraction of the blocks' weights that it keeps, and a seed."""
 
+    model: str
     domain: str
     method: str
     kept: float
@@ -216,11 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
         if settings_match(path, cell):
             continue
         folder = options.work / cell.name
-        row = {
-            "bench": "quality",
-            "model": Path(options.model).name,
-            **made(cell, options, folder, log),
-        }
+        row = {"bench": "quality", **made(cell, options, folder, log)}
         if options.train_only:
             continue
         row |= scored(cell, options, folder, log)
@@ -231,6 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
 def cells(options) -> list[Cell]:
     """The dense model once per seed, then all methods at the first size, at the second, ..."""
     found = []
+    model = Path(options.model).name
     for seed in options.seeds:
         train = TrainConfig(
             steps=options.steps, batch_size=options.batch_size, window=options.window,
@@ -241,7 +239,8 @@ def cells(options) -> list[Cell]:
         for kept in options.kept:
             for method in options.methods:
                 left = 1.0 if method == "dense" else kept
-                found.append(Cell(options.domain, method, left, options.width_multiple, train))
+                shape = (options.domain, method, left, options.width_multiple)
+                found.append(Cell(model, *shape, train))
     return list(dict.fromkeys(found))
 
 

@@ -55,6 +55,7 @@ class Cell:
     warmup, freeze: of the steps, between which gates close.
     """
 
+    model: str
     task: str
     method: str
     kept: float
@@ -206,7 +207,6 @@ def run(cell: Cell, options, log: Log) -> dict:
     return {
         "bench": "quality_encoder",
         **plain(asdict(cell)),
-        "model": Path(options.model).name,
         "accuracy": correct / count,
         "interval": wilson_interval(correct, count),
         "tested": count,
@@ -222,13 +222,14 @@ def run(cell: Cell, options, log: Log) -> dict:
 def cells(options) -> list[Cell]:
     """All methods with the first seed, then with the second, ..."""
     found = []
+    model = Path(options.model).name
     for seed in options.seeds:
         for method in options.methods:
             for kept in options.kept if method.startswith("fine_gates") else [1.0]:
                 size = (options.epochs, options.batch_size, options.length)
                 closing = (options.warmup, options.freeze) if kept < 1 else (0.0, 1.0)
                 settings = (*size, RATES[method], *closing)
-                found.append(Cell(options.task, method, kept, seed, *settings))
+                found.append(Cell(model, options.task, method, kept, seed, *settings))
     return found
 
 

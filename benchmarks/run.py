@@ -115,6 +115,10 @@ class Bench:
         return self.device.startswith("cuda")
 
     @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
@@ -126,17 +130,17 @@ class Bench:
 
     def _ceilings(self) -> dict:
         rates = ceilings(self.device, self.dtype)
-        row = {"bench": "ceilings", "dtype": str(self.dtype).removeprefix("torch."), **rates}
+        row = {"bench": "ceilings", "dtype": self.dtype_name, **rates}
         self.write("ceilings.jsonl", [row])
         return rates
 
     def known(self, kind: str, name: str, case: Case) -> bool:
-        """Whether this commit has measured the case on this device."""
-        if self.again:
+        """Whether this commit, as it is, has measured the case on this device."""
+        if self.again or self.stamp["dirty"]:
             return False
         wanted = {
             kind: name, "bench": kind, "model": case.model, "tokens": case.tokens,
-            "batch": case.batch, "lora": case.lora, "open": case.kept,
+            "batch": case.batch, "lora": case.lora, "open": case.kept, "dtype": self.dtype_name,
             **{key: self.stamp[key] for key in ("commit", "dirty", "device", "torch")},
         }  # fmt: skip
         return any(

@@ -2,8 +2,8 @@
 // matrices of one dtype, no host sync, the bytes of the CPU.
 //
 // Shapes and dtypes are checked on the host. Index values are not read there: a value out of range
-// prints a line and traps on the device (the context is then lost, as with torch's own indexing),
-// and the order of an index is a contract that only the CPU op checks.
+// prints a line and traps on the device (the context is then lost, as with torch's own indexing;
+// the adjoint, which looks its indices up, leaves it out), and the order of an index is a contract that only the CPU op checks.
 #include "batch.cuh"
 #include "layout.h"
 

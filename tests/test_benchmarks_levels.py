@@ -153,6 +153,8 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(
         run, "run_level", lambda *a, **k: seen.append(a[0]) or own(*a, **{**k, "compiled": False})
     )
+    own_stamp = run.environment
+    monkeypatch.setattr(run, "environment", lambda device: {**own_stamp(device), "dirty": False})
     tiny_case = {key: TINY[key] for key in ("model", "tokens", "kept")}
     monkeypatch.setattr(run, "cases_of", lambda *_: [("level", "mlp", tiny_case)])
     options = argparse.Namespace(
@@ -172,9 +174,16 @@ def test_a_run_writes_as_it_goes_and_goes_on(bench, capsys):
     assert all(r["peak_bytes"] > 0 for r in rows if "ms" in r)
     run.Bench(options).part("levels")
     assert seen == ["mlp"]
+    options.dtype = "bfloat16"
+    run.Bench(options).part("levels")
+    assert seen == ["mlp"] * 2
     options.again = True
     run.Bench(options).part("levels")
-    assert seen == ["mlp", "mlp"]
+    assert seen == ["mlp"] * 3
+    options.again, bench_of_changed = False, run.Bench(options)
+    bench_of_changed.stamp["dirty"] = True
+    bench_of_changed.part("levels")
+    assert seen == ["mlp"] * 4
     text = run.table(rows, "cpu", [])
     assert "gpu: MLP step, 60 % open" in text and "not measured" in text and "liger" in text
 

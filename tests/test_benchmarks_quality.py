@@ -218,7 +218,7 @@ def test_the_pooler_trains_with_the_head(method):
     """It was not trained with the encoder: with it frozen, nothing is learned on its output."""
     if "lora" in method:
         pytest.importorskip("peft")
-    cell = quality_encoder.Cell("tiny", method, 0.7, 0, 1, 4, 16, 1e-3, 0.2, 0.7)
+    cell = quality_encoder.Cell("mini", "tiny", method, 0.7, 0, 1, 4, 16, 1e-3, 0.2, 0.7)
     model = tiny_model("bert", torch.float32)
     train = TrainConfig(steps=4, lora_rank=2)
     model, beside = quality_encoder.prepared(cell, model, train)

@@ -82,6 +82,17 @@ def test_dry_run_writes_nothing(tmp_path, text):
         assert plan["seconds"]["comparing"] > 0 and not (tmp_path / "out").exists()
 
 
+def test_dtype_makes_a_half_precision_model_fit_for_onnx(tmp_path, text):
+    pytest.importorskip("onnxruntime")
+    folder = save(tmp_path / "packed", packed_model(**EVEN).to(torch.bfloat16))
+    options = [*text, *FAST, "--format", "onnx", "--no-speed", "--out", tmp_path / "out"]
+    refused = invoke(folder, *options)
+    assert refused.exit_code == 1 and "pass dtype='float32'" in refused.output
+    done = invoke(folder, *options, "--dtype", "float32")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "model.onnx").is_file()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

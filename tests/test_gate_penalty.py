@@ -236,6 +236,11 @@ def test_refusals(change, message, device):
         gate_penalty_fn(**arguments)
 
 
+def test_the_reference_refuses_an_unknown_estimator():
+    with pytest.raises(ValueError, match="estimator: expected one of .*, got 'relaxed'"):
+        gate_penalty_ref(**make_inputs(), estimator="relaxed")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_llama_3_8b(estimator, device):

@@ -59,6 +59,15 @@ def test_a_name_that_is_no_folder_is_a_snapshot_of_the_hub(tmp_path, monkeypatch
     assert len(asked) == 1
 
 
+def test_a_name_that_the_hub_does_not_give(monkeypatch):
+    def snapshot(*_, **__):
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(ValueError, match="owner/packed is no folder, and .* it: TimeoutError"):
+        gp.from_pretrained("owner/packed")
+
+
 @pytest.mark.slow
 def test_push_then_pull_then_offline(tmp_path):
     with serving() as (address, repos):

@@ -22,7 +22,7 @@ from gatepack import bench, evaluation, exporters, files, recipe, timing, traini
 from gatepack.cli import app
 from gatepack.exporters import uniform
 from gatepack.files import read_json
-from gatepack.resume import STATE
+from gatepack.resume import STATE, fingerprint
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
@@ -206,6 +206,18 @@ def files_of(folder):
     """name -> bytes, or those of the tensors; without the report, which names its folder."""
     paths = (path for path in folder.iterdir() if path.name != "pack.json")
     return {path.name: contents(path) for path in paths if path.is_file()}
+
+
+def test_models_of_equal_sums_are_told_apart():
+    model = tiny_model("llama", torch.float32)
+    gates = gp.attach(model, gp.GateConfig(noise=0.0))
+    digests = set()
+    for channel in (0, 1):
+        gates.close("model.layers.0.mlp:channels", [channel])
+        digests.add(fingerprint(model))
+        assert fingerprint(model) in digests
+        gates.reopen("model.layers.0.mlp:channels", [channel])
+    assert len(digests) == 2
 
 
 @pytest.mark.usefixtures("steady_clock")

@@ -255,6 +255,12 @@ def test_refusals(change, message, device):
         sample_gates_fn(**arguments)
 
 
+def test_the_reference_refuses_an_unknown_estimator():
+    offsets = torch.tensor([0, 6], dtype=torch.int32)
+    with pytest.raises(ValueError, match="estimator: expected one of .*, got 'relaxed'"):
+        sample_gates_ref(torch.zeros(6), offsets, noise=False, estimator="relaxed")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_llama_3_8b(estimator, device):

@@ -28,7 +28,7 @@ import triton.language as tl
 
 from ._common import check_device, config_of, expect, refuse_second_derivative
 from ._configs import Panel
-from .sample_gates import BETA, GAMMA, OFFSET, ZETA, bytes_of, check_segments, tanh
+from .sample_gates import BETA, GAMMA, OFFSET, ZETA, bytes_of, check_estimator, check_segments, tanh
 
 PENALTY_SIGMA = tl.constexpr(0.5)
 SHIFT = tl.constexpr(-BETA.value * math.log(-GAMMA.value / ZETA.value))
@@ -38,6 +38,7 @@ def gate_penalty_ref(
     logits, offsets, unit_cost, shared_size=None, shared_cost=None, *, estimator="stg", closed=None
 ):
     """cost of gate_penalty_fn in plain torch, any floating dtype."""
+    check_estimator(estimator)
     if estimator == "stg":
         p = torch.special.ndtr((torch.tanh(logits) + 0.5) / PENALTY_SIGMA.value)
     elif estimator == "hard_concrete":

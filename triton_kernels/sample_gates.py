@@ -39,6 +39,7 @@ def sample_gates_ref(
     logits, offsets, *, seed=0, draw=None, estimator="stg", sigma=0.1, noise=True, closed=None
 ):
     """(z, open) of sample_gates_fn in plain torch; the same uniform numbers, any floating dtype."""
+    check_estimator(estimator)
     if noise:
         position = torch.arange(logits.numel(), device=logits.device)
         words = torch.stack(philox(seed, (draw.reshape(()) << 32) + position // 4))
@@ -237,6 +238,12 @@ def _sample_gates_bwd_kernel(
     tl.store(dlogits_ptr + position, tl.where(moves, dz * slope, 0.0), mask=position < N)
 
 
+def check_estimator(estimator):
+    """Raise ValueError unless the estimator is known."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator: expected one of {ESTIMATORS}, got {estimator!r}")
+
+
 def check_segments(logits, offsets, estimator, closed):
     """Raise ValueError unless the tensors describe gates in segments and the estimator is known."""
     if logits.dim() != 1:
@@ -248,8 +255,7 @@ def check_segments(logits, offsets, estimator, closed):
             "offsets: expected int32 [segments + 1], got "
             f"{offsets.dtype} of shape {tuple(offsets.shape)}"
         )
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator: expected one of {ESTIMATORS}, got {estimator!r}")
+    check_estimator(estimator)
     if closed is not None and (closed.dtype != torch.bool or closed.shape != logits.shape):
         raise ValueError(
             f"closed: expected bool of shape {tuple(logits.shape)}, got "

@@ -1,4 +1,4 @@
-"""Every environment variable that gatepack reads; nothing else looks at os.environ.
+"""Every environment variable of gatepack. Only setup.py, which cannot import this, looks besides.
 
 GATEPACK_SKIP_EXT=1           use plain torch in place of gatepack._C; at install, do not build it
 GATEPACK_CACHE_DIR=PATH       where an extension built on first use is kept

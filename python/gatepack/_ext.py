@@ -58,6 +58,7 @@ from gatepack._reference import (
     unpack_tensors_out_ref,
     unpack_tensors_ref,
 )
+from gatepack.errors import first_line
 
 try:
     import fcntl
@@ -85,7 +86,7 @@ OPS = (
     "column_products",
 )
 _SOURCE_SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
-_FIX = "Install ninja and a C++17 compiler, or reinstall with --no-build-isolation."
+_FIX = "`gatepack doctor` prints what to do."
 
 
 class Backend(NamedTuple):
@@ -173,8 +174,7 @@ def _choose() -> Backend:
     try:
         _location, origin = _load_extension()
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return Backend("torch", f"gatepack._C did not load ({lines[0]})")
+        return Backend("torch", f"gatepack._C did not load ({first_line(error)})")
     if _env.simd():
         torch.ops.gatepack.set_simd_level(_env.simd())
     if build_info()["cuda_archs"]:
@@ -441,7 +441,7 @@ def fold_pack_adjoint(
     """G[rows[i], cols[j]] = (g[i, j] · z_out[i]) · z_in[j], zero elsewhere; G [O, I]
 
     The adjoint of fold_pack in w, and with no gates its inverse on what was kept. g [|R|, |C|];
-    everything else as in fold_pack.
+    everything else as in fold_pack, but on CUDA what an index has out of range is left out.
     """
     if _backend is None:
         _load()

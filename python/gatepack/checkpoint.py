@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from gatepack.config import GateConfig
+from gatepack.errors import first_line
 from gatepack.files import left_aside, read_json, replaced_folder
 from gatepack.hf import GATES_NAME, attach, hf_model
 from gatepack.packing import FORMAT_VERSION, shrink
@@ -177,7 +178,7 @@ def _folder_of(name: str | os.PathLike, options: dict) -> Path:
     except Exception as error:
         raise ValueError(
             f"{name} is no folder, and the Hugging Face Hub does not give it: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
 
 

@@ -122,7 +122,9 @@ def evaluate(
             found = plan(model, settings, base=base, device=device, dtype=dtype)
             shown.result(found, print_evaluation_plan)
             return
-        if restart and out is not None:
+        if restart and out is None:
+            raise ValueError("--restart drops what was kept for --out, and no --out was given")
+        if restart:
             State.drop(state_of(out))
         report = run(model, settings, base=base, device=device, dtype=dtype, out=out, log=shown)
         shown.result(report, print_evaluation)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gatepack import __version__, _env
+from gatepack.errors import first_line
 
 # As pyproject.toml admits them; a test compares the two.
 FLOORS = {
@@ -173,12 +174,8 @@ def _import(name: str, fix: str, why: str):
             warnings.simplefilter("ignore")
             module = importlib.import_module(name)
     except Exception as error:
-        return None, Finding(name, "gap", _line(error), why, fix)
+        return None, Finding(name, "gap", first_line(error), why, fix)
     return module, _supported(name, getattr(module, "__version__", "0"), fix)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _python() -> Finding:
@@ -386,7 +383,7 @@ def _kernel_ops(gpus: tuple[Finding, ...], interpreted: bool) -> tuple[Finding, 
     try:
         from gatepack import kernels
     except Exception as error:
-        return (Finding("kernels", "gap", "reference", _line(error), "pip install triton"),)
+        return (Finding("kernels", "gap", "reference", first_line(error), "pip install triton"),)
     names = [name.removesuffix("_fn") for name in kernels.__all__ if name.endswith("_fn")]
     if interpreted:
         how = ("ok", "triton, interpreter", "TRITON_INTERPRET is set: for tests, slow", "")
@@ -408,7 +405,7 @@ def _settings() -> Section:
         why = "every gated layer takes this path" if forced else "by shape and device"
         found.append(Finding("GATEPACK_BACKEND", "ok", forced or "not set", why))
     except ValueError as error:
-        found.append(Finding("GATEPACK_BACKEND", "gap", _line(error), "", "unset GATEPACK_BACKEND"))
+        found.append(Finding("GATEPACK_BACKEND", "gap", str(error), "", "unset GATEPACK_BACKEND"))
     found.append(Finding("GATEPACK_SIMD", "ok", _env.simd() or "not set"))
     return Section("settings", tuple(found))
 

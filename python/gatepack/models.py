@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gatepack.checkpoint import from_pretrained, read_config, tensor_shapes
+from gatepack.errors import first_line
 from gatepack.files import read_json
 from gatepack.gguf_file import check_gguf
 from gatepack.optional import require
@@ -154,7 +155,7 @@ def _load_hub(name: str, dtype) -> tuple[nn.Module, object]:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name!r} is no local path, and the Hugging Face Hub does not give it: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     return model.eval(), tokenizer
 
@@ -166,12 +167,7 @@ def _one_sentence(path: Path) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise ValueError(f"{path} cannot be loaded: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

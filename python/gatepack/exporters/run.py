@@ -140,5 +140,5 @@ def _load(config: ExportConfig, log: Log) -> tuple[nn.Module, object]:
     if identify(model)["state"] == "gated":
         log.say("packing it in memory")
         pack(model)
-    plan(model, config.format, tokenizer=tokenizer)
+    plan(model, config.format, tokenizer=tokenizer, dtype=config.dtype)
     return model.eval(), tokenizer
