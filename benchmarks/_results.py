@@ -2,13 +2,13 @@
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import _figures
 import _roofline
-from goals import GOALS, share
-from goals import rows_of as rows_of_goal
+from goals import GOALS, Goal, Verdict, ceilings, judge, of_roofline
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,11 +40,14 @@ def spread(values: list[float], form: str, middle: Callable[[list[float]], float
     return shown if low == high else f"{shown} ({low}-{high})"
 
 
+def commit_of(row: dict) -> str:
+    return row["commit"] + (" with local changes" if row["dirty"] else "")
+
+
 def conditions(row: dict) -> str:
-    commit = row["commit"] + (" with local changes" if row["dirty"] else "")
     return (
         f"{row['device']}, {row['threads']} threads, torch {row['torch']}, "
-        f"{row['date'][:10]}, commit {commit}"
+        f"{row['date'][:10]}, commit {commit_of(row)}"
     )
 
 
@@ -58,6 +61,11 @@ def devices() -> list[str]:
     return sorted({row["device"] for row in rows_of("level")})
 
 
+def rows_on(bench: str, device: str) -> list[dict]:
+    """rows_of one device."""
+    return [row for row in rows_of(bench) if row["device"] == device]
+
+
 def cells_of(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
     """Setting -> contender -> row."""
     cells: dict[tuple, dict[str, dict]] = {}
@@ -67,60 +75,85 @@ def cells_of(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
     return cells
 
 
+def roofline_cell(row: dict | None, results: list[dict]) -> str:
+    """results: of the row's device, at least its ceilings."""
+    share = None if row is None else of_roofline(row, results)
+    return "" if share is None else f"{share:.0%}"
+
+
 def goal_section(measured_only: bool = False) -> str:
     """Every goal: measured on each device of which there are results, or what is predicted.
 
     measured_only: the rest are counted in a sentence, and nothing is predicted.
     """
-    facts = _roofline.read_facts(RESULTS / "aot.json")
-    everything = sorted(
-        (row for bench in ("level", "fold_pack", "startup", "ceilings") for row in rows_of(bench)),
-        key=lambda row: row["date"],
-    )
-    lines = []
+    benches = ("level", "fold_pack", "pack_tensors", "startup", "ceilings")
+    everything = sorted((row for b in benches for row in rows_of(b)), key=lambda r: r["date"])
+    by_device: dict[str, list[dict]] = {}
+    for row in everything:
+        by_device.setdefault(row["device"], []).append(row)
+    found, missing = [], []
     for goal in GOALS:
-        guess = ""
+        lines = []
+        for own in by_device.values():
+            on_gpu = all(row["threads"] is None for row in own)
+            if goal.device in ("any", "gpu" if on_gpu else "cpu"):
+                verdict = judge(goal, own)
+                lines += [_verdict_line(goal, verdict, own)] if verdict else []
+        found += lines
+        missing += [] if lines else [goal]
+    text = (
+        "Their time over ours, contenders in turn within one run: more is better, except for peak "
+        "memory (ours over theirs) and seconds. Median (lowest-highest) over the runs of the "
+        "newest commit that measured a goal. Of roofline: the time of the FLOPs or of the bytes, "
+        "whichever is longer, at the best matmul and copy measured on the device, over ours."
+    )
+    header = ["goal", "against", "bound", "reached", "", "ours", "of roofline", "measured on"]
+    parts = [text, table(header, found)] if found else [text]
+    if measured_only:
+        parts.append(f"{len(missing)} of {len(GOALS)} goals have not been measured.")
+    elif missing:
+        parts += [
+            "Not measured yet, with predictions from counted FLOPs and bytes at data-sheet rates "
+            "(`benchmarks/_roofline.py`):",
+            table(["goal", "against", "bound", *_roofline.CHIPS], _predicted_lines(missing)),
+        ]
+    return "\n\n".join(parts)
+
+
+def _goal_cells(goal: Goal) -> list[str]:
+    against = goal.against or {"read": "read bandwidth", "seconds": ""}[goal.measure]
+    bound = f"{'at most' if goal.at_most else 'at least'} {goal.bound:.2f}{_unit(goal)}"
+    return [f"{goal.device}: {goal.work}", against, bound]
+
+
+def _unit(goal: Goal) -> str:
+    return " s" if goal.measure == "seconds" else ""
+
+
+def _verdict_line(goal: Goal, verdict: Verdict, results: list[dict]) -> list[str]:
+    values = [verdict.low, verdict.reached, verdict.high]
+    ours = verdict.rows.get("ours")
+    stamp = next(iter(verdict.rows.values()))
+    return [
+        *_goal_cells(goal),
+        spread(values, f"{{:.2f}}{_unit(goal)}", statistics.median),
+        "pass" if verdict.passed else "short",
+        "" if ours is None else f"{ours['ms']:.2f} ms",
+        roofline_cell(ours, results),
+        f"{stamp['device']}, {stamp['date'][:10]}, {commit_of(stamp)}",
+    ]
+
+
+def _predicted_lines(goals: list[Goal]) -> list[list[str]]:
+    facts = _roofline.read_facts(RESULTS / "aot.json")
+    lines = []
+    for goal in goals:
+        guesses = [""] * len(_roofline.CHIPS)
         if goal.device == "gpu":
             guesses = [_roofline.predicted(goal, chip, facts) for chip in _roofline.CHIPS.values()]
-            guess = " / ".join("-" if g is None else f"{g:.2f}" for g in guesses)
-        measured, verdict, ours, of_roofline = "not measured", "", "", ""
-        for device in sorted({row["device"] for row in everything}):
-            own = [row for row in everything if row["device"] == device]
-            on_gpu = all(row["threads"] is None for row in own)
-            if goal.device not in ("any", "gpu" if on_gpu else "cpu"):
-                continue
-            rows = rows_of_goal(goal, own)
-            rates = next((r for r in reversed(own) if r["bench"] == "ceilings"), None)
-            found = share(goal, rows, rates)
-            if found is not None:
-                measured, verdict = f"{found[0]:.2f}", "pass" if found[1] else "short"
-                mine = next((r for r in rows if r.get("contender") == "ours"), None)
-                if mine is not None:
-                    ours = f"{mine['ms']:.2f} ms"
-                    of_roofline = f"{mine['roofline']:.0%}" if "roofline" in mine else ""
-        at_most = goal.measure in ("peak", "seconds")
-        against = goal.against or {"read": "read bandwidth", "seconds": "s"}[goal.measure]
-        bound = f"{'at most' if at_most else 'at least'} {goal.bound:.2f}"
-        lines.append(
-            [f"{goal.device}: {goal.work}", against, bound, measured, verdict, ours, of_roofline,
-             guess]
-        )  # fmt: skip
-    header = ["goal", "against", "bound", "reached", "", "ours", "of roofline"]
-    text = (
-        "Times are compared within one run, contenders in turn: a ratio is theirs over ours, so "
-        "more is better, except for peak memory (ours over theirs) and seconds. "
-    )
-    if measured_only:
-        found = [line[:-1] for line in lines if line[3] != "not measured"]
-        missing = len(lines) - len(found)
-        text += f"{missing} of {len(lines)} goals have not been measured."
-        return f"{text}\n\n{table(header, found)}" if found else text
-    header.append("predicted, " + " / ".join(_roofline.CHIPS))
-    text += (
-        "Predictions are counted FLOPs and bytes at data-sheet rates (`benchmarks/_roofline.py`), "
-        "for GPUs on which nothing has been measured yet."
-    )
-    return f"{text}\n\n{table(header, lines)}"
+            guesses = ["" if guess is None else f"{guess:.2f}" for guess in guesses]
+        lines.append([*_goal_cells(goal), *guesses])
+    return lines
 
 
 def kernel_section() -> str:
@@ -152,6 +185,7 @@ def level_sections() -> list[str]:
     """One table per device and level: a line per setting, ms and peak MB of each contender."""
     sections = []
     rows = level_rows()
+    roofs = {device: rows_on("ceilings", device) for device in devices()}
     for device, level in sorted({(row["device"], row["level"]) for row in rows}):
         own = [r for r in rows if (r["device"], r["level"]) == (device, level)]
         names = sorted({row["contender"] for row in own if "ms" in row}, key=_order)
@@ -159,8 +193,8 @@ def level_sections() -> list[str]:
         for (model, batch, tokens, lora, dtype, kept), cell in sorted(cells_of(own).items()):
             setting = f"{model}, {batch} x {tokens}{f', LoRA {lora}' if lora else ''}, {dtype}"
             texts = [_cell(cell.get(name)) for name in names]
-            best = cell.get("ours", {}).get("roofline")
-            lines.append([setting, f"{kept:.0%}", *texts, "" if best is None else f"{best:.0%}"])
+            at_roof = roofline_cell(cell.get("ours"), roofs[device])
+            lines.append([setting, f"{kept:.0%}", *texts, at_roof])
         header = ["shape", "open", *(f"{name}, ms (MB)" for name in names), "ours, of roofline"]
         skipped = sorted({(r["contender"], r["skipped"]) for r in own if "skipped" in r})
         notes = [f"Without {name}: {why}." for name, why in skipped]
@@ -181,7 +215,7 @@ def _cell(row: dict | None) -> str:
 
 
 def losses() -> list[str]:
-    """Where another contender is faster than ours, or takes less memory, by more than 3 %.
+    """Where other contenders take more than 3 % less time than ours, a line for each setting.
 
     oracle and torch_pruning are left out: they run what is left after training, not a gate.
     """
@@ -192,15 +226,18 @@ def losses() -> list[str]:
             cells = cells_of([row for row in rows if row["level"] == level])
             for (model, batch, tokens, lora, _, kept), cell in sorted(cells.items()):
                 ours = cell.get("ours")
-                for name, row in cell.items() if ours and "ms" in ours else ():
-                    if name == "ours" or name.startswith(("oracle", "torch_pruning")):
-                        continue
-                    if "ms" in row and ours["ms"] > 1.03 * row["ms"]:
-                        where = f"{level}, {model}, {batch} x {tokens}, {kept:.0%} open"
-                        where += f", LoRA {lora}" if lora else ""
-                        found.append(
-                            f"{where}: {name} takes {row['ms'] / ours['ms']:.2f}x our time"
-                        )
+                if ours is None or "ms" not in ours:
+                    continue
+                shares = {
+                    name: row["ms"] / ours["ms"]
+                    for name, row in cell.items()
+                    if "ms" in row and not name.startswith(("ours", "oracle", "torch_pruning"))
+                }
+                faster = [f"{name} {x:.2f}x" for name, x in sorted(shares.items()) if 1.03 * x < 1]
+                if faster:
+                    where = f"{level}, {model}, {batch} x {tokens}, {kept:.0%} open"
+                    where += f", LoRA {lora}" if lora else ""
+                    found.append(f"{where}: {', '.join(faster)}")
     return found
 
 
@@ -210,7 +247,12 @@ def loss_section() -> str:
         return ""
     if not found:
         return "No contender that computes gates, and no dense model, was faster by more than 3 %."
-    return "\n".join(f"- {text}" for text in found)
+    text = (
+        "Their time as a share of ours, where it is less by more than 3 %. The model that is left "
+        "when training is over (`oracle`, `torch_pruning`) is not among them: it has no gates to "
+        "train."
+    )
+    return "\n".join([f"{text}\n", *(f"- {line}" for line in found)])
 
 
 def figures() -> dict[str, str]:
@@ -230,16 +272,27 @@ def figures() -> dict[str, str]:
             made[f"roofline-{slug}.svg"] = _figures.lines(
                 "Ours against the roofline", note, points, "FLOP per byte", "FLOP/s", log=True
             )
-        stacks = {
-            r["contender"]: r["breakdown"]
-            for r in own
-            if r["level"] == "train_step" and r.get("breakdown") and r["model"] == "smollm2-135m"
-        }
-        if stacks:
+        if steps := _largest_step(own):
+            first, shown = steps[0], {row["contender"]: _time_by_kind(row) for row in steps}
             made[f"step-{slug}.svg"] = _figures.bars(
-                "Where a training step's time goes", note, stacks, "ms"
-            )
+                f"A training step of {first['model']}, {first['batch']} x {first['tokens']} "
+                f"tokens, {first['open']:.0%} open", note, shown, "ms"
+            )  # fmt: skip
     return made
+
+
+def _largest_step(rows: list[dict]) -> list[dict]:
+    """Every contender of the training step, without LoRA, of most tokens."""
+    steps = [r for r in rows if r["level"] == "train_step" and r.get("breakdown") and not r["lora"]]
+    cells = cells_of(steps)
+    largest = max(cells, key=lambda setting: setting[1] * setting[2], default=None)
+    return list(cells[largest].values()) if cells else []
+
+
+def _time_by_kind(row: dict) -> dict[str, float]:
+    """Kind -> ms: the shares of one profiled step, of the median time of those without profiler."""
+    total = sum(row["breakdown"].values())
+    return {kind: ms / total * row["ms"] for kind, ms in row["breakdown"].items()}
 
 
 def _speedups(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
@@ -260,19 +313,18 @@ def _speedups(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
 
 
 def _intensities(device: str, rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
-    """Level -> (FLOP / byte, FLOP/s) of ours; and the roof, from the newest ceilings."""
-    rates = [r for r in rows_of("ceilings") if r["device"] == device]
+    """Level -> (FLOP / byte, FLOP/s) of ours; and the roof, from the ceilings."""
     ours = [r for r in rows if r["contender"] == "ours" and r["flops"]]
-    if not rates or not ours:
+    rates = ceilings(rows_on("ceilings", device), ours[-1]["dtype"]) if ours else None
+    if rates is None:
         return {}
     points: dict[str, list[tuple[float, float]]] = {}
     for row in ours:
         at = (row["flops"] / row["bytes"], row["flops"] / row["ms"] * 1e3)
         points.setdefault(row["level"], []).append(at)
     low, high = (pick(p[0] for ps in points.values() for p in ps) for pick in (min, max))
-    ridge = rates[-1]["flops"] / rates[-1]["bytes"]
-    corners = sorted({low / 1.2, ridge, high * 1.2})
-    roof = [(x, min(rates[-1]["flops"], x * rates[-1]["bytes"])) for x in corners]
+    corners = sorted({low / 1.2, rates["flops"] / rates["bytes"], high * 1.2})
+    roof = [(x, min(rates["flops"], x * rates["bytes"])) for x in corners]
     return {"roof: matmul, bytes": roof, **points}
 
 

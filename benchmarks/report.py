@@ -24,7 +24,9 @@ from _results import (
     level_sections,
     loss_section,
     newest,
+    roofline_cell,
     rows_of,
+    rows_on,
     spread,
     table,
     write_figures,
@@ -101,7 +103,7 @@ def op_sections() -> list[str]:
                 f"{model}, T={tokens}, {dtype}",
                 f"{kept:.0%}",
                 *(f"{cell[name]['ms']:.3f}" if name in cell else "" for name in contenders),
-                f"{cell['ours']['roofline']:.0%}" if "ours" in cell else "",
+                roofline_cell(cell.get("ours"), rows_on("ceilings", device)),
             ]
             for (model, tokens, dtype, kept), cell in sorted(cells.items())
         ]

@@ -29,7 +29,7 @@ import torch
 from _harness import append, ceilings, environment
 from _measure import line, measure, run_level
 from _suite import Case, modules
-from goals import GOALS, of_device, rows_of, share
+from goals import GOALS, judge, of_device, of_roofline
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("goals", "packing", "startup", "levels", "ops", "curves")
@@ -136,14 +136,21 @@ class Bench:
 
     def known(self, kind: str, name: str, case: Case) -> bool:
         """Whether this commit, as it is, has measured the case on this device."""
-        if self.again or self.stamp["dirty"]:
-            return False
         wanted = {
             kind: name, "bench": kind, "model": case.model, "tokens": case.tokens,
             "batch": case.batch, "lora": case.lora, "open": case.kept, "dtype": self.dtype_name,
-            **{key: self.stamp[key] for key in ("commit", "dirty", "device", "torch")},
+            **self.identity,
         }  # fmt: skip
-        return any(
+        return not self.again and self._holds(wanted)
+
+    @property
+    def identity(self) -> dict:
+        """Of what was measured on what."""
+        return {key: self.stamp[key] for key in ("commit", "dirty", "device", "torch")}
+
+    def _holds(self, wanted: dict) -> bool:
+        """Whether the results have such a row; local changes are never the same twice."""
+        return not self.stamp["dirty"] and any(
             all(row.get(key) == value for key, value in wanted.items()) for row in self.results()
         )
 
@@ -179,10 +186,8 @@ class Bench:
 
     def script(self, name: str, file: str, *arguments: str) -> None:
         """Another bench of this folder, which writes its own lines."""
-        if not self.again and any(
-            row["bench"] == Path(file).stem and row["commit"] == self.stamp["commit"]
-            and row["device"] == self.stamp["device"] for row in self.results()
-        ):  # fmt: skip
+        finished = {"bench": "finished", "script": name, **self.identity}
+        if not self.again and self._holds(finished):
             return
         if self.left < 40:
             self.left_out.append(name)
@@ -193,6 +198,8 @@ class Bench:
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             self.failed.append(f"{name}: {error}")
             print(f"FAILED {self.failed[-1]}", flush=True)
+            return
+        self.write("finished.jsonl", [{"bench": "finished", "script": name}])
 
     def part(self, part: str) -> None:
         if part == "packing":
@@ -217,16 +224,15 @@ def read_results(folder: Path) -> list[dict]:
 def table(results: list[dict], device: str, facts: list[dict]) -> str:
     """Every goal, those of this device as measured, those of a GPU as predicted, too."""
     here = set(map(id, of_device(device)))
-    rates = next((r for r in reversed(results) if r["bench"] == "ceilings"), None)
     lines = [("goal", "against", "bound", "reached", "ours", "theirs", "of roofline", "")]
     lines[0] += tuple(f"{chip}, predicted" for chip in _roofline.CHIPS)
     for goal in GOALS:
-        rows = rows_of(goal, results) if id(goal) in here else []
-        timed = {row.get("contender"): row for row in rows if "ms" in row}
-        found = share(goal, rows, rates)
-        verdict = "not measured" if found is None else ("pass" if found[1] else "short")
-        ours, theirs = timed.get("ours"), timed.get(goal.against)
-        sign = "<=" if goal.measure in ("peak", "seconds") else ">="
+        found = judge(goal, results) if id(goal) in here else None
+        verdict = "not measured" if found is None else ("pass" if found.passed else "short")
+        rows = {} if found is None else found.rows
+        ours, theirs = rows.get("ours"), rows.get(goal.against)
+        share = of_roofline(ours, results) if ours else None
+        sign = "<=" if goal.at_most else ">="
         unit = {"ratio": "x", "peak": "x peak", "read": " of read", "seconds": " s"}[goal.measure]
         guesses = [
             _roofline.predicted(goal, chip, facts) if goal.device == "gpu" else None
@@ -237,10 +243,10 @@ def table(results: list[dict], device: str, facts: list[dict]) -> str:
                 f"{goal.device}: {goal.work}",
                 goal.against,
                 f"{sign} {goal.bound:.2f}{unit}",
-                "" if found is None else f"{found[0]:.2f}{unit}",
+                "" if found is None else f"{found.reached:.2f}{unit}",
                 "" if ours is None else f"{ours['ms']:.2f} ms",
                 "" if theirs is None else f"{theirs['ms']:.2f} ms",
-                f"{ours['roofline']:.0%}" if ours and "roofline" in ours else "",
+                "" if share is None else f"{share:.0%}",
                 verdict,
                 *("" if guess is None else f"{guess:.2f}{unit}" for guess in guesses),
             )
