@@ -142,9 +142,11 @@ def test_op_results_have_a_line_per_setting(tmp_path, monkeypatch):
     stamp = {"commit": "abc", "dirty": False, "date": "2026-01-01", "threads": 1, "torch": "2.9"}
     setting = {"bench": "op", "op": "gated_mlp", "model": "tiny", "dtype": "float32", "open": 0.6}
     rows = [
-        {"contender": name, "tokens": tokens, "ms": ms, "roofline": 0.5, "device": "chip"}
+        {"contender": name, "tokens": tokens, "ms": ms, "flops": 1e6, "bytes": 1, "device": "chip"}
         for name, tokens, ms in (("ours", 8, 1.25), ("masked", 8, 2.5), ("masked", 16, 5.0))
     ]
+    roof = {"bench": "ceilings", **dict.fromkeys(("flops", "bytes", "copy", "read"), 1.6e9)}
+    rows.append({**roof, "device": "chip"})
     (tmp_path / "chip").mkdir()
     lines = [json.dumps(setting | stamp | row) for row in rows]
     (tmp_path / "chip" / "ops.jsonl").write_text("\n".join(lines), encoding="utf-8")
