@@ -257,6 +257,16 @@ def test_controller_state_round_trips_and_is_never_cast():
     assert other.state.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_controller_state_keeps_its_bits_when_cast(dtype):
+    controller = BudgetController(0.5)
+    controller.state.copy_(torch.tensor([0.1, 1001.0]))
+    before = controller.state.clone()
+    assert controller.to(dtype) is controller and torch.equal(controller.state, before)
+    assert controller.steps == 1001
+    assert controller.to("meta").state.is_meta
+
+
 @pytest.mark.parametrize("estimator", ["stg", "hard_concrete"])
 def test_training_reaches_the_target_and_snap_meets_it(estimator):
     model = tiny_model("llama", dtype=torch.float32)

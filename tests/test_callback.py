@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from interrupted import NoFinish, StopAt
 from letters import letter_tokenizer
 from tiny import tiny_model, token_ids
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import gatepack as gp
 from gatepack.callback import FILE, GateCallback
@@ -71,21 +72,6 @@ def test_one_gate_step_per_optimizer_step(accumulation, tmp_path):
     assert callback.training.done == 4
     assert gp.gates_of(run.model).controller.steps == 4
     assert int(gp.gates_of(run.model).draws) == 4 * accumulation
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        control.should_training_stop = control.should_save = state.global_step == self.step
-
-
-class NoFinish(GateCallback):
-    """A run that is killed never sees on_train_end."""
-
-    def on_train_end(self, args, state, control, **_):
-        pass
 
 
 @pytest.mark.parametrize("cut", [5, 10])

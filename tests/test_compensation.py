@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import tiny_model, token_ids
+from tiny import padded, set_gates, tiny_model, token_ids
 
 import gatepack as gp
 from gatepack.compensation import (
@@ -107,7 +107,7 @@ def test_least_squares_are_fp32_under_autocast():
         name = "model.layers.0.mlp:channels"
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             linear = model.model.layers[0].mlp.down_proj
-            changes.append(_repair(linear, gates, name, inputs, residuals, 0.1))
+            changes.append(_repair(linear, gates, name, inputs, residuals, [None] * 3, 0.1))
     assert torch.equal(*changes)
 
 
@@ -116,10 +116,10 @@ def test_least_squares_are_fp32_under_autocast():
 def test_damping_is_what_fits_the_batches_left_out_best(count, noise):
     """Against a literal transcription in fp64: chosen on the last quarter, applied to all."""
     torch.manual_seed(0)
-    inputs = [torch.randn(3, 5, 12) for _ in range(count)]
+    inputs = [torch.randn(15, 12) for _ in range(count)]
     weight = torch.randn(12, 4)
-    residuals = [x @ weight + noise * torch.randn(3, 5, 4) for x in inputs]
-    xs, rs = ([t.double().flatten(0, 1) for t in each] for each in (inputs, residuals))
+    residuals = [x @ weight + noise * torch.randn(15, 4) for x in inputs]
+    xs, rs = ([t.double() for t in each] for each in (inputs, residuals))
 
     def solution(damping, xs, rs):
         x, r = torch.cat(xs), torch.cat(rs)
@@ -152,6 +152,44 @@ def test_chosen_damping_beats_hardly_any_on_fresh_text():
         close_and_compensate(model, keep_all_but(gates, closed), few, damping)
         errors[damping] = (model(fresh).logits - expected).square().mean().item()
     assert errors[None] < 0.9 * errors[1e-4], errors
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(side):
+    ids = [token_ids(2, 16, seed=seed) for seed in range(4)]
+    weights = []
+    for inputs in (ids, [padded(each, 8, side) for each in ids]):
+        model = tiny_model("llama")
+        gates = gp.attach(model, CONFIG)
+        masks = keep_all_but(gates, first_head_and_third_channels(gates))
+        close_and_compensate(model, masks, inputs, damping=0.1)
+        weights.append([p.detach() for p in model.parameters()])
+    for got, expected in zip(*weights, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_refuses_gates_that_are_not_1_and_no_batch():
+    model = tiny_model("llama", torch.float32)
+    gates = gp.attach(model, CONFIG)
+    masks = keep_all_but(gates, {})
+    with pytest.raises(ValueError, match="at least one batch of token ids, got none"):
+        close_and_compensate(model, masks, [])
+    for pattern in ("single", "mixed"):
+        set_gates(gates, pattern)
+        with pytest.raises(ValueError, match=r"exactly 1: put new gates on, with gatepack\.detach"):
+            close_and_compensate(model, masks, [token_ids()])
+        gp.detach(model)
+        gates = gp.attach(model, CONFIG)
+        close_and_compensate(model, masks, [token_ids()])
+
+
+def test_submodules_keep_their_modes():
+    model = tiny_model("llama", torch.float32).train()
+    gates = gp.attach(model, CONFIG)
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    close_and_compensate(model, keep_all_but(gates, {}), [token_ids()])
+    assert [module.training for module in model.modules()] == before
 
 
 def test_repaired_model_packs_to_the_same_logits():

@@ -33,6 +33,7 @@ REFUSALS = [
     ({"width_multiple": 0}, ["width_multiple", "0", "integer >= 1"]),
     ({"width_multiple": 64.0}, ["width_multiple", "64.0", "integer >= 1"]),
     ({"tp_divisor": True}, ["tp_divisor", "True", "integer >= 1"]),
+    ({"tp_divisor": 2, "units": ("rows",)}, ["tp_divisor", "2", "must be 1", "'rows'", "'heads'"]),
     ({"seed": -1}, ["seed", "-1", "integer >= 0"]),
     ({"targets": "model.*"}, ["targets", "'model.*'", "list or tuple of strings"]),
     ({"targets": (1,)}, ["targets", "(1,)", "list or tuple of strings"]),

@@ -1,6 +1,7 @@
 """export(format="hf"): sizes of each layer in transformers, through the modelling file beside the
 weights; what does not fit is refused, and nothing runs without trust_remote_code."""
 
+import copy
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import token_ids
 
 import gatepack as gp
+from gatepack.exporters import parity
 from gatepack.families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
@@ -60,6 +62,15 @@ def test_every_family_loads(tmp_path, model_type):
     gp.save_pretrained(model, tmp_path / "own")
     plain = gp.from_pretrained(tmp_path / "own").config.to_dict()
     assert ours.config.to_dict() == {**plain, "_name_or_path": str(tmp_path / "m")}
+
+
+def test_the_check_leaves_modes_alone():
+    model = packed_model("bert").train()
+    other = copy.deepcopy(model)
+    model.base_model.encoder.layer[0].eval()
+    before = [module.training for module in model.modules()]
+    parity._compare_outputs(model, other, token_ids(), "a copy")
+    assert [module.training for module in model.modules()] == before
 
 
 def test_config_has_the_sizes_that_differ(folder):

@@ -160,6 +160,23 @@ def test_resumes_bit_for_bit(cut):
         assert torch.equal(a, b), name
 
 
+def test_an_earlier_state_takes_everything_back():
+    model = gated()
+    training, optimizer = train(model, 0)
+    start = copy.deepcopy((model.state_dict(), training.state_dict(), optimizer.state_dict()))
+    train(model, STEPS, training, optimizer)
+    assert training.gates.frozen
+    expected = {name: t.clone() for name, t in model.state_dict().items()}
+    loss_of(model, 0).backward()
+    for part, state in zip((model, training, optimizer), start, strict=True):
+        part.load_state_dict(state)
+    optimizer.zero_grad()
+    assert not training.gates.frozen and not training.optimizer.state
+    train(model, STEPS, training, optimizer)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_state_holds_tensors_only():
     training, _ = train(gated(), 3)
     assert all(isinstance(value, torch.Tensor) for value in training.state_dict().values())

@@ -1,6 +1,7 @@
 """GateSet: sampling, closing, budget terms and open sets, on bare specs and on a tiny model."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -118,6 +119,15 @@ class TestSampling:
         with torch.no_grad():
             assert not gates["a:heads"].values().requires_grad
         assert gates["a:heads"].values().requires_grad
+
+    def test_a_graph_that_was_walked_is_not_used_again(self):
+        model, gates = gated_llama(noise=0.0)
+        model.eval()(token_ids())
+        gates.logits.requires_grad_(False)
+        for seed in (0, 1):
+            hidden = model.get_input_embeddings()(token_ids(seed=seed)).detach().requires_grad_()
+            model(inputs_embeds=hidden).logits.sum().backward()
+            assert hidden.grad.abs().sum() > 0
 
     def test_inference_mode_then_training(self):
         model, gates = gated_llama(noise=0.0)
@@ -446,6 +456,18 @@ class TestValueGrads:
         gates.draw()
         with pytest.raises(RuntimeError, match="run a training forward and backward first"):
             gates.value_grads()
+
+
+class TestWithoutAModel:
+    def test_has_no_attachment_and_is_copied_and_pickled(self):
+        gates = make_gates()
+        gates.draw()
+        assert set(gates.state_dict()) == {"logits", "closed", "draws", "controller.state"}
+        twins = (copy.deepcopy(gates), pickle.loads(pickle.dumps(gates)))
+        flat = gates.draw().flat
+        assert gates.attachment is None
+        for twin in twins:
+            assert twin.attachment is None and torch.equal(twin.draw().flat, flat)
 
 
 class TestDeepcopy:

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from tiny import dense_gradients, mask_dense, set_gates, tiny_model, token_ids
 
 import gatepack as gp
@@ -239,6 +240,44 @@ class TestGeneration:
         assert torch.equal(got, reference.eval().generate(ids, use_cache=True, **arguments))
         assert torch.equal(got, model.generate(ids, use_cache=False, **arguments))
         assert got.shape == (2, 17)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("direct", [False, True])
+    @pytest.mark.parametrize("pattern", ["single", "mixed", "ragged"])
+    def test_requests_may_take_turns(self, pattern, direct, monkeypatch):
+        """Attention goes on as it filled a cache, whatever ran since, for copies of the cache too;
+        direct: of a trunk that is called by itself and gives a tuple."""
+        monkeypatch.setenv("GATEPACK_BACKEND", "folded")
+        model, gates = gated_llama(pattern)
+        reference = mask_dense(
+            tiny_model("llama"), gates.split(gates.deterministic_values().double())
+        )
+        ids, options = token_ids(), {"use_cache": True, "return_dict": not direct}
+        ours, theirs = (m.eval().model if direct else m.eval() for m in (model, reference))
+        caches = {}
+        for path in ("folded", "dense"):
+            monkeypatch.setenv("GATEPACK_BACKEND", path)
+            output = ours(ids[:, :5], **options)
+            caches[path] = output[1] if direct else output.past_key_values
+        for other, cache in (("dense", caches["folded"]), ("folded", caches["dense"])):
+            monkeypatch.setenv("GATEPACK_BACKEND", other)
+            ours(ids)
+            for each in (copy.deepcopy(cache), cache):
+                got = ours(ids[:, 5:], past_key_values=each, **options)[0]
+                assert_close(got, theirs(ids, **options)[0][:, 5:])
+
+    @torch.no_grad()
+    def test_a_cache_that_is_given_and_not_returned_keeps_its_path(self, monkeypatch):
+        model, gates = gated_llama("single")
+        reference = mask_dense(
+            tiny_model("llama"), gates.split(gates.deterministic_values().double())
+        )
+        ids, cache = token_ids(), transformers.DynamicCache()
+        monkeypatch.setenv("GATEPACK_BACKEND", "dense")
+        model.eval()(ids[:, :5], past_key_values=cache, use_cache=False)
+        monkeypatch.setenv("GATEPACK_BACKEND", "folded")
+        got = model(ids[:, 5:], past_key_values=cache).logits
+        assert_close(got, reference.eval()(ids).logits[:, 5:])
 
 
 class TestCheckpointing:

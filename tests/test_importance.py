@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_model, token_ids
+from tiny import padded, tiny_model, token_ids
 
 import gatepack as gp
 from gatepack.importance import (
@@ -64,7 +64,7 @@ def test_moments_are_fp32_products_under_autocast():
     for enabled in (False, True):
         linear, inputs, gradients = torch.nn.Linear(8, 4), {}, {}
         linear.load_state_dict({"weight": torch.eye(8)[:4], "bias": torch.zeros(4)})
-        linear.register_forward_hook(_recorder("gate", inputs, gradients))
+        linear.register_forward_hook(_recorder("gate", None, inputs, gradients))
         x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             linear(x).backward(torch.ones(32, 4, dtype=torch.bfloat16 if enabled else None))
@@ -102,7 +102,7 @@ def test_calibrate_sums_second_moments(model_type):
     handle = linear.register_forward_hook(record)
     model.eval()
     for batch in ids:
-        (model(batch, labels=batch).loss * batch.numel()).backward()
+        (model(batch, labels=batch).loss * batch[:, 1:].numel()).backward()
     handle.remove()
     x = torch.cat(inputs).detach()
     g = torch.cat([y.grad.reshape(-1, y.shape[-1]) for y in gradients])
@@ -119,14 +119,67 @@ def test_calibrate_sums_second_moments(model_type):
     )
 
 
+def moments_of(model_type, batches):
+    model = tiny_model(model_type)
+    gp.attach(model, CONFIG)
+    return calibrate(model, batches)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "side"),
+    [("llama", "left"), ("llama", "right"), ("gpt2", "right"), ("bert", "right")],
+)
+def test_calibrate_does_not_count_padding(model_type, side):
+    ids = token_ids(2, 16)
+    plain, spread = {"input_ids": ids}, padded(ids, 48, side)
+    if model_type == "bert":
+        plain["labels"] = spread["labels"] = torch.tensor([0, 1])
+    found, expected = (moments_of(model_type, [batch]) for batch in (spread, plain))
+    for name in expected:
+        for field in ("inputs", "gradients"):
+            got, wanted = getattr(found[name], field), getattr(expected[name], field)
+            scale = float(wanted.abs().max())
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_each_label_counts_as_much_in_any_batch():
+    """A batch of which half is not scored adds as much as its scored half alone."""
+    ids = token_ids(2, 16)
+    labels = ids.clone()
+    labels[:, 8:] = -100
+    found = moments_of("llama", [{"input_ids": ids, "labels": labels}])
+    expected = moments_of("llama", [ids[:, :8]])
+    for name in expected:
+        wanted = expected[name].gradients
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(found[name].gradients, wanted, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_inputs_of_padding_do_not_count_where_its_labels_do(side):
+    inputs = padded(token_ids(2, 16), 48, side)
+    found = moments_of("llama", [{**inputs, "labels": inputs["input_ids"]}])
+    expected = moments_of("llama", [token_ids(2, 16)])
+    for name in expected:
+        torch.testing.assert_close(found[name].inputs, expected[name].inputs, rtol=1e-5, atol=1e-5)
+
+
+def test_calibrate_needs_a_batch():
+    with pytest.raises(ValueError, match="at least one batch of token ids, got none"):
+        moments_of("llama", [])
+
+
 def test_calibrate_leaves_the_model_as_it_was():
     model = tiny_model("llama").train()
     gp.attach(model, CONFIG)
+    model.model.layers[0].eval()
+    model.model.layers[1].mlp.down_proj.weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
     before = {name: p.clone() for name, p in model.named_parameters()}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     ids = token_ids()
     calibrate(model, [{"input_ids": ids, "labels": ids}])
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
     for name, parameter in model.named_parameters():
         assert parameter.grad is None, name

@@ -79,6 +79,23 @@ def test_opaque_adapter_is_named():
         assert row_of(model, "layers.1.mlp.up_proj").many == "folded"
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "layer"),
+    [
+        ("AdaLoraConfig", {"init_r": 4, "total_step": 10}, "adalora.layer.SVDLinear"),
+        ("IA3Config", {"feedforward_modules": ["down_proj"]}, "ia3.layer.Linear"),
+    ],
+)
+def test_adapter_that_is_not_lora_is_named(kind, fields, layer):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(target_modules=list(LINEARS), **fields)
+    model = peft.get_peft_model(gated(), config)
+    rows = gp.explain(model).rows
+    assert {(row.few, row.many, row.why) for row in rows} == {
+        ("dense", "dense", f"adapter type peft.tuners.{layer} is not LoRA")
+    }
+
+
 def test_wrapping_after_attach_needs_no_forward_first():
     model = adapted(gated())
     explanation = gp.explain(model)

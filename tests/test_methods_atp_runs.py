@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from atp_training import FAST, STEPS, batches_of, generator_batches, started, train
+from interrupted import NoFinish, StopAt
 from tiny import tiny_model, token_ids
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import gatepack as gp
 from gatepack.methods import ATP
+from gatepack.methods.group_lasso import lasso
 
 pytest.importorskip("peft")
 
@@ -65,28 +67,14 @@ def test_resumes_bit_for_bit(regulariser):
             assert torch.equal(a, b), name
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        control.should_training_stop = control.should_save = state.global_step == self.step
-
-
-class NoFinish(gp.GateCallback):
-    """A run that is killed never sees on_train_end."""
-
-    def on_train_end(self, args, state, control, **_):
-        pass
-
-
-def trainer(folder, callback, callbacks=()):
+def trainer(folder, callback, callbacks=(), **arguments):
     rows = [{"input_ids": row, "labels": row} for row in token_ids(24, 6)]
     return Trainer(
         tiny_model("llama", torch.float32),
         TrainingArguments(
-            output_dir=str(folder), max_steps=8, per_device_train_batch_size=2, report_to=[],
-            use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=2, seed=5,
+            output_dir=str(folder), per_device_train_batch_size=2, report_to=[], use_cpu=True,
+            disable_tqdm=True, save_strategy="no", logging_steps=2, seed=5,
+            **{"max_steps": 8, **arguments},
         ),
         train_dataset=rows,
         callbacks=[callback, *callbacks],
@@ -105,6 +93,69 @@ def test_in_a_trainer_with_resume(tmp_path):
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(ours[name], tensor), name
     assert abs(gp.pack(second.model).kept_fraction - 0.6) <= 0.005
+
+
+class Scaled(TrainerCallback):
+    """Makes an accelerator scale and unscale as it does for fp16, but on a CPU, without autocast.
+
+    Of each step it notes LoRA's gradients as the optimizer gets them.
+    """
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        self.accelerator.native_amp = True
+
+    def on_optimizer_step(self, args, state, control, model=None, **_):
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        self.steps.append(grads)
+
+
+def run_scaled(folder, monkeypatch, scale, regulariser="lasso", **arguments):
+    """(LoRA's gradients by step, trainer) of a run whose decisions are fixed after 2 steps."""
+    method = ATP(**{**FAST, "freeze": 0.25, "regulariser": regulariser})
+    callback, notes = gp.GateCallback(method, batches=generator_batches()), Scaled()
+    run = trainer(folder, callback, [notes], **arguments)
+    notes.accelerator = run.accelerator
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    monkeypatch.setattr(type(run.accelerator), "mixed_precision", "fp16")
+    run.train()
+    assert run.accelerator.scaler.get_scale() == scale
+    return notes.steps, callback
+
+
+@pytest.mark.parametrize("arguments", [{"max_grad_norm": 0.0}, {"gradient_accumulation_steps": 2}])
+def test_a_grad_scaler_changes_nothing(arguments, tmp_path, monkeypatch):
+    plain, _ = run_scaled(tmp_path, monkeypatch, 1.0, **arguments)
+    scaled, _ = run_scaled(tmp_path, monkeypatch, 2.0**10, **arguments)
+    for ours, expected in zip(scaled, plain, strict=True):
+        for name, grad in expected.items():
+            torch.testing.assert_close(ours[name], grad, msg=name)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_lasso_counts_once_and_is_clipped(accumulation, tmp_path, monkeypatch):
+    """At a rate of 0, so that the weights of all runs are those that training begins with."""
+    fields = {"gradient_accumulation_steps": accumulation, "max_steps": 2, "learning_rate": 0.0}
+
+    def last_step(regulariser, clip):
+        arguments = {**fields, "max_grad_norm": clip}
+        steps, callback = run_scaled(tmp_path, monkeypatch, 2.0**10, regulariser, **arguments)
+        return steps[1], callback.training
+
+    without, _ = last_step("none", 0.0)
+    found, training = last_step("lasso", 0.0)
+    clipped, _ = last_step("lasso", 0.1)
+    fresh = trainer(tmp_path, gp.GateCallback(ATP(**FAST), batches=generator_batches())).model
+    (100 * lasso(fresh, training.decisions)).backward()
+    pushed = {n: p.grad for n, p in fresh.named_parameters() if p.grad is not None and p.grad.any()}
+    assert len(pushed) == 4  # A of both layers' out and down linears: every B is still 0
+    norm = torch.stack([grad.norm() for grad in found.values()]).norm()
+    for name, grad in found.items():
+        expected = without[name] + pushed.get(name, 0.0)
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(clipped[name], grad * 0.1 / norm, rtol=1e-3, atol=1e-7)
 
 
 def test_peft_model_keeps_its_adapters():

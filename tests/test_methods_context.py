@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -168,6 +169,102 @@ def test_budget_is_one_threshold_on_the_mean():
     assert gone.max() <= kept.min()
 
 
+def make_rows_quieter_than_what_is_read(model) -> None:
+    """Ten rows of the first branch get ever smaller; a bias or the other branch makes up for it.
+    The values of key/value head 0 become small, not 0."""
+    with torch.no_grad():
+        for layer in layers_of(model):
+            family, width = layer.family, weight_matrix(layer.linear(layer.family.down)).shape[1]
+            values = weight_matrix(layer.linear(family.qkv or family.kv[1]))
+            values[-layer.kv_heads * layer.head_dim :][: layer.head_dim] *= 0.01
+            first, last = layer.linear(family.up[0]), layer.linear(family.up[-1])
+            for step in range(10):
+                weight_matrix(first)[11 + step] *= 0.5**step
+                if family.branches == 1:
+                    first.bias[11 + step] = 2.0
+                else:
+                    offset = family.branch_offsets(width)[-1]
+                    weight_matrix(last)[offset + 11 + step] *= 8 * 2.0**step
+
+
+def mean_of(rows) -> list[float]:
+    """Mean of |v| of each column of [T, C]."""
+    return [sum(abs(v) for v in column) / len(column) for column in rows.t().tolist()]
+
+
+def literal_thresholds(model, ids, tau_linear: float, tau_activation: float):
+    """Gate name -> whether each unit stays, by the published rule for single rows and columns."""
+    found = {}
+    for layer in layers_of(model):
+        family, x, y, centred = layer.family, {}, {}, {}
+
+        def note(module, args, output, path=None, to=(x, y, centred)):
+            bias = 0.0 if module.bias is None else module.bias.detach()
+            flat = output.detach().flatten(0, -2)
+            values = (args[0].detach().flatten(0, -2), flat, flat - bias)
+            for store, each in zip(to, values, strict=True):
+                store[path] = mean_of(each)
+
+        handles = [
+            layer.linear(path).register_forward_hook(functools.partial(note, path=path))
+            for path in family.linears
+        ]
+        with torch.no_grad():
+            model(input_ids=ids)
+        for handle in handles:
+            handle.remove()
+        lanes, ratio = layer.queries * layer.head_dim, layer.queries // layer.kv_heads
+        value = family.qkv or family.kv[1]
+        stays = []
+        for lane in range(lanes):
+            head, within = divmod(lane, layer.head_dim)
+            row = (head // ratio) * layer.head_dim + within + (2 * lanes if family.qkv else 0)
+            quiet = min(y[value][row], centred[value][row]) <= tau_linear
+            stays.append(not quiet and x[family.out][lane] > tau_linear)
+        heads = [stays[i : i + layer.head_dim] for i in range(0, lanes, layer.head_dim)]
+        found[f"{layer.heads_name}:heads"] = [any(head) for head in heads]
+        channels = []
+        for j, read in enumerate(x[family.down]):
+            closed = read <= tau_linear or read <= tau_activation
+            for path in family.up:
+                for offset in family.branch_offsets(len(x[family.down])):
+                    made = y[path][j + offset]
+                    if family.branches == 1:
+                        made = min(made, centred[path][j + offset])
+                    closed = closed or made <= tau_linear
+            channels.append(not closed)
+        found[f"{layer.channels_name}:channels"] = channels
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "glm", "gpt2", "opt"])
+@pytest.mark.parametrize(("linear", "activation"), [(0.0, 0.5), (0.3, 0.0), (0.2, 0.4), (0.4, 0.2)])
+def test_each_threshold_is_for_its_own_statistic(family, linear, activation):
+    """Thresholds at these quantiles of what down reads."""
+    model = tiny_model(family).eval()
+    make_quiet(model)
+    make_rows_quieter_than_what_is_read(model)
+    ids = token_ids(batch=3)
+    read = {}
+    for layer in layers_of(model):
+        layer.linear(layer.family.down).register_forward_pre_hook(
+            lambda m, x, name=layer.name: read.update({name: x[0].abs().flatten(0, -2).mean(0)})
+        )
+    with torch.no_grad():
+        model(input_ids=ids)
+    reads = torch.cat(list(read.values()))
+    tau = {
+        name: float(reads.quantile(part)) if part else 1e-9
+        for name, part in (("tau_linear", linear), ("tau_activation", activation))
+    }
+    expected = literal_thresholds(model, ids, **tau)
+    gp.attach(model, GATES)
+    found = ContextPruning(**tau).quiet(model, [ids]).open
+    assert {name: mask.tolist() for name, mask in found.items()} == expected
+    kept = sum(sum(mask) for name, mask in expected.items() if name.endswith("channels"))
+    assert 0 < kept < 2 * 38 and not all(all(mask) for mask in expected.values())
+
+
 def test_thresholds_that_close_a_layer_are_refused():
     model = tiny_model("llama", torch.float32)
     with pytest.raises(ValueError, match=r"would close every unit of 'model.layers.0.self_attn:"):
@@ -253,6 +350,33 @@ def test_tuning_reads_the_whole_training_text(monkeypatch):
     text = to_windows(training, tokenizer, 1).reshape(-1)
     assert len(seen[0]) > 1 and torch.equal(seen[0].flatten(), text[: seen[0].numel()])
     assert len(text) - seen[0].numel() < TRAIN.window
+
+
+def test_calibration_and_counts_read_the_training_text_only(monkeypatch):
+    """The released code calibrates, tunes and evaluates on one text."""
+    seen = {}
+    for name in ("context_statistics", "token_counts"):
+        real = getattr(context_pruning, name)
+
+        def note(*args, name=name, real=real):
+            batches = next(each for each in args if isinstance(each, list))
+            seen[name] = torch.cat([ids.flatten() for ids in batches])
+            return real(*args)
+
+        monkeypatch.setattr(context_pruning, name, note)
+    tokenizer = byte_tokenizer()
+    model = tiny_model("llama", torch.float32, vocab_size=len(tokenizer), eos_token_id=0)
+    method = method_for_run(window=8, tau_embedding=0)
+    train = dataclasses.replace(TRAIN, window=8)
+    method.run(model, tokenizer, DOCUMENTS, train, length=16)
+    training, _ = split_text(DOCUMENTS, None, method.every)
+    text, everything = (
+        to_windows(documents, byte_tokenizer(), 1).reshape(-1)
+        for documents in (training, DOCUMENTS)
+    )
+    assert torch.equal(seen["token_counts"], text) and len(text) < len(everything)
+    assert torch.equal(seen["context_statistics"], text[: 4 * 8])
+    assert not torch.equal(text[: 4 * 8], everything[: 4 * 8])
 
 
 @pytest.mark.parametrize("fields", [{"tau_embedding": 0}, {"vocabulary_target": 0.85}])

@@ -1,5 +1,6 @@
 """ATP's decisions: formulas against literal fp64 transcriptions, the generator, and the layout."""
 
+import logging
 import math
 
 import pytest
@@ -109,6 +110,17 @@ def test_channels_are_kept_in_multiples():
     assert bool((parts[:, -160:].sum(1) % 8 == 0).all())
     inner, worth = parts[:, :-160], scores.view(8, -1)[:, :-160]
     assert worth[inner].min() > worth[~inner].max()
+
+
+def test_multiple_is_refined_and_logged(caplog):
+    layout = layout_of(layers_of(tiny_model("llama")), False, True)
+    scores = torch.rand(len(layout.costs), generator=torch.Generator().manual_seed(2))
+    with caplog.at_level(logging.WARNING, logger="gatepack.budget"):
+        chosen = layout.closest(scores, 0.6, 32)
+    assert abs(float(layout.kept_fraction(chosen.double())) - 0.6) <= 0.005
+    assert [record.getMessage() for record in caplog.records] == [
+        "width_multiple 32 cannot meet the target 0.6000 within 0.5 %; using 16"
+    ]
 
 
 def test_layers_of_different_sizes_are_refused():

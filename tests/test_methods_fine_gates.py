@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from interrupted import NoFinish, StopAt
 from tiny import tiny_model, token_ids
 from transformers import Trainer, TrainingArguments
 
@@ -273,6 +274,27 @@ class TestHazards:
         sums = [float(part.sum()) for part in training.gates.split(training.unit_weights).values()]
         assert sums == pytest.approx([1.0] * len(sums), abs=1e-5)
 
+    @pytest.mark.parametrize("family", ["llama", "bert"])
+    def test_kurtosis_weights_do_not_depend_on_what_is_handed_on(self, family, monkeypatch):
+        """The folded path hands closed channels to no linear, and accumulation varies how many."""
+        found = {}
+        for path in ("folded", "dense"):
+            monkeypatch.setenv("GATEPACK_BACKEND", path)
+            model, training = started(family, weighting="kurtosis", kurtosis_every=1)
+            widths = set()
+            layer = layers_of(model)[0]
+            layer.linear(layer.family.down).register_forward_pre_hook(
+                lambda module, args, widths=widths: widths.add(args[0].shape[-1])
+            )
+            channels = f"{layer.name}.{layer.family.up[0]}:rows"
+            for step, closed in enumerate((range(5), range(3, 11))):
+                training.gates.close(channels, closed)
+                loss_of(model, step).backward()
+            training.step()
+            assert widths == ({35, 29} if path == "folded" else {40})
+            found[path] = training.unit_weights
+        torch.testing.assert_close(found["folded"], found["dense"], rtol=1e-4, atol=0)
+
 
 @pytest.mark.parametrize("weighting", ["mean", "kurtosis"])
 def test_resumes_bit_for_bit(weighting):
@@ -336,19 +358,39 @@ def test_pretrain_mode_trains_weights_through_the_gates():
     assert gp.pack(model).kept_fraction == pytest.approx(kept)
 
 
-def test_in_a_trainer(tmp_path):
+def trainer(folder, family, callback, callbacks=()):
     rows = [{"input_ids": row, "labels": row} for row in token_ids(24, 6)]
-    model = tiny_model("opt", torch.float32)
-    method = FineGates(budget=0.7, learning_rate=0.05, freeze=0.75)
-    run = Trainer(
-        model,
+    return Trainer(
+        tiny_model(family, torch.float32),
         TrainingArguments(
-            output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=2, report_to=[],
-            use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=2,
+            output_dir=str(folder), max_steps=8, per_device_train_batch_size=2, report_to=[],
+            use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=2, seed=5,
         ),
         train_dataset=rows,
-        callbacks=[gp.GateCallback(method)],
+        callbacks=[callback, *callbacks],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", [3, 7])
+def test_resumes_in_a_trainer_bit_for_bit(cut, tmp_path):
+    method = FineGates(
+        budget=0.7, learning_rate=0.05, freeze=0.75, weighting="kurtosis", kurtosis_every=2
+    )
+    whole = trainer(tmp_path / "whole", "opt", gp.GateCallback(method))
+    whole.train()
+    trainer(tmp_path / "cut", "opt", NoFinish(method), [StopAt(cut)]).train()
+    second = trainer(tmp_path / "cut", "opt", gp.GateCallback(method))
+    second.train(resume_from_checkpoint=True)
+    ours = second.model.state_dict()
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(ours[name], tensor), name
+    assert not gp.gates_of(whole.model).open_masks()["model.decoder.layers.0.fc1:rows"].all()
+
+
+def test_in_a_trainer(tmp_path):
+    method = FineGates(budget=0.7, learning_rate=0.05, freeze=0.75)
+    run = trainer(tmp_path, "opt", gp.GateCallback(method))
+    model = run.model
     run.train()
     assert abs(gp.gates_of(model).kept_fraction() - 0.7) <= 0.005
     assert any("gates/soft_keep" in entry for entry in run.state.log_history)

@@ -17,6 +17,7 @@ from gatepack.training import TrainConfig
 
 GATES = gp.GateConfig(noise=0.0, target=0.7, width_multiple=2, equal_layers=False)
 FAMILIES = ["llama", "glm", "gpt2", "bert", "modernbert"]
+NAMES = ["Magnitude", "WandaSP", "FLAP", "Taylor"]
 
 
 def make(name: str, **fields):
@@ -225,7 +226,7 @@ def test_ranks_keep_the_same_fraction_of_every_gate():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "opt"])
-@pytest.mark.parametrize("name", ["Magnitude", "WandaSP", "FLAP", "Taylor"])
+@pytest.mark.parametrize("name", NAMES)
 def test_prunes_packs_saves_and_reloads(family, name, tmp_path):
     model = tiny_model(family, torch.float32)
     batches = batches_for(model)
@@ -286,7 +287,8 @@ def test_flap_compensation_lowers_the_error(family):
     assert errors[True] < errors[False]
 
 
-def test_run_prunes_then_tunes():
+@pytest.mark.parametrize("name", NAMES)
+def test_run_prunes_then_tunes(name):
     torch.manual_seed(0)
     model = tiny_model("llama", torch.float32)
     windows = token_ids(batch=8, length=9)
@@ -294,7 +296,7 @@ def test_run_prunes_then_tunes():
         steps=6, batch_size=4, window=9, lora_rank=2, calibration_batches=2, learning_rate=1e-2
     )
     seen = []
-    result = make("FLAP").run(model, windows, train, on_step=lambda run: seen.append(run.step))
+    result = make(name).run(model, windows, train, on_step=lambda run: seen.append(run.step))
     assert seen == [1, 2, 3, 4, 5, 6]
     assert sum(result.losses[-2:]) < sum(result.losses[:2])
     assert not any(hasattr(module, "base_layer") for module in result.model.modules())
@@ -340,7 +342,7 @@ class TestErrors:
         assert not hasattr(model, "gatepack_gates")
         assert not hasattr(model.config, "gatepack")
 
-    @pytest.mark.parametrize("name", ["Magnitude", "WandaSP", "FLAP", "Taylor"])
+    @pytest.mark.parametrize("name", NAMES)
     def test_scores_that_are_not_finite(self, name):
         model = tiny_model("llama", torch.float32)
         with torch.no_grad():
@@ -388,6 +390,19 @@ class TestErrors:
             methods.Taylor(variant="second")
         with pytest.raises(ValueError, match="keep_last must be >= 0, got -1"):
             methods.Taylor(keep_last=-1)
+
+    @pytest.mark.parametrize("name", [*NAMES, "ContextPruning"])
+    def test_gates_on_rows_and_columns(self, name):
+        model = tiny_model("llama", torch.float32)
+        message = r"units: expected 'heads' and 'channels'.* got \('rows', 'columns'\): .*FineGates"
+        gates = gp.GateConfig(units=("rows", "columns"), noise=0.0)
+        with pytest.raises(ValueError, match=message):
+            make(name, gates=gates).prune(model, [token_ids()])
+        assert not hasattr(model, "gatepack_gates")
+        gp.attach(model, gates)
+        for call in (make(name).prune, make(name).score, make(name).metric):
+            with pytest.raises(ValueError, match=message):
+                call(model, [token_ids()])
 
     def test_score_needs_gates(self):
         with pytest.raises(ValueError, match="model has no gates"):

@@ -307,6 +307,55 @@ class TestPeft:
                 name
             ].abs().max()
 
+    def test_adapters_around_adapters_are_all_sliced(self):
+        pytest.importorskip("peft")
+        from adapters import lora_around
+
+        model, _ = gated(pattern="mixed")
+        model = self.adapted(model)
+        config = model.peft_config["default"]
+        torch.manual_seed(6)
+        for layer in layers_of(model.get_base_model()):
+            for path in layer.family.linears:
+                parent, _, name = path.rpartition(".")
+                parent = layer.module.get_submodule(parent)
+                outer = lora_around(getattr(parent, name), "default", config)
+                torch.nn.init.normal_(outer.lora_B["default"].weight)
+                setattr(parent, name, outer.double())
+        model.eval()
+        expected = logits_of(model)
+        shapes = {key: value.shape for key, value in model.state_dict().items()}
+        gp.pack(model)
+        assert (logits_of(model) - expected).abs().max() <= 1e-12 * expected.abs().max()
+        up = model.get_base_model().model.layers[0].mlp.up_proj
+        assert len({m.out_features for m in (up, up.base_layer, up.get_base_layer())}) == 1
+        gp.unpack(model)
+        assert (logits_of(model) - expected).abs().max() <= 1e-12 * expected.abs().max()
+        unpacked = {key: value.shape for key, value in model.state_dict().items()}
+        assert unpacked == {key: shape for key, shape in shapes.items() if "gatepack" not in key}
+
+    def test_adalora_is_refused_until_merged(self):
+        peft = pytest.importorskip("peft")
+        model, _ = gated(pattern="mixed")
+        config = peft.AdaLoraConfig(init_r=4, total_step=10, target_modules=LLAMA_LINEARS)
+        model = peft.get_peft_model(model, config).double().eval()
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_E" in key:
+                    parameter.normal_()
+        expected = logits_of(model)
+        message = (
+            "self_attn.q_proj cannot be packed: adapter type peft.tuners.adalora.layer.SVDLinear "
+            r"is not LoRA. Merge it first \(model.merge_and_unload\(\)\)"
+        )
+        with pytest.raises(ValueError, match=message):
+            gp.pack(model)
+        assert torch.equal(logits_of(model), expected)
+        model = model.merge_and_unload()
+        gp.pack(model)
+        assert (logits_of(model) - expected).abs().max() <= 1e-12 * expected.abs().max()
+
     @pytest.mark.parametrize("active", [True, False])
     def test_opaque_adapter_is_refused_and_nothing_changes(self, active):
         peft = pytest.importorskip("peft")

@@ -1,9 +1,13 @@
 """Gates on rows and columns: exact closure, counts on zeros, packing, saving and refusals."""
 
 import copy
+import dataclasses
+import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import tiny_model, token_ids
 
 import gatepack as gp
@@ -298,6 +302,55 @@ def test_adapters_train_on_packed_linears(dora, tmp_path):
     assert type(merged.model.layers[0].self_attn.q_proj) is type(indexed)
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_packed_model_runs_in_several_threads(adapted, monkeypatch):
+    model, _ = gated("llama")
+    gp.pack(model)
+    if adapted:
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(model, lora).eval()
+    ids = token_ids()
+    expected = model(ids).logits
+    linear, met = F.linear, []
+
+    def meet(*args):
+        """The product of a linear, in the first of which another thread runs the whole model."""
+        if not met:
+            met.append("on the way")
+            with ThreadPoolExecutor(1) as pool:
+                met.append(pool.submit(model, ids).result().logits)
+        return linear(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "linear", meet)
+        outer = model(ids).logits
+    for logits in (outer, met[1], model(ids).logits):
+        assert torch.equal(logits, expected)
+
+
+def test_adapter_around_an_adapter_on_packed_linears():
+    peft = pytest.importorskip("peft")
+    from adapters import lora_around
+
+    model, _ = gated("llama")
+    gp.pack(model)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config).eval()
+    ids = token_ids()
+    model(ids)
+    mlp = model.get_base_model().model.layers[0].mlp
+    inner = mlp.up_proj
+    mlp.up_proj = lora_around(inner, "outer", config).double()
+    with torch.no_grad():
+        merged = copy.deepcopy(model)
+        base = merged.get_base_model().model.layers[0].mlp.up_proj.get_base_layer()
+        for tuner, name in ((inner, "default"), (mlp.up_proj, "outer")):
+            base.weight += tuner.get_delta_weight(name)
+        merged.get_base_model().model.layers[0].mlp.up_proj = base
+        torch.testing.assert_close(model(ids).logits, merged(ids).logits, rtol=1e-9, atol=1e-9)
+
+
 def test_budget_of_exact_zeros_is_met():
     model = tiny_model("llama", torch.float32).eval()
     gates = gp.attach(model, gp.GateConfig(units=("rows", "columns"), noise=0.0, target=0.6))
@@ -325,6 +378,31 @@ def test_rows_are_kept_in_multiples():
             assert bool((scores[name][~mask] <= threshold).all())
     flat = torch.cat(list(plan.masks.values()))
     assert torch.equal(gates.couple(flat), flat)
+
+
+def test_multiple_is_refined_and_logged(caplog):
+    model = tiny_model("llama", torch.float32).eval()
+    config = gp.GateConfig(units=("rows", "columns"), noise=0.0, target=0.6, width_multiple=16)
+    gates = gp.attach(model, config)
+    torch.manual_seed(0)
+    with caplog.at_level(logging.WARNING, logger="gatepack.budget"):
+        plan = gates.plan({name: torch.rand(gate.size) for name, gate in gates.items()})
+    assert abs(plan.kept_fraction - 0.6) <= 0.005 and plan.width_multiple == 4
+    assert [record.getMessage() for record in caplog.records] == [
+        "width_multiple 16 cannot meet the target 0.6000 within 0.5 %; using 4"
+    ]
+
+
+def test_unreachable_target_names_the_nearest():
+    model = tiny_model("llama", torch.float32, num_hidden_layers=1, intermediate_size=20)
+    targets = ("*.gate_proj", "*.up_proj")  # a channel is 1.1 % of the weights
+    gates = gp.attach(model, gp.GateConfig(units=("rows",), target=0.9522, targets=targets))
+    message = (
+        "target=0.9522 cannot be met within 0.5% of the params: the nearest reachable kept "
+        r"fraction is 0\.9574\. Choose that or gate more linears"
+    )
+    with pytest.raises(ValueError, match=message):
+        gates.plan({name: torch.arange(gate.size) for name, gate in gates.items()})
 
 
 def test_every_linear_and_the_tied_head():
@@ -363,3 +441,51 @@ def test_gated_model_is_copied_saved_and_moved(tmp_path):
     again = gp.from_pretrained(tmp_path).eval()
     assert torch.equal(again(token_ids()).logits, expected)
     assert gp.gates_of(model.to(torch.bfloat16)).logits.dtype == torch.float32
+
+
+def test_gradient_checkpointing_changes_nothing():
+    found = {}
+    for saving in (False, True):
+        model, gates = gated("llama", config=dataclasses.replace(CONFIG, noise=0.1))
+        if saving:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        ids = token_ids()
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        found[saving] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found[False].keys() == found[True].keys() and "gatepack_gates.logits" in found[True]
+    for name, grad in found[True].items():
+        torch.testing.assert_close(grad, found[False][name], msg=name)
+
+
+def test_dora_is_inside_the_gates():
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", "up_proj", "down_proj"]
+    lora = peft.LoraConfig(r=2, target_modules=targets, use_dora=True, init_lora_weights=False)
+
+    def adapted(model):
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, lora).eval()
+
+    model, gates = gated("llama")
+    wrapped, reference = adapted(model), adapted(tiny_model("llama"))
+    gates.unfreeze()
+    logits = gates.logits.detach().double().requires_grad_()
+    values = gates.split(gates.estimator.values(logits))
+    multiply_rows_and_columns(reference.get_base_model(), values)
+    ids = token_ids()
+    ours, theirs = wrapped(ids).logits, reference(ids).logits
+    scale = float(theirs.detach().abs().max())
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6 * scale)
+    upstream = torch.randn_like(ours)
+    ours.backward(upstream)
+    theirs.backward(upstream)
+    size = float(logits.grad.abs().max())
+    torch.testing.assert_close(gates.logits.grad.double(), logits.grad, rtol=1e-4, atol=1e-6 * size)
+    factors = {n: p for n, p in wrapped.named_parameters() if "lora_" in n and p.requires_grad}
+    assert any("magnitude" in name for name in factors)
+    for name, parameter in reference.named_parameters():
+        if name in factors:
+            size = float(parameter.grad.abs().max())
+            torch.testing.assert_close(
+                factors[name].grad, parameter.grad, rtol=1e-5, atol=1e-6 * size, msg=name
+            )

@@ -55,6 +55,16 @@ def test_interrupted_run_resumes_bit_exactly(tmp_path):
         assert torch.equal(value, expected[name]), name
 
 
+def test_optimizer_resumes_on_the_device_of_the_model(tmp_path):
+    windows = token_ids(batch=8, length=9)
+    FineTuning(lora_model(), windows, CONFIG, tmp_path).run()
+    resumed = FineTuning(lora_model().to("meta"), windows, CONFIG, tmp_path)
+    for parameter in resumed.parameters.values():
+        state = resumed.optimizer.state[parameter]
+        assert state["exp_avg"].is_meta and state["exp_avg_sq"].is_meta
+        assert int(state["step"]) == CONFIG.steps
+
+
 def beside(model):
     """Gates on a model with LoRA, to be trained by FineGates with noise."""
     method = gp.methods.FineGates(learning_rate=0.2, trains="gates", budget=0.7, freeze=0.7)

@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from gatepack.config import GateConfig
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.005
+
+Found = TypeVar("Found")
 
 
 class Costs:
@@ -93,6 +96,16 @@ def gate_cost(spec) -> int:
     return spec.unit_cost * spec.size + spec.shared_cost * (spec.size // spec.shared_size)
 
 
+def moved_only(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
+    """fn of nn.Module._apply without what it casts: tensors move and keep their bits."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
+
+
 class BudgetController(nn.Module):
     """Augmented Lagrangian on the kept fraction c: penalty = (multiplier + rho * (c - t)) * E[c].
 
@@ -119,8 +132,7 @@ class BudgetController(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # The state moves with the model, so that no step waits for the host, but is never cast.
-        self.state = fn(self.state).to(self.state.dtype)
-        return self
+        return super()._apply(moved_only(fn), recurse)
 
     @property
     def multiplier(self) -> float:
@@ -164,6 +176,47 @@ class Plan:
     width_multiple: int
 
 
+def in_multiples(
+    find: Callable[[int], tuple[Found, float]], target: float, width_multiple: int
+) -> tuple[Found, float, int]:
+    """What find, which gives (result, kept fraction), finds for a width multiple, and the multiple.
+
+    The multiple is the greatest of width_multiple, its half, quarter, ..., 1 with which the kept
+    fraction is within 0.5 % of the target, or the one that comes nearest to it.
+    """
+    nearest, multiple = None, width_multiple
+    while multiple >= 1:
+        result, kept = find(multiple)
+        if abs(kept - target) <= TOLERANCE:
+            if multiple != width_multiple:
+                logger.warning(
+                    "width_multiple %d cannot meet the target %.4f within %.1f %%; using %d",
+                    width_multiple, target, 100 * TOLERANCE, multiple,
+                )  # fmt: skip
+            return result, kept, multiple
+        if nearest is None or abs(kept - target) < abs(nearest[1] - target):
+            nearest = result, kept, multiple
+        multiple //= 2
+    return nearest
+
+
+def plan_in_multiples(
+    find: Callable[[int], tuple[dict[str, torch.Tensor], float]],
+    target: float,
+    width_multiple: int,
+    target_of: str,
+    advice: str,
+) -> Plan:
+    """The plan of in_multiples; ValueError, with advice, where it is not within 0.5 % of target."""
+    found = Plan(*in_multiples(find, target, width_multiple))
+    if abs(found.kept_fraction - target) > TOLERANCE:
+        raise ValueError(
+            f"target={target} cannot be met within {TOLERANCE:.1%} of the {target_of}: the nearest "
+            f"reachable kept fraction is {found.kept_fraction:.4f}. {advice}"
+        )
+    return found
+
+
 @dataclass
 class _Choice:
     """Gates that share one shape decision, with the shapes they may take, dearest last."""
@@ -199,30 +252,17 @@ def plan(
             )
     target = config.target if target is None else target
     wanted = config.width_multiple if width_multiple is None else width_multiple
-    floor = None
-    multiple = wanted
-    while multiple >= 1:
+
+    def find(multiple: int) -> tuple[dict[str, torch.Tensor], float]:
         choices = _choices(costs, scores, config, multiple)
         picks = _solve(choices, target * costs.total - costs.fixed, TOLERANCE * costs.total)
         masks = {}
         for choice, pick in zip(choices, picks, strict=True):
             masks.update(choice.masks[pick])
-        kept = costs.kept_fraction(masks)
-        if abs(kept - target) <= TOLERANCE:
-            if multiple != wanted:
-                logger.warning(
-                    "width_multiple %d cannot meet the target %.4f within %.1f %%; using %d",
-                    wanted, target, 100 * TOLERANCE, multiple,
-                )  # fmt: skip
-            return Plan(masks, kept, multiple)
-        if floor is None or abs(kept - target) < abs(floor - target):
-            floor = kept
-        multiple = multiple // 2 if multiple > 1 else 0
-    raise ValueError(
-        f"target={target} cannot be met within {TOLERANCE:.1%} of the {config.target_of}: the "
-        f"nearest reachable kept fraction is {floor:.4f}. Choose that, gate more units, or set "
-        "equal_layers=False or tp_divisor=1"
-    )
+        return masks, costs.kept_fraction(masks)
+
+    advice = "Choose that, gate more units, or set equal_layers=False or tp_divisor=1"
+    return plan_in_multiples(find, target, wanted, config.target_of, advice)
 
 
 def _choices(costs: Costs, scores, config: GateConfig, multiple: int) -> list[_Choice]:
@@ -339,9 +379,8 @@ def _solve(choices: list[_Choice], allowance: float, slack: float) -> list[int]:
     def cost_of(picks) -> float:
         return sum(c.costs[p] for c, p in zip(choices, picks, strict=True))
 
-    low, high = 0.0, 1.0
     scale = max(float(np.abs(c.values).max()) / float(c.costs.max()) for c in choices) or 1.0
-    high *= 4 * scale
+    low, high = 0.0, 4 * scale
     while cost_of(at_price(high)) > allowance and high < scale * 1e12:
         high *= 4
     for _ in range(60):

@@ -79,10 +79,13 @@ class GateCallback(TrainerCallback):
             )
         self.training.load_state_dict(read_safetensors(folder / FILE)[0])
 
+    def on_step_begin(self, args, state, control, optimizer=None, **_):
+        if hasattr(self.training, "begin_step"):
+            self.training.begin_step(_loss_scale(optimizer))
+
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **_):
         if self.training is not None:
-            scaler = getattr(optimizer, "scaler", None)
-            self.training.step(1.0 if scaler is None else scaler.get_scale())
+            self.training.step(_loss_scale(optimizer))
 
     def on_log(self, args, state, control, logs=None, **_):
         if logs is not None:
@@ -101,6 +104,12 @@ class GateCallback(TrainerCallback):
             self.training.finish()
         if self.distilling is not None:
             self.distilling.stop()
+
+
+def _loss_scale(optimizer) -> float:
+    """What the loss of the present step is multiplied by."""
+    scaler = getattr(optimizer, "scaler", None)
+    return 1.0 if scaler is None else scaler.get_scale()
 
 
 def _folder(args, state) -> Path:

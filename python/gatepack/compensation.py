@@ -1,14 +1,16 @@
 """Stage 4, methods: repair what closing units broke, layer by layer, by least squares."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 
+from gatepack.calibration import Batch, inputs_of, require_batches, token_mask, token_rows
 from gatepack.gates import Gate, GateSet
 from gatepack.hf import Layer, gates_of, hf_model, layers_of
 from gatepack.importance import DAMPING, damped, gated_inputs, without_autocast
 from gatepack.modules import base_linear, weight_matrix
+from gatepack.quality import evaluating, input_device
 from gatepack.samples import lane_indices
 
 # Config fields that give linears of a layer a bias, by model_type, with those linears.
@@ -34,7 +36,7 @@ class _Stop(Exception):
 def close_and_compensate(
     model: nn.Module,
     masks: Mapping[str, torch.Tensor],
-    batches: list[torch.Tensor],
+    batches: Iterable[Batch],
     damping: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
@@ -46,29 +48,35 @@ def close_and_compensate(
     (Fang et al. 2023 and SlimGPT, arXiv 2412.18110, repair one layer at a time; following the dense
     stream also takes back what earlier layers lost). Where a layer does more to its stream than
     add what these linears give (BERT and Gemma 2 normalise it, Granite scales it), R is what the
-    linear gave in the dense model and does not give in the pruned one. batches: token ids [B, S]
-    each. damping: None for that of DAMPINGS which, fitted on three quarters of the batches, leaves
-    least of a linear's R in the others (0.1 if there is one batch only). Writes base weights in
-    place, adapters stay; all gates must be 1 before. progress is called with the number of layers
-    done.
+    linear gave in the dense model and does not give in the pruned one. batches: token ids [B, S],
+    or what the model takes by name; labels are ignored, and tokens that attention_mask leaves out
+    do not count. damping: None for that of DAMPINGS which, fitted on three quarters of the batches,
+    leaves least of a linear's R in the others (0.1 if there is one batch only). Writes base weights
+    in place, adapters stay. progress is called with the number of layers done. Raises ValueError
+    without a batch, and unless every gate is 1.
     """
     root = hf_model(model)
     gates = gates_of(model)
-    was_training = root.training
-    root.eval()
+    if not bool((gates.deterministic_values() == 1).all()):
+        raise ValueError(
+            "close_and_compensate needs every gate open and exactly 1: put new gates on, with "
+            "gatepack.detach(model) and gatepack.attach(model, config)"
+        )
     layers = layers_of(root)
-    try:
-        dense, calls = _first_inputs(root, layers, batches)
+    given = [inputs_of(batch, input_device(root)) for batch in batches]
+    require_batches(len(given))
+    kept = [token_mask(inputs) for inputs in given]
+    with evaluating(root):
+        dense, calls = _first_inputs(root, layers, given)
         pruned = [x.clone() for x in dense]
         for index, layer in enumerate(layers):
-            dense = _compensate_layer(gates, layer, masks, dense, pruned, calls[index], damping)
+            call = calls[index]
+            dense = _compensate_layer(gates, layer, masks, dense, pruned, call, kept, damping)
             if progress is not None:
                 progress(index + 1)
-    finally:
-        root.train(was_training)
 
 
-def _first_inputs(root, layers: list[Layer], batches):
+def _first_inputs(root, layers: list[Layer], batches: list[dict[str, torch.Tensor]]):
     """Hidden states entering layer 0, [B, S, D] per batch, and every layer's other arguments.
 
     The layers themselves do not run: each hands on what it got, in the form that layer 0 returns.
@@ -94,8 +102,9 @@ def _first_inputs(root, layers: list[Layer], batches):
     try:
         for index, layer in enumerate(layers):
             layer.module.forward = recorder(index, layer.module.forward)
-        for ids in batches:
-            root.base_model(input_ids=ids, use_cache=False)
+        for inputs in batches:
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+            root.base_model(**inputs, use_cache=False)
     finally:
         for layer, forward in zip(layers, replaced, strict=True):
             del layer.module.forward
@@ -105,7 +114,7 @@ def _first_inputs(root, layers: list[Layer], batches):
 
 
 def _compensate_layer(
-    gates: GateSet, layer: Layer, masks, dense, pruned, calls, damping: float | None
+    gates: GateSet, layer: Layer, masks, dense, pruned, calls, kept, damping: float | None
 ):
     """Advances both streams through a layer: returns the dense one, updates the pruned one."""
     out, down = (layer.module.get_submodule(path) for path in (layer.family.out, layer.family.down))
@@ -131,7 +140,7 @@ def _compensate_layer(
         lacks = target - seen["out"][1].reshape(x.shape)
         residuals.append(lacks + (was - x) if sums else lacks)
     if names[0] in masks:
-        _repair(out, gates, names[0], inputs, residuals, damping)
+        _repair(out, gates, names[0], inputs, residuals, kept, damping)
     inputs, residuals, after_pruned = [], [], []
     for x, target, call in zip(pruned, wanted, calls, strict=True):
         seen = {}
@@ -140,7 +149,7 @@ def _compensate_layer(
         inputs.append(_open_lanes(gates, names[1], seen["down"][0]))
         residuals.append(target - (after_pruned[-1] if sums else seen["down"][1].reshape(x.shape)))
     if names[1] in masks:
-        change = _repair(down, gates, names[1], inputs, residuals, damping)
+        change = _repair(down, gates, names[1], inputs, residuals, kept, damping)
         for i, call in enumerate(calls):
             if sums:
                 with without_autocast(change):
@@ -202,9 +211,16 @@ class _watching:
 
 
 def _repair(
-    linear: nn.Module, gates: GateSet, name: str, inputs, residuals, damping: float | None
+    linear: nn.Module, gates: GateSet, name: str, inputs, residuals, kept, damping: float | None
 ) -> torch.Tensor:
-    """Adds the least-squares correction to a linear's open columns; returns it, fp32 [N, |C|]."""
+    """Adds the least-squares correction to a linear's open columns; returns it, fp32 [N, |C|].
+
+    kept: which tokens of each batch count, bool [B, S], or None for all.
+    """
+    inputs, residuals = (
+        [token_rows(x, mask) for x, mask in zip(each, kept, strict=True)]
+        for each in (inputs, residuals)
+    )
     with without_autocast(inputs[0]):
         change = _least_squares(inputs, residuals, damping).t()
     lanes = gates[name].open().lanes
@@ -229,11 +245,10 @@ def _least_squares(inputs, residuals, damping: float | None) -> torch.Tensor:
 
 
 def _products(inputs, residuals) -> tuple[torch.Tensor, torch.Tensor]:
-    """X^T X [C, C] and X^T R [C, N], fp32, summed over batches."""
+    """X^T X [C, C] and X^T R [C, N], fp32, summed over batches of rows x [T, C] and r [T, N]."""
     moment = cross = None
     for x, r in zip(inputs, residuals, strict=True):
-        x = x.reshape(-1, x.shape[-1]).float()
-        r = r.reshape(-1, r.shape[-1]).float()
+        x, r = x.float(), r.float()
         moment = x.t() @ x if moment is None else moment.addmm_(x.t(), x)
         cross = x.t() @ r if cross is None else cross.addmm_(x.t(), r)
     return moment, cross

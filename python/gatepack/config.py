@@ -36,10 +36,11 @@ class GateConfig:
         largest half, quarter, ... with which the target can be met within 0.5 %; the multiple in
         use is logged and reported.
     equal_layers: the same number of heads and of channels in every layer, so that every engine
-        loads the result.
-    q_per_kv_uniform: the key/value groups that stay in a layer keep equally many query heads each.
+        loads the result. Says nothing of rows and columns, which no engine loads.
+    q_per_kv_uniform: the key/value groups that stay in a layer keep equally many query heads each;
+        says nothing of rows and columns.
     tp_divisor: kept heads, key/value heads and channels are divisible by this (tensor-parallel
-        ranks).
+        ranks); 1 for rows and columns.
     targets: glob patterns over module names ("model.layers.1?.*"); only matching modules are gated.
         None: all; of rows and columns, all linears of the blocks.
     init_logit: where logits start; None takes the estimator's own (gates start open).
@@ -99,6 +100,11 @@ class GateConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if self.of_linears and self.tp_divisor != 1:
+            raise ValueError(
+                f"tp_divisor must be 1 with units {self.units!r}, got {self.tp_divisor}: ranks "
+                f"share out whole heads and channels, units {UNITS!r}"
+            )
         self._check_latency()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise ValueError(f"seed must be an integer >= 0, got {self.seed!r}")

@@ -64,6 +64,7 @@ class GateTraining:
             training.step()
             optimizer.step()
             optimizer.zero_grad()
+        training.finish()
         gp.pack(model)
 
     The gradient of the logits is taken out of `.grad` as soon as it is complete, so that clipping,
@@ -90,8 +91,7 @@ class GateTraining:
         self.optimizer = torch.optim.Adam([self.gates.logits], lr=rate)
         self.done = 0
         self.gradient: torch.Tensor | None = None
-        self._logits = self.gates.logits
-        self._hook = self._logits.register_post_accumulate_grad_hook(self._take)
+        self._watch()
 
     def _check_replicated(self) -> None:
         """Each rank needs all logits: FSDP would shard them, or put others in their place."""
@@ -108,6 +108,10 @@ class GateTraining:
         """The trainable parameters other than the gates' logits."""
         logits = self.gates.logits
         return [p for p in self.model.parameters() if p.requires_grad and p is not logits]
+
+    def _watch(self) -> None:
+        self._logits = self.gates.logits
+        self._hook = self._logits.register_post_accumulate_grad_hook(self._take)
 
     def _take(self, logits: torch.Tensor) -> None:
         self.gradient = logits.grad if self.gradient is None else self.gradient + logits.grad
@@ -165,7 +169,7 @@ class GateTraining:
         if self.gradient is not None:
             self.gradient = self.gradient[kept]
         if not frozen:
-            self._hook = self._logits.register_post_accumulate_grad_hook(self._take)
+            self._watch()
 
     def _round(self) -> None:
         # Not the values: many are exactly 1, and say nothing about which of them to keep.
@@ -195,16 +199,14 @@ class GateTraining:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """The inverse of state_dict, on a model with the same gates."""
         self.gates.load_state_dict(under("gates.", state))
-        moments = under("adam.", state)
-        if moments:
-            device = self.gates.logits.device
-            self.optimizer.state[self.gates.logits] = {
-                name: t.clone() if name == "step" else t.to(device, copy=True)
-                for name, t in moments.items()
-            }
+        load_moments(self.optimizer, self.gates.logits, under("adam.", state))
+        self.gradient = None
         self.done = int(state["done"])
         if bool(state["frozen"]):
             self._freeze()
+        elif self.gates.frozen:
+            self.gates.unfreeze()
+            self._watch()
 
 
 def _leave_out_of_ddp(model: nn.Module) -> None:
@@ -245,3 +247,15 @@ class GateRecipe:
 def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The entries of a state whose names begin with prefix, without it."""
     return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, torch.Tensor]
+) -> None:
+    """Gives Adam a copy of a parameter's state, beside it but for `step`; none if it is empty."""
+    optimizer.state.pop(parameter, None)
+    if state:
+        optimizer.state[parameter] = {
+            name: t.clone() if name == "step" else t.to(parameter.device, copy=True)
+            for name, t in state.items()
+        }

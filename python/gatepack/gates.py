@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from gatepack.budget import BudgetController, Costs, Plan, plan
+from gatepack.budget import BudgetController, Costs, Plan, moved_only, plan
 from gatepack.config import GateConfig
 from gatepack.estimators import ESTIMATORS
 from gatepack.samples import Open, Sample
@@ -24,8 +24,8 @@ class GateSpec:
 
     size: units G. lanes: width of a unit on the gated axis (head_dim for heads, 1 for channels).
     unit_cost: parameters that go with one unit. shared_size units share shared_cost parameters,
-    which go when all of them are closed (the query heads of one key/value head). kind: "heads" or
-    "channels".
+    which go when all of them are closed (the query heads of one key/value head). kind: "heads",
+    "channels", "rows" or "columns".
     """
 
     kind: str
@@ -96,8 +96,8 @@ class GateSet(nn.Module):
     budget counts and no gate can remove. Logits are one fp32 parameter [N]; a forward of the model
     draws one sample (values, open sets) that all its modules read, also when gradient checkpointing
     runs them again. An attached model sets `paths`, gate name -> path of the present forward,
-    `width`, its residual width, and `sampler`, which draws the values where kernels run (None:
-    plain torch).
+    `width`, its residual width, `sampler`, which draws the values where kernels run (None: plain
+    torch), and `attachment`, the gatepack.hf.Attachment that put the gates on it (None: no model).
     """
 
     def __init__(self, config: GateConfig, specs: Mapping[str, GateSpec], fixed_cost: int = 0):
@@ -120,6 +120,7 @@ class GateSet(nn.Module):
         self.width: int | None = None
         self.paths: dict[str, str] = {}
         self.sampler: Callable[[GateSet], torch.Tensor] | None = None
+        self.attachment = None
         self._draws = 0
         self._all_open = False
         self._offsets: torch.Tensor | None = None
@@ -129,11 +130,7 @@ class GateSet(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # Logits stay fp32, bit for bit, when a model is cast: bf16 loses updates just above 1.0.
-        def move(tensor):
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(move, recurse)
+        super()._apply(moved_only(fn), recurse)
         if not self.draws.is_meta:
             self.sync_from_buffers()
         return self
@@ -201,15 +198,13 @@ class GateSet(nn.Module):
                 "before building the optimizer, or gates.freeze() if the gates are meant to stay "
                 "as they are"
             )
-        wants_grad = torch.is_grad_enabled() and self.logits.requires_grad
-        key = self._key()
-        if (
-            self._sample is not None
-            and self._sample.key == key
-            and not wants_grad
-            and not self.noisy
-        ):
-            return self._sample
+        key, last = self._key(), self._sample
+        if last is not None and last.key == key and not self.noisy:
+            # A graph is walked once: with gradients, only values that have none are used again.
+            if not torch.is_grad_enabled() or not (
+                self.logits.requires_grad or last.flat.requires_grad
+            ):
+                return last
         if self._all_open:
             flat = torch.ones_like(self.logits)
         elif self.sampler is not None:

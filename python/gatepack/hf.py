@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers import Cache
 
 import gatepack.attention  # noqa: F401  registers attn_implementation="gatepack"
 from gatepack.budget import Costs, gate_cost
@@ -102,7 +103,8 @@ class Attachment:
 
     Before each forward of the model's trunk it gates linears that were wrapped or replaced since
     (get_peft_model after attach), chooses the path of this forward, draws its sample, and writes
-    the running head counts to the attention modules.
+    the running head counts to the attention modules. After it, a cache keeps the paths that its
+    keys and values are of.
     """
 
     def __init__(self, root: nn.Module, gates: GateSet):
@@ -112,14 +114,17 @@ class Attachment:
         self.mlps: list[tuple[nn.Module, str]] = []
         self.attentions: list[tuple[nn.Module, Family, Gate]] = []
         self.gated: dict[str, tuple[nn.Module, str, Site]] = {}  # gate -> a site of it
-        self.handle = None
+        self.handles: list = []
 
     def watch(self, layers: list[Layer]) -> None:
         """Puts the gates on the model, in front of every forward of its layers."""
         # The module that runs the layers, not the model: some heads call the decoder inside the
         # base model directly.
         trunk = self.root.get_submodule(".".join(layers[0].name.split(".")[:-2]))
-        self.handle = trunk.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        self.handles = [
+            trunk.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            trunk.register_forward_hook(self.after_forward, with_kwargs=True),
+        ]
         self.gated = {place[2].gate.name: place for place in self.sites}
         self.gates.attachment = self
         self.root.add_module(GATES_NAME, self.gates)
@@ -159,19 +164,26 @@ class Attachment:
             blocks = current.count if ragged else current.shared_count
             set_head_counts(attention, family, current.count, blocks, gate.lanes)
 
-    def _choose_paths(self, tokens: int, cache) -> None:
-        """The path of every gate; attention that continues a cache keeps that of the forward
-        before, because closed heads have keys and values at full width only."""
+    def after_forward(self, module: nn.Module, args, kwargs, output) -> None:
+        # An attribute, not a table of caches: a copy of a prompt's cache takes it along.
+        results = output.values() if isinstance(output, dict) else output
+        for value in (*kwargs.values(), *results):
+            if isinstance(value, Cache):
+                value.gatepack_paths = self.gates.paths
+
+    def _choose_paths(self, tokens: int, cache: Cache | None) -> None:
+        """The path of every gate; attention that continues a cache keeps that of the forwards that
+        filled it, because closed heads have keys and values at full width only."""
         gates, device = self.gates, self.gates.logits.device
-        before = gates.paths
         path_of = functools.cache(functools.partial(choose_path, tokens, gates.width, device))
         gates.paths = {
             name: path_of(site.kept(device), most_in_place(parent._modules[child])).path
             for name, (parent, child, site) in self.gated.items()
         }
         if cache is not None and cache.get_seq_length() > 0:
-            for _, _, gate in self.attentions:
-                gates.paths[gate.name] = before.get(gate.name, gates.paths[gate.name])
+            filled = getattr(cache, "gatepack_paths", {})
+            heads = {gate.name for _, _, gate in self.attentions}
+            gates.paths |= {name: filled[name] for name in heads & filled.keys()}
 
     def renew(self, layers: list[Layer]) -> None:
         """Gates the linears of a model anew, after release and with gates of other sizes."""
@@ -184,7 +196,8 @@ class Attachment:
     def release(self) -> None:
         """Puts the plain modules back."""
         self.bind()
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
         for parent, name, _ in self.sites:
             child = parent._modules[name]
             if is_gated(child):

@@ -6,15 +6,26 @@ that of the loss gradient at its output, closing the columns c and repairing the
 squares raises the loss by about tr( (G^-1[c, c])^-1 W[:, c]^T F W[:, c] ) / 2.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from gatepack.calibration import (
+    frozen,
+    inputs_of,
+    label_count,
+    require_batches,
+    token_mask,
+    token_rows,
+    with_labels,
+)
 from gatepack.gates import Gate, GateSet
 from gatepack.hf import gates_of, hf_model
 from gatepack.modules import base_linear, weight_matrix
+from gatepack.quality import input_device
 from gatepack.samples import lane_indices
 
 DAMPING = 0.1
@@ -24,8 +35,8 @@ DAMPING = 0.1
 class Moments:
     """Second moments at the linear that a gate's units feed, summed over tokens, at least fp32.
 
-    inputs: G = sum x x^T [K, K]. gradients: F = sum g g^T [N, N], g the loss gradient at the
-    output.
+    inputs: G = sum x x^T [K, K]. gradients: F = sum g g^T [N, N], g the gradient at the output of
+    the loss summed over a batch's labels.
     """
 
     inputs: torch.Tensor
@@ -39,8 +50,9 @@ def calibrate(
 ) -> dict[str, Moments]:
     """Runs a gated model forward and backward over batches of inputs with labels: name -> Moments.
 
-    Parameters keep their gradients as they were. Needs K^2 + N^2 floats per gate. Raises ValueError
-    if a unit is closed.
+    Tokens that attention_mask leaves out do not count, nor do labels of -100. Parameters keep their
+    gradients as they were. Needs K^2 + N^2 floats per gate. Raises ValueError if a unit is closed,
+    and without a batch.
     """
     root = hf_model(model)
     gates = gates_of(model)
@@ -52,30 +64,16 @@ def calibrate(
             )
     inputs: dict[str, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor] = {}
-    handles = [
-        linear.register_forward_hook(_recorder(gate.name, inputs, gradients))
-        for gate, linear in gated_inputs(gates)
-    ]
-    parameters = [p for p in root.parameters() if p.requires_grad]
-    embedding = root.get_input_embeddings()
-    handles.append(embedding.register_forward_hook(lambda module, args, out: out.requires_grad_()))
-    was_training = root.training
-    root.eval()
-    try:
+    done = 0
+    with frozen(root):
         for done, batch in enumerate(batches, 1):
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-            output = root(**batch, use_cache=False)
-            tokens = batch["labels"].numel()
-            (output.loss * tokens).backward()
+            given = with_labels(root, inputs_of(batch, input_device(root)))
+            with _recording(gates, token_mask(given), inputs, gradients):
+                loss = root(**given).loss
+                (loss * label_count(root, given["labels"])).backward()
             if progress is not None:
                 progress(done)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        root.train(was_training)
+    require_batches(done)
     return {name: Moments(inputs[name], gradients[name]) for name in inputs}
 
 
@@ -88,9 +86,28 @@ def gated_inputs(gates: GateSet) -> list[tuple[Gate, nn.Module]]:
     ]
 
 
-def _recorder(name: str, inputs: dict, gradients: dict):
-    def add(store: dict, rows: torch.Tensor) -> None:
-        rows = rows.reshape(-1, rows.shape[-1])
+@contextmanager
+def _recording(
+    gates: GateSet, mask: torch.Tensor | None, inputs: dict, gradients: dict
+) -> Iterator[None]:
+    """Inside, forward and backward add the tokens of mask to both sums, name -> [C, C]."""
+    hooks = [
+        (linear, _recorder(gate.name, mask, inputs, gradients))
+        for gate, linear in gated_inputs(gates)
+    ]
+    embedding = gates.attachment.root.get_input_embeddings()
+    hooks.append((embedding, lambda module, args, output: output.requires_grad_()))
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recorder(name: str, mask: torch.Tensor | None, inputs: dict, gradients: dict):
+    def add(store: dict, x: torch.Tensor) -> None:
+        rows = token_rows(x, mask)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         with without_autocast(rows):
             moment = rows.t() @ rows

@@ -1,6 +1,7 @@
 """Stage 3, modules: linears that compute open units only, as stand-ins for nn.Linear."""
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,6 +78,13 @@ def base_linear(module: nn.Module) -> nn.Module:
     return module
 
 
+def tuners_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The PEFT tuner layers around a linear, outermost first."""
+    while hasattr(module, "base_layer"):
+        yield module
+        module = module.base_layer
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether module is GPT-2's transposed linear, weight [K, N]."""
     return _is_conv1d_class(type(module))
@@ -113,8 +121,11 @@ def operands_of(module: nn.Module) -> Operands | str:
 
 
 def _tuner_operands(module: nn.Module) -> Operands | str:
-    if not hasattr(module, "lora_A"):
-        return f"adapter type {type(module).__name__} is not LoRA"
+    # AdaLoRA has a lora_A too, of parameters.
+    if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+        names = (f"{cls.__module__}.{cls.__name__}" for cls in type(module).__mro__)
+        tuner = next((name for name in names if name.startswith("peft.")), type(module).__name__)
+        return f"adapter type {tuner} is not LoRA"
     base = operands_of(module.base_layer)
     if isinstance(base, str):
         return base
@@ -146,13 +157,8 @@ def why_not_sliced(module: nn.Module) -> str:
     operands = operands_of(module)
     if isinstance(operands, str):
         return operands
-    while hasattr(module, "base_layer"):
-        for name in module.lora_A:
-            reason = _why_opaque(module, name)
-            if reason:
-                return reason
-        module = module.base_layer
-    return ""
+    reasons = (_why_opaque(tuner, name) for tuner in tuners_of(module) for name in tuner.lora_A)
+    return next(filter(None, reasons), "")
 
 
 @dataclass(frozen=True)
@@ -169,15 +175,13 @@ def _open_rows(site: Site, out_open: Open | None) -> _Rows:
     if site.rows_gate is None:
         return _Rows(None)
     current = site.rows_gate.open()
+    spread = current.shared_of_unit if site.row_blocks[0].shared else None
     parts = []
     for block in site.row_blocks:
         lanes = current.shared_lanes if block.shared else current.lanes
         if lanes is None:
-            if len(site.row_blocks) == 1:
-                return _Rows(None, current.shared_of_unit if block.shared else None)
-            return _Rows(None)
+            return _Rows(None, spread)
         parts.append(lanes + block.offset if block.offset else lanes)
-    spread = current.shared_of_unit if site.row_blocks[0].shared else None
     return _Rows(parts[0] if len(parts) == 1 else torch.cat(parts), spread)
 
 

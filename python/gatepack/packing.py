@@ -1,6 +1,6 @@
 """Stage 5, pack: remove closed units physically, and put zeros back in their place."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +20,11 @@ from gatepack.hf import (
 from gatepack.masks import decode_mask, encode_mask, physical_mask
 from gatepack.modules import (
     PackedLinear,
+    adopt,
     base_linear,
     is_conv1d,
     linear_shape,
+    tuners_of,
     weight_matrix,
     why_not_sliced,
 )
@@ -190,12 +192,10 @@ def apply_masks(layers, specs, masks, values, follow=None) -> None:
             folds = values is not None and site.in_gate is not None
             z = values[site.in_gate.name] if folds else None
             selections.append(_selection(layer, path, site, z))
-        cuts = [cut for selection in selections for cut in selection.cuts() if follow is not None]
-        _pack_layer(selections)
-        made = (parameter for selection in selections for parameter in selection.parameters())
-        for cut, parameter in zip(cuts, made, strict=False):
-            follow(cut, parameter)
-        del cuts
+        if follow is None:
+            _pack_layer(selections)
+        else:
+            _pack_followed(selections, follow)
         if heads is not None:
             kept = heads.kept_lanes().numel() // heads.lanes
             blocks = heads.kept_lanes(shared=True).numel() // heads.lanes
@@ -249,22 +249,21 @@ class _Selection:
         return getattr(self.parent, self.name)
 
     def pieces(self) -> list[tuple[str, Piece]]:
-        """(role, piece) of every tensor that the selection cuts: weight, bias, LoRA factors."""
+        """(kind, piece) of every tensor that the selection cuts, in the order of parameters."""
         base, rows, cols = base_linear(self.module), self.rows, self.cols
         found = [("weight", Piece(weight_matrix(base).detach(), rows, cols, None, self.z_in))]
         if base.bias is not None:
             # One row, whose columns are the rows of the weight.
             found.append(("bias", Piece(base.bias.detach()[None], None, rows)))
-        for kind, factors in _lora_factors(self.module).items():
-            for name, factor in factors.items():
-                cut = (None, cols, None, self.z_in) if kind == "lora_A" else (rows,)
-                found.append((f"{kind}.{name}", Piece(factor.weight.detach(), *cut)))
+        for kind, factor in _lora_factors(self.module):
+            cut = (None, cols, None, self.z_in) if kind == "lora_A" else (rows,)
+            found.append((kind, Piece(factor.weight.detach(), *cut)))
         return found
 
     def parameters(self) -> list[nn.Parameter]:
         """Of the linear: weight, bias, LoRA factors."""
         base = base_linear(self.module)
-        factors = [f.weight for kind in _lora_factors(self.module).values() for f in kind.values()]
+        factors = [factor.weight for _, factor in _lora_factors(self.module)]
         return [base.weight, *([] if base.bias is None else [base.bias]), *factors]
 
     def cuts(self) -> list[Cut]:
@@ -272,37 +271,33 @@ class _Selection:
         base, rows, cols = base_linear(self.module), self.rows, self.cols
         kept = [(cols, rows) if is_conv1d(base) else (rows, cols)]
         kept += [] if base.bias is None else [(rows,)]
-        for kind, factors in _lora_factors(self.module).items():
-            kept += [(None, cols) if kind == "lora_A" else (rows, None)] * len(factors)
+        for kind, _ in _lora_factors(self.module):
+            kept.append((None, cols) if kind == "lora_A" else (rows, None))
         return [Cut(*each) for each in zip(self.parameters(), kept, strict=True)]
 
-    def install(self, made: Mapping[str, torch.Tensor], dense: bool) -> None:
-        """Put the tensors by role into the modules: packed, or dense again."""
-        base = base_linear(self.module)
-        bias = made["bias"][0] if "bias" in made else None
-        twin = (_dense_twin if dense else _with_operands)(base, made["weight"], bias)
-        if not hasattr(self.module, "base_layer"):
+    def install(self, made: Iterator[torch.Tensor], dense: bool) -> None:
+        """Puts the next tensors, those of the pieces, into the modules: packed, or dense again."""
+        base, tuners = base_linear(self.module), list(tuners_of(self.module))
+        weight, bias = next(made), None if base.bias is None else next(made)[0]
+        twin = (_dense_twin if dense else _with_operands)(base, weight, bias)
+        if tuners:
+            tuners[-1].base_layer = twin
+        else:
             setattr(self.parent, self.name, twin)
-            return
-        module = _innermost_tuner(self.module)
-        module.base_layer = twin
-        module.out_features, module.in_features = linear_shape(twin)
-        for kind, factors in _lora_factors(self.module).items():
-            for name, factor in factors.items():
-                _replace_weight(factor, made[f"{kind}.{name}"])
+        for tuner in tuners:
+            tuner.out_features, tuner.in_features = linear_shape(twin)
+        for _, factor in _lora_factors(self.module):
+            _replace_weight(factor, next(made))
 
 
-def _innermost_tuner(module: nn.Module) -> nn.Module:
-    while hasattr(module.base_layer, "base_layer"):
-        module = module.base_layer
-    return module
-
-
-def _lora_factors(module: nn.Module) -> dict[str, Mapping[str, nn.Module]]:
-    if not hasattr(module, "base_layer"):
-        return {}
-    tuner = _innermost_tuner(module)
-    return {kind: getattr(tuner, kind) for kind in ("lora_A", "lora_B")}
+def _lora_factors(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(kind, factor) of every adapter of a linear: "lora_A" or "lora_B"."""
+    return [
+        (kind, factor)
+        for tuner in tuners_of(module)
+        for kind in ("lora_A", "lora_B")
+        for factor in getattr(tuner, kind).values()
+    ]
 
 
 def _selection(layer: Layer, path: str, site, z: torch.Tensor | None) -> _Selection:
@@ -321,10 +316,17 @@ def _kept(index: torch.Tensor | None, size: int) -> int:
     return size if index is None else index.numel()
 
 
+def _pack_followed(selections: list[_Selection], follow) -> None:
+    cuts = [cut for selection in selections for cut in selection.cuts()]
+    _pack_layer(selections)
+    made = [parameter for selection in selections for parameter in selection.parameters()]
+    for cut, parameter in zip(cuts, made, strict=True):
+        follow(cut, parameter)
+
+
 def _pack_layer(selections: list[_Selection]) -> None:
     """Packs the linears of a layer in one call: one layer is what memory holds twice."""
-    named = [selection.pieces() for selection in selections]
-    pieces = [piece for found in named for _, piece in found]
+    pieces = [piece for selection in selections for _, piece in selection.pieces()]
     if pieces and pieces[0].matrix.is_meta:
         packed = [
             piece.matrix.new_empty(
@@ -334,13 +336,13 @@ def _pack_layer(selections: list[_Selection]) -> None:
         ]
     else:
         packed, _ = pack_tensors(pieces)
-    _install(selections, named, packed, dense=False)
+    _install(selections, packed, dense=False)
 
 
-def _install(selections, named, tensors, dense: bool) -> None:
+def _install(selections: list[_Selection], tensors, dense: bool) -> None:
     tensors = iter(tensors)
-    for selection, found in zip(selections, named, strict=True):
-        selection.install({role: next(tensors) for role, _ in found}, dense)
+    for selection in selections:
+        selection.install(tensors, dense)
 
 
 def _with_operands(linear: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
@@ -473,24 +475,20 @@ def _dense_shape(linear: nn.Module, site) -> tuple[int, int]:
 
 def _unpack_layer(sites: list[tuple[_Selection, object]]) -> None:
     """Puts the linears of a layer back into their dense shapes in one call."""
-    selections = [selection for selection, _ in sites]
-    named, shapes = [selection.pieces() for selection in selections], []
-    for (selection, site), found in zip(sites, named, strict=True):
+    pieces, shapes = [], []
+    for selection, site in sites:
         out, inner = _dense_shape(base_linear(selection.module), site)
-        for role, piece in found:
+        for kind, piece in selection.pieces():
             m, n = piece.matrix.shape
-            kind = role.partition(".")[0]
             rows = out if kind in ("weight", "lora_B") else m
+            pieces.append(piece)
             shapes.append((rows, {"bias": out, "lora_B": n}.get(kind, inner)))
-    full = unpack_tensors([piece for found in named for _, piece in found], shapes)
-    _install(selections, named, full, dense=True)
+    _install([selection for selection, _ in sites], unpack_tensors(pieces, shapes), dense=True)
 
 
 def _dense_twin(base: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
     twin = _with_operands(base, weight, bias)
     if isinstance(twin, PackedLinear):
-        plain = nn.Linear.__new__(nn.Linear)
-        plain.__dict__.update(twin.__dict__)
-        del plain.dense_shape
-        return plain
+        twin = adopt(twin, nn.Linear)
+        del twin.dense_shape
     return twin

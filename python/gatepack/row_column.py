@@ -1,7 +1,7 @@
 """Stage 3, modules: gates on rows and columns of any linear, closed together where they meet."""
 
 import fnmatch
-import logging
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,15 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from gatepack.budget import TOLERANCE, Plan
+from gatepack.budget import Plan, plan_in_multiples
 from gatepack.config import GateConfig
 from gatepack.gates import Gate, GateSet, GateSpec
 from gatepack.hf import Attachment, Layer, layers_of
 from gatepack.modules import base_linear, is_conv1d, linear_shape
 from gatepack.samples import Sample
 from gatepack.sites import Site
-
-logger = logging.getLogger(__name__)
 
 # How q and k lanes meet, by model_type: lane by lane, or rotated in pairs (j, j + head_dim / 2).
 _LANES = "bert roberta xlm-roberta camembert electra distilbert gpt2 opt"
@@ -178,25 +176,21 @@ class RowColumnGateSet(GateSet):
         flat = torch.cat([scores[name].float().cpu() for name in self])
         if not bool(flat.isfinite().all()):
             raise ValueError("scores: expected finite values, got infinite or NaN ones")
-        target, multiple, nearest = self.config.target, self.config.width_multiple, math.inf
-        while multiple >= 1:
-            found = self._threshold(flat, target, multiple)
-            if abs(found.kept_fraction - target) <= TOLERANCE:
-                if multiple != self.config.width_multiple:
-                    logger.warning(
-                        "width_multiple %d cannot meet the target %.4f within %.1f %%; using %d",
-                        self.config.width_multiple, target, 100 * TOLERANCE, multiple,
-                    )  # fmt: skip
-                return found
-            nearest = min(nearest, found.kept_fraction, key=lambda kept: abs(kept - target))
-            multiple = multiple // 2
-        raise ValueError(
-            f"target={target} cannot be met within {TOLERANCE:.1%} of the parameters: the nearest "
-            f"kept fraction is {nearest:.4f}"
+        config = self.config
+        find = functools.partial(self._threshold, flat, config.target)
+        return plan_in_multiples(
+            find,
+            config.target,
+            config.width_multiple,
+            config.target_of,
+            "Choose that or gate more linears",
         )
 
-    def _threshold(self, flat: torch.Tensor, target: float, multiple: int) -> Plan:
-        """The threshold on scores [N] that comes nearest to the target, found by bisection."""
+    def _threshold(
+        self, flat: torch.Tensor, target: float, multiple: int
+    ) -> tuple[dict[str, torch.Tensor], float]:
+        """(masks, kept fraction) of the threshold on scores [N] that comes nearest to the target,
+        found by bisection."""
         order = torch.argsort(flat, descending=True, stable=True)
         low, high, best = 0, len(flat) + 1, None
         while high - low > 1:
@@ -205,8 +199,8 @@ class RowColumnGateSet(GateSet):
             is_open[order[:middle]] = True
             masks = self.split(self._in_multiples(self.couple(is_open), flat, multiple))
             kept = self.costs.kept_fraction(masks)
-            if best is None or abs(kept - target) < abs(best.kept_fraction - target):
-                best = Plan(masks, kept, multiple)
+            if best is None or abs(kept - target) < abs(best[1] - target):
+                best = masks, kept
             low, high = (middle, high) if kept < target else (low, middle)
         return best
 

@@ -75,25 +75,18 @@ class IndexedLinear(PackedLinear):
     def _index(self, side: int, device: torch.device) -> Tensor | None:
         index = self._indices[side]
         if index is not None and index.device != device:
-            moved = list(self._indices)
-            moved[side] = index.to(device)
-            self._indices = tuple(moved)
+            self._indices = tuple(i if i is None else i.to(device) for i in self._indices)
         return self._indices[side]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.around(x, lambda x: F.linear(x, self.weight, self.bias))
+    def forward(self, x: Tensor, inside: bool = False) -> Tensor:
+        """inside: x is x[columns] and y is y[rows] already, for an adapter that is around it."""
+        return self.around(x, lambda x: F.linear(x, self.weight, self.bias), inside)
 
-    def around(self, x: Tensor, inner: Callable[[Tensor], Tensor]) -> Tensor:
+    def around(self, x: Tensor, inner: Callable[[Tensor], Tensor], inside: bool = False) -> Tensor:
         """inner, from x[columns] to y[rows], between what gathers and what scatters."""
-        compact_out, compact_in = self.compact
+        compact_out, compact_in = (True, True) if inside else self.compact
         columns = None if compact_in else self._index(1, x.device)
-        if columns is not None:
-            x = take_lanes(x, columns)
-        self.compact = (True, True)
-        try:
-            y = inner(x)
-        finally:
-            self.compact = (compact_out, compact_in)
+        y = inner(x if columns is None else take_lanes(x, columns))
         rows = None if compact_out else self._index(0, x.device)
         return y if rows is None else spread_lanes(y, rows, self.dense_shape[0])
 
@@ -123,9 +116,11 @@ class IndexedLinear(PackedLinear):
 def _indexed_class(dense: type) -> type:
     """A subclass of a PEFT layer's class that runs inside the gather and scatter of its base."""
 
-    def forward(self, x, *args, **kwargs):
-        base = base_linear(self)
-        return base.around(x, lambda x: dense.forward(self, x, *args, **kwargs))
+    def forward(self, x, *args, inside=False, **kwargs):
+        def inner(x):
+            return dense.forward(self, x, *args, inside=True, **kwargs)
+
+        return base_linear(self).around(x, inner, inside)
 
     return type(f"Indexed{dense.__name__}", (dense,), {"forward": forward, "indexed_from": dense})
 

@@ -16,7 +16,7 @@ from torch import nn
 from gatepack.compensation import close_and_compensate
 from gatepack.data import batches
 from gatepack.files import parse_json, read_safetensors, write_safetensors
-from gatepack.gate_training import under
+from gatepack.gate_training import load_moments, under
 from gatepack.gates import GateSet
 from gatepack.hf import GATES_NAME, gates_of, hf_model, layers_of
 from gatepack.importance import calibrate, unit_scores
@@ -284,9 +284,8 @@ class FineTuning:
                     )
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"parameter.{name}"])
-            self.optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            load_moments(self.optimizer, parameter, {key: tensors[f"{key}.{name}"] for key in keys})
         if self.beside is not None:
             self.beside.load_state_dict(under("beside.", tensors))
         self.losses = losses

@@ -1,6 +1,7 @@
 """Tiny random models of every known family, and the masked computation they must equal."""
 
 import torch
+import torch.nn.functional as F
 import transformers
 
 from gatepack.hf import layers_of
@@ -121,6 +122,13 @@ def tiny_model(model_type: str, dtype=torch.float64, seed: int = 0, **overrides)
 def token_ids(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, length), generator=generator)
+
+
+def padded(ids: torch.Tensor, count: int, side: str) -> dict[str, torch.Tensor]:
+    """ids and their attention_mask, with so many tokens of padding on the left or right side."""
+    width = (count, 0) if side == "left" else (0, count)
+    mask = F.pad(torch.ones_like(ids), width)
+    return {"input_ids": F.pad(ids, width, value=5), "attention_mask": mask}
 
 
 def mask_dense(model, values: dict[str, torch.Tensor]):

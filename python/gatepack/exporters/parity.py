@@ -9,6 +9,7 @@ from torch import nn
 from gatepack.models import without_bars
 from gatepack.quality import (
     ParityError,
+    evaluating,
     input_device,
     perplexity,
     token_logits,
@@ -70,11 +71,8 @@ def _compare_outputs(model, other, windows, what: str) -> dict:
     """As compare_logits, for heads that do not give logits for each token."""
     other = other.to(input_device(model))
     sample = windows[:4].to(input_device(model))
-    training = model.training
-    try:
-        ours, theirs = (each.eval()(sample)[0] for each in (model, other))
-    finally:
-        model.train(training)
+    with evaluating(model), evaluating(other):
+        ours, theirs = (each(sample)[0] for each in (model, other))
     difference = (ours.double() - theirs.double()).abs().max().item()
     if difference != 0:
         raise ParityError(f"{what} gives outputs that differ from the model's by {difference:.3g}")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gatepack.calibration import Batch, frozen, inputs_of, with_labels
 from gatepack.config import GateConfig
-from gatepack.gate_training import under
+from gatepack.gate_training import load_moments, under
 from gatepack.gates import mix
 from gatepack.hf import GATES_NAME, attach, hf_model, layers_of
 from gatepack.methods.decisions import (
@@ -20,13 +21,16 @@ from gatepack.methods.decisions import (
 )
 from gatepack.methods.group_lasso import lasso, proximal
 from gatepack.methods.masked_lora import Decisions, mask_linears, merge_adapters, unmask_linears
-from gatepack.methods.statistics import Batch, inputs_of, with_labels
 from gatepack.modules import linear_shape
-from gatepack.quality import evaluating, input_device
+from gatepack.quality import input_device
 from gatepack.row_column import QUERY_KEY
 from gatepack.sharding import over_ranks, refuse_sharded
 
 REGULARISERS = ("lasso", "proximal", "none")
+
+# RoPE turns lanes (j, j + head_dim / 2) in these families. In the two named here each head has a
+# norm before it, by which a lane that closes changes the others: QUERY_KEY leaves them out.
+ROTATED_HALVES = {"qwen3", "gemma3_text", *(f for f, how in QUERY_KEY.items() if how == "pairs")}
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,14 @@ class ATP:
     (final="budget", ours), or the last sample (final="sample", published).
 
     target: kept fraction of the weights of the blocks' linears. per_head: own lanes for each
-    key/value head, not the same ones for all. tie_pairs: RoPE's pairs of lanes go together, so that
-    q and k really become narrower; None where there is RoPE, False is published. lora_rank,
-    lora_dropout: of the LoRA put on every linear of the blocks, with scale 1 and dropout between A
-    and B; a PEFT model brings its own. proximal_rate: the learning rate of LoRA. Source: ATP, arXiv
-    2412.14426; formulas and values are those of the first version of its code, "proximal" of the
-    second.
+    key/value head, not the same ones for all. tie_pairs: lanes j and j + head_dim / 2 of q and k go
+    together, so that what is pruned is still 0 when RoPE has turned these pairs; None where it
+    does (in GLM, GLM-4 and Phi it turns others, or part of the lanes), False is published. In
+    either case weights and their products shrink, while attention and its cache see dense widths,
+    with zeros. lora_rank, lora_dropout: of the LoRA put on every linear of the blocks, with scale 1
+    and dropout between A and B; a PEFT model brings its own. proximal_rate: the learning rate of
+    LoRA. Source: ATP, arXiv 2412.14426; formulas and values are those of the first version of its
+    code, "proximal" of the second.
     """
 
     target: float = 0.6
@@ -152,7 +158,7 @@ class ATPTraining:
         self.owns_adapters = model is self.root
         tied = method.tie_pairs
         if tied is None:
-            tied = QUERY_KEY.get(self.root.config.model_type) == "pairs"
+            tied = self.root.config.model_type in ROTATED_HALVES
         layers = layers_of(self.root)
         layout = layout_of(layers, method.per_head, tied)
         width = linear_shape(layers[0].linear(layers[0].family.out))[0]
@@ -166,6 +172,7 @@ class ATPTraining:
         self.done = 0
         self.frozen = False
         self.owes_projection = False
+        self._begun = False
         self.budget_loss = float("nan")
         self._handle = self.root.register_forward_pre_hook(lambda *_: self._project())
         self._draw()
@@ -174,11 +181,10 @@ class ATPTraining:
         """The trainable parameters: LoRA, and what else the model trains."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def step(self, loss_scale: float = 1.0) -> None:
-        """After the backward passes of an optimizer step of LoRA, before that step.
+    def begin_step(self, loss_scale: float = 1.0) -> None:
+        """step's first half, for loops that cannot call step before they unscale and clip.
 
-        Adds the lasso's gradient to LoRA's, times loss_scale as theirs is; then the generator
-        steps, and the next decisions are drawn.
+        Called before the backward passes of an optimizer step, whose loss loss_scale multiplies.
         """
         refuse_sharded(
             self.root,
@@ -187,14 +193,24 @@ class ATPTraining:
         )
         if self.method.regulariser == "lasso":
             self._add_lasso(loss_scale)
-        self.owes_projection = self.method.regulariser == "proximal"
+        self._begun = True
+
+    def step(self, loss_scale: float = 1.0) -> None:
+        """After the backward passes of an optimizer step of LoRA, before that step.
+
+        Adds the lasso's gradient to LoRA's, times loss_scale as theirs is, unless begin_step has;
+        then the generator steps, and the next decisions are drawn.
+        """
+        if not self._begun:
+            self.begin_step(loss_scale)
+        self._begun = False
         self.done += 1
-        if self.frozen:
-            return
-        self._generator_step()
-        self._draw()
-        if self.done >= math.ceil(self.method.freeze * self.steps):
-            self._freeze()
+        if not self.frozen:
+            self._generator_step()
+            self._draw()
+            if self.done >= math.ceil(self.method.freeze * self.steps):
+                self._freeze()
+        self.owes_projection = self.method.regulariser == "proximal"
 
     def _add_lasso(self, loss_scale: float) -> None:
         weight = self.method.last_weight if self.frozen else self.method.lasso_weight
@@ -213,26 +229,18 @@ class ATPTraining:
         inputs = with_labels(
             self.root, inputs_of(self.batches[self.done % len(self.batches)], self._device)
         )
-        trained = [p for p in self.root.parameters() if p.requires_grad]
         soft = self._soft(train=True)
         kept = self.decisions.layout.kept_fraction(straight_through(soft))
         budget = budget_loss(kept, method.target)
         lowered = self.decisions.autocast
-        try:
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            with (
-                evaluating(self.root),
-                torch.enable_grad(),
-                self.decisions.softened(soft),
-                torch.autocast(self._device.type, lowered, enabled=lowered is not None),
-            ):
-                loss = self.root(**inputs).loss
-            parameters = list(self.generator.parameters())
-            found = torch.autograd.grad(loss + method.budget_weight * budget, parameters)
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
+        with (
+            frozen(self.root),
+            self.decisions.softened(soft),
+            torch.autocast(self._device.type, lowered, enabled=lowered is not None),
+        ):
+            loss = self.root(**inputs).loss
+        parameters = list(self.generator.parameters())
+        found = torch.autograd.grad(loss + method.budget_weight * budget, parameters)
         for parameter, grad in zip(parameters, found, strict=True):
             parameter.grad = over_ranks(grad)
         nn.utils.clip_grad_norm_(parameters, method.clip, error_if_nonfinite=True)
@@ -332,12 +340,7 @@ class ATPTraining:
         """The inverse of state_dict, on a model of the same shape."""
         self.generator.load_state_dict(under("generator.", state))
         for place, parameter in enumerate(self.generator.parameters()):
-            moments = under(f"adam.{place}.", state)
-            if moments:
-                self.optimizer.state[parameter] = {
-                    name: t.clone() if name == "step" else t.to(self._device, copy=True)
-                    for name, t in moments.items()
-                }
+            load_moments(self.optimizer, parameter, under(f"adam.{place}.", state))
         self.decisions.set(state["decisions"].to(self._device, copy=True))
         self.budget_loss = float(state["budget_loss"])
         self.done = int(state["done"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gatepack.budget import TOLERANCE
+from gatepack.budget import in_multiples
 from gatepack.hf import Layer
 from gatepack.modules import linear_shape
 
@@ -78,11 +78,18 @@ class Layout:
         next is too dear.
         """
         scores = scores.cpu()
-        while multiple > 1:
-            chosen = self._threshold(scores, target, multiple)
-            if abs(float(self.kept_fraction(chosen.double())) - target) <= TOLERANCE:
-                return chosen
-            multiple //= 2
+
+        def find(multiple: int) -> tuple[torch.Tensor, float]:
+            if multiple == 1:
+                chosen = self._fill(scores, target)
+            else:
+                chosen = self._threshold(scores, target, multiple)
+            return chosen, float(self.kept_fraction(chosen.double()))
+
+        return in_multiples(find, target, multiple)[0]
+
+    def _fill(self, scores: torch.Tensor, target: float) -> torch.Tensor:
+        """The highest scores that fit the target together, and the next one if that is nearer."""
         order, costs = torch.argsort(scores, descending=True, stable=True), self.costs.cpu()
         left = target * self.total
         chosen = torch.zeros(len(order), dtype=torch.bool)

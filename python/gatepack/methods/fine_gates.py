@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from gatepack.config import GateConfig
+from gatepack.functional import spread_lanes
 from gatepack.gate_training import GateSchedule, GateTraining
+from gatepack.gates import Gate
 from gatepack.hf import GATES_NAME, attach, gates_of, hf_model, layers_of
 from gatepack.methods.statistics import Batch
 from gatepack.modules import base_linear, weight_matrix
@@ -204,22 +206,24 @@ class FineGatesTraining(GateTraining):
         self._hooks = []
         if method.weighting == "kurtosis":
             self._hooks = [
-                parent._modules[name].register_forward_pre_hook(self._recorder(gate_name))
-                for parent, name, gate_name in self._linears()
+                parent._modules[name].register_forward_pre_hook(self._recorder(linear, columns))
+                for parent, name, linear, columns in self._linears()
             ]
 
-    def _linears(self) -> list[tuple[nn.Module, str, str]]:
-        """(parent, child, name) of every gated linear."""
+    def _linears(self) -> list[tuple[nn.Module, str, str, Gate | None]]:
+        """(parent, child, name, gate of its columns) of every gated linear."""
         return [
-            (parent, name, (site.out_gate or site.in_gate).name.rpartition(":")[0])
+            (parent, name, (site.out_gate or site.in_gate).name.rpartition(":")[0], site.in_gate)
             for parent, name, site in self.gates.attachment.sites
         ]
 
-    def _recorder(self, linear: str):
+    def _recorder(self, linear: str, columns: Gate | None):
         def hook(module, args):
             if module.training and self.done % self.method.kurtosis_every == 0:
                 x = args[0].detach().float()
                 mean = x.reshape(-1, x.shape[-1]).mean(0)
+                if columns is not None and len(mean) != columns.size:
+                    mean = spread_lanes(mean, columns.open().lanes, columns.size)
                 self._inputs.setdefault(linear, []).append(mean)
 
         return hook
@@ -253,7 +257,7 @@ class FineGatesTraining(GateTraining):
     @torch.no_grad()
     def _renew_weights(self) -> None:
         parts = {}
-        for parent, child, linear in self._linears():
+        for parent, child, linear, _ in self._linears():
             mean = over_ranks(torch.stack(self._inputs[linear]).mean(0))
             reached = whole(weight_matrix(base_linear(parent._modules[child]))).float() * mean
             for side, axis in (("rows", 1), ("columns", 0)):

@@ -55,4 +55,4 @@ def proximal(root: nn.Module, decisions: Decisions, strength: float) -> None:
     shrunk = (norms - strength * share).clamp(min=0) / norms.clamp(min=1e-30)
     scale = torch.where(hard, 1.0, shrunk)
     for index, factor in groups:
-        factor *= torch.where(hard[index], 1.0, scale[index])[:, None].to(factor.dtype)
+        factor *= scale[index][:, None].to(factor.dtype)

@@ -182,6 +182,12 @@ def fine_tune(
 def open_gates(model: nn.Module) -> GateSet:
     """The gates of a model that is scored as it stands: all exactly 1, and no adapters."""
     gates = gates_of(model)
+    if gates.config.of_linears:
+        raise ValueError(
+            "units: expected 'heads' and 'channels', or one of them, for a one-shot method, got "
+            f"{gates.config.units}: change them in its gates, or detach those that the model has; "
+            "FineGates trains gates on rows and columns"
+        )
     if not bool((gates.deterministic_values() == 1).all()):
         raise ValueError("one-shot methods need every gate open and exactly 1; reopen them first")
     for parent, name, _ in gates.attachment.sites:

@@ -1,6 +1,6 @@
 """Stage 4, methods: running statistics by channel of what flows through a model's linears."""
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from gatepack.calibration import Batch, inputs_of, require_batches, token_mask
 from gatepack.gates import GateSet
 from gatepack.hf import hf_model
 from gatepack.importance import gated_inputs
 from gatepack.paths import has_kernels
-from gatepack.quality import evaluating, forward_arguments, input_device
+from gatepack.quality import evaluating, input_device
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-Batch = torch.Tensor | Mapping[str, torch.Tensor]
 
 
 class Sums(NamedTuple):
@@ -148,42 +148,6 @@ def run_batches(model: nn.Module, batches: Iterable[Batch], watch: Watch, title:
         raise ValueError(f"{type(trunk).__name__} ran, but none of the linears that were watched")
     if int(next(iter(watch.sums.values())).count) == 0:
         raise ValueError("batches hold no token that attention_mask keeps")
-
-
-def inputs_of(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
-    """A batch as keyword arguments of a model, on its device; bare token ids become input_ids."""
-    if isinstance(batch, torch.Tensor):
-        batch = {"input_ids": batch}
-    return {name: value.to(device) for name, value in batch.items()}
-
-
-def token_mask(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Which tokens are not padding, bool [B, S]; None for all. ValueError for another form."""
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return None
-    if mask.dim() != 2:
-        raise ValueError(f"attention_mask must be [batch, tokens], got {list(mask.shape)}")
-    return mask.bool()
-
-
-def with_labels(root: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """inputs with labels (those of a language model are its input ids) and without a cache."""
-    if "labels" not in inputs:
-        if not hf_model(root).can_generate():
-            raise ValueError(
-                f"batches for {type(root).__name__} need labels: its loss is not that of the next "
-                "token"
-            )
-        mask = token_mask(inputs)
-        labels = inputs["input_ids"]
-        inputs["labels"] = labels if mask is None else labels.masked_fill(~mask, -100)
-    return {**inputs, "use_cache": False} if "use_cache" in forward_arguments(root) else inputs
-
-
-def require_batches(done: int) -> None:
-    if done == 0:
-        raise ValueError("batches must hold at least one batch of token ids, got none")
 
 
 def gate_input_sums(gates: GateSet, batches: Iterable[Batch]) -> dict[str, Sums]:

@@ -7,13 +7,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from gatepack.calibration import (
+    Batch,
+    frozen,
+    inputs_of,
+    label_count,
+    require_batches,
+    with_labels,
+)
 from gatepack.gates import GateSet
 from gatepack.hf import layers_of
 from gatepack.methods.coupling import gated_linears, unit_totals
 from gatepack.methods.one_shot import OneShot, comparable, plan_masks, worth
-from gatepack.methods.statistics import Batch, inputs_of, require_batches, with_labels
 from gatepack.modules import is_conv1d, weight_matrix
-from gatepack.quality import evaluating, input_device
+from gatepack.quality import input_device
 
 VARIANTS = ("param_first", "vectorize", "unit")
 
@@ -90,28 +97,19 @@ def _gradients(
 
     Gradients, requires_grad and modes of the model stay as they were.
     """
-    before = [(p, p.requires_grad) for p in root.parameters()]
     weights = [linear.weight for linear in linears]
     sums = None
     tokens = done = 0
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        with evaluating(root), torch.enable_grad():
-            for batch in tqdm(batches, desc="gradients", unit="batch", leave=False, disable=None):
-                inputs = with_labels(root, inputs_of(batch, input_device(root)))
-                count = (inputs["labels"] != -100).sum()
-                loss = root(**inputs).loss * count
-                found = torch.autograd.grad(loss, weights)
-                found = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in found]
-                sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
-                tokens += count
-                done += 1
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+    with frozen(root, but=weights):
+        for batch in tqdm(batches, desc="gradients", unit="batch", leave=False, disable=None):
+            inputs = with_labels(root, inputs_of(batch, input_device(root)))
+            count = label_count(root, inputs["labels"])
+            loss = root(**inputs).loss * count
+            found = torch.autograd.grad(loss, weights)
+            found = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in found]
+            sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
+            tokens += count
+            done += 1
     require_batches(done)
     return {
         id(linear): (total.t() if is_conv1d(linear) else total) / tokens
