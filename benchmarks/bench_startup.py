@@ -17,13 +17,15 @@ from pathlib import Path
 
 from _harness import ROOT, append, environment
 
-_IMPORTS = {
-    "import": "import gatepack",
-    "import and attach": "import gatepack; gatepack.attach",
-    "import kernels": "import gatepack.kernels",
+# What has been imported anyway, and the statement that is timed.
+IMPORTS = {
+    "import GatedLinear": ("import torch", "import gatepack; gatepack.GatedLinear"),
+    "import and attach": (
+        "import torch, transformers; transformers.LlamaForCausalLM",
+        "import gatepack; gatepack.attach",
+    ),
+    "import kernels": ("import torch", "import gatepack.kernels"),
 }
-# What a Hugging Face user has imported anyway.
-_BASELINE = {"import and attach": "import torch, transformers; transformers.LlamaForCausalLM"}
 _EXTENSION = """
 from gatepack import _ext
 import time
@@ -74,11 +76,10 @@ def seconds(code: str, **environ: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def import_seconds(what: str) -> float:
-    """Of a statement, in a process that has imported its baseline already."""
-    before = _BASELINE.get(what, "import torch")
+def import_seconds(before: str, statement: str) -> float:
+    """Of a statement, in a process that has run the one before."""
     return seconds(
-        f"import time\n{before}\nstart = time.perf_counter()\n{_IMPORTS[what]}\n"
+        f"import time\n{before}\nstart = time.perf_counter()\n{statement}\n"
         "print(time.perf_counter() - start)"
     )
 
@@ -103,8 +104,8 @@ def main() -> None:
     on_gpu = options.device.startswith("cuda")
     times: dict[str, list[float]] = {}
     for _ in range(options.repeats):
-        for what in _IMPORTS:
-            times.setdefault(what, []).append(import_seconds(what))
+        for what, statements in IMPORTS.items():
+            times.setdefault(what, []).append(import_seconds(*statements))
         times.setdefault("extension", []).append(seconds(_EXTENSION))
     rows = [{"what": what, "seconds": statistics.median(v)} for what, v in times.items()]
     kind = "first call" if on_gpu else "compile only"

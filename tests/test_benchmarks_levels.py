@@ -359,9 +359,27 @@ def test_every_op_is_counted():
         call()
 
 
-def test_import_costs_little_beyond_torch():
-    """What the goal of run.py measures, without its bound: the module is not imported eagerly."""
-    code = "import sys, gatepack; print(float('transformers' in sys.modules))"
+@pytest.mark.parametrize("what", bench_startup.IMPORTS)
+def test_import_costs_little_beyond_torch(what):
+    """What the goals of run.py measure, without their bound: nothing heavy comes along."""
+    before, statement = bench_startup.IMPORTS[what]
+    heavy = {"accelerate", "sympy", "torch._dynamo", "torch._inductor", "transformers"}
+    if what == "import kernels":
+        pytest.importorskip("triton")
+    else:
+        heavy |= {"triton"}
+    code = (
+        f"import sys\n{before}\nbefore = set(sys.modules)\n{statement}\n"
+        f"came = {heavy} & (sys.modules.keys() - before)\nassert not came, came\nprint(0)"
+    )
     assert bench_startup.seconds(code) == 0.0
+
+
+def test_import_goals_are_measured():
+    named = [goal.name for goal in goals.GOALS if goal.name.startswith("import")]
+    assert named and set(named) <= set(bench_startup.IMPORTS)
+
+
+def test_a_startup_probe_that_fails_says_so():
     with pytest.raises(SystemExit, match="probe failed"):
         bench_startup.seconds("raise ValueError")

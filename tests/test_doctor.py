@@ -26,6 +26,19 @@ def section(name, report=None):
     return {finding.name: finding for finding in found.findings}
 
 
+def optional_packages():
+    """(package, extra) of every extra that is for users' work."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    table = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = re.findall(r"^(\w+) = \[(.*)\]$", table, re.MULTILINE)
+    return [
+        (name, extra)
+        for extra, names in extras
+        if extra not in ("demo", "docs")
+        for name in re.findall(r'"([\w-]+)', names)
+    ]
+
+
 def test_floors_are_those_of_the_metadata():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for name, floor in doctor.FLOORS.items():
@@ -96,12 +109,26 @@ def test_a_fix_is_printed_whole_on_a_narrow_terminal(monkeypatch):
 class TestGaps:
     """Each thing that may be missing."""
 
-    @pytest.mark.parametrize("missing", ["torch", "triton", "transformers", "peft"])
+    @pytest.mark.parametrize("missing", ["torch", "triton", "transformers"])
     def test_package_missing(self, missing, monkeypatch):
         monkeypatch.setitem(sys.modules, missing, None)
         finding = section("packages")[missing]
-        assert finding.state == ("unused" if missing == "peft" else "gap")
-        assert "pip install" in finding.fix + finding.why
+        assert finding.state == "gap" and "pip install" in finding.fix
+
+    @pytest.mark.parametrize(("name", "extra"), optional_packages())
+    def test_optional_package_missing(self, name, extra, monkeypatch):
+        monkeypatch.setitem(sys.modules, name.replace("-", "_"), None)
+        finding = section("packages")[name]
+        assert finding.state == "unused"
+        assert re.fullmatch(rf".* needs? it: pip install 'gatepack\[{extra}\]'", finding.why)
+
+    def test_optional_package_broken(self, tmp_path, monkeypatch):
+        (tmp_path / "gguf.py").write_text("raise OSError('no library')")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "gguf", raising=False)
+        finding = section("packages")["gguf"]
+        assert (finding.state, finding.found) == ("gap", "no library")
+        assert finding.fix == "pip install --upgrade gguf"
 
     @pytest.mark.parametrize("old", ["torch", "transformers", "accelerate"])
     def test_package_below_the_range(self, old, monkeypatch):
@@ -149,16 +176,43 @@ class TestGaps:
         assert "pip install -v --no-build-isolation" in found["gatepack._C"].fix
         assert found["c++"].state == found["ninja"].state == "ok"
 
+    def test_a_build_that_cannot_write_its_cache(self, tmp_path, monkeypatch):
+        (tmp_path / "file").touch()
+        monkeypatch.delenv("GATEPACK_SKIP_EXT", raising=False)
+        monkeypatch.setenv("GATEPACK_CACHE_DIR", str(tmp_path / "file" / "cache"))
+        monkeypatch.setattr(_ext, "_backend", _ext.Backend("torch", "gatepack._C did not load"))
+        monkeypatch.setattr(torch, "__version__", "2.13.0")
+        monkeypatch.setattr(doctor, "_cxx", lambda: "found")
+        monkeypatch.setattr(doctor, "_tool", lambda name: "found")
+        report = doctor.examine()
+        fix = section("caches", report)["extension"].fix
+        assert "GATEPACK_CACHE_DIR" in fix
+        assert section("extension", report)["gatepack._C"].fix == fix
+        assert section("ops", report)["fold_pack"].fix == fix
+
     def test_torch_too_old_for_the_extension(self, monkeypatch):
         monkeypatch.delenv("GATEPACK_SKIP_EXT", raising=False)
         monkeypatch.setattr(_ext, "_backend", _ext.Backend("torch", "needs torch >= 2.10"))
         monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
         assert section("extension")["gatepack._C"].fix == "pip install --upgrade torch"
 
-    def test_unknown_backend(self, monkeypatch):
-        monkeypatch.setenv("GATEPACK_BACKEND", "fast")
-        finding = section("settings")["GATEPACK_BACKEND"]
-        assert (finding.state, finding.fix) == ("gap", "unset GATEPACK_BACKEND")
+    @pytest.mark.parametrize("name", ["GATEPACK_BACKEND", "GATEPACK_SIMD"])
+    def test_unknown_choice(self, name, monkeypatch):
+        monkeypatch.setenv(name, "fast")
+        finding = section("settings")[name]
+        assert (finding.state, finding.fix) == ("gap", f"unset {name}")
+
+    def test_unknown_instruction_set_where_the_extension_is_not_loaded_yet(self, monkeypatch):
+        monkeypatch.setenv("GATEPACK_SIMD", "avx9000")
+        monkeypatch.setattr(_ext, "_backend", None)
+        report = doctor.examine()
+        for finding in (
+            section("extension", report)["gatepack._C"],
+            section("ops", report)["fold_pack"],
+        ):
+            assert (finding.state, finding.fix) == ("gap", "unset GATEPACK_SIMD")
+            assert "GATEPACK_SIMD must be" in finding.why and "avx9000" in finding.why
+        assert section("extension", report)["c++"].state != "gap"
 
     def test_cache_below_a_file_or_on_a_full_disk(self, tmp_path, monkeypatch):
         (tmp_path / "file").touch()

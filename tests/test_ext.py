@@ -5,12 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from gatepack import _build, _ext
+from gatepack import _build, _env, _ext
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = """
@@ -65,6 +66,24 @@ print([m for m in sys.modules if m == "gatepack._C" or "cpp_extension" in m])
     assert not list(tmp_path.iterdir())
 
 
+def test_first_call_may_be_one_that_is_traced():
+    code = """
+import torch
+from gatepack import _ext
+w, rows, z = torch.rand(3, 4), torch.tensor([0, 2]), torch.tensor([1.0, 0.5])
+pack = torch.compile(_ext.fold_pack, fullgraph=True, backend="eager")
+out = pack(w, rows, None, z)
+assert _ext._backend is not None
+assert torch.equal(out, w[rows] * z[:, None]), out
+"""
+    run(code)
+
+
+def test_load_has_the_mark_of_a_constant_result():
+    marked = torch.compiler.assume_constant_result(lambda: True)
+    assert vars(marked) and vars(marked).items() <= vars(_ext._load).items()
+
+
 def test_backend_names_its_reason():
     backend = _ext.backend()
     assert backend.name in ("cuda", "cpp", "torch")
@@ -80,11 +99,38 @@ def test_build_info_lists_what_was_built():
     assert (info["cuda_archs"] is not None) == (_ext.backend().name == "cuda")
 
 
-def test_simd_level_can_be_capped():
+@pytest.mark.parametrize("cap", _env.SIMD_LEVELS)
+def test_simd_level_can_be_capped(cap):
     if _ext.backend().name == "torch":
         pytest.skip(_ext.backend().reason)
     code = "from gatepack import _ext; _ext.backend(); print(_ext.build_info()['simd'])"
-    assert run(code, GATEPACK_SIMD="scalar") == ["scalar"]
+    present = _env.SIMD_LEVELS[_env.SIMD_LEVELS.index(_ext.build_info()["simd"]) :]
+    assert run(code, GATEPACK_SIMD=cap) == [cap if cap in present else present[0]]
+
+
+@pytest.mark.parametrize(
+    ("cap", "best", "used"),
+    [("avx512", "avx2", "avx2"), ("avx2", "avx512", "avx2"), ("avx2", "scalar", "scalar")],
+)
+def test_the_cap_on_another_machine(cap, best, used, monkeypatch):
+    levels = []
+    gatepack = types.SimpleNamespace(set_simd_level=levels.append)
+    monkeypatch.setenv("GATEPACK_SIMD", cap)
+    monkeypatch.delenv("GATEPACK_SKIP_EXT", raising=False)
+    monkeypatch.setattr(_ext, "_location", None)
+    monkeypatch.setattr(_ext, "_load_extension", lambda: (None, "from a test"))
+    monkeypatch.setattr(_ext, "build_info", lambda: {"simd": best, "cuda_archs": None})
+    monkeypatch.setattr(torch, "ops", types.SimpleNamespace(gatepack=gatepack))
+    assert _ext._choose().name == "cpp" and levels == [used]
+
+
+def test_unknown_simd_level_is_refused_by_every_call(monkeypatch):
+    monkeypatch.setenv("GATEPACK_SIMD", "avx9000")
+    monkeypatch.setattr(_ext, "_backend", None)
+    message = "GATEPACK_SIMD must be avx512, avx2 or scalar, got 'avx9000'"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            _ext.fold_pack(torch.ones(2, 2))
 
 
 def test_location_is_the_file_that_is_loaded():

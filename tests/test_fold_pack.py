@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gatepack import _ext
 from gatepack._ext import fold_pack, fold_pack_adjoint, fold_pack_adjoint_ref, fold_pack_ref
 
 # Below, at and above one vector of every instruction set, a tail of one, and a model's own width.
@@ -252,22 +251,6 @@ def test_rows_alone(shape, dtype):
             assert_same_bytes(fold_pack(gaps, rows), gaps.index_select(0, rows))
     finally:
         torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("column_major", (False, True))
-@pytest.mark.parametrize("dtype", (None, torch.bfloat16))
-def test_opcheck(column_major, dtype):
-    _ext.backend()
-    w = matrix(6, 40, torch.float32, column_major).requires_grad_()
-    rows, cols = subset("mixed", 6, 0), subset("mixed", 40, 1)
-    z_out, z_in = gate(len(rows), 1), gate(len(cols), 2)
-    ops = torch.ops.gatepack
-    torch.library.opcheck(ops.fold_pack.default, (w, rows, cols, z_out, z_in, dtype))
-    torch.library.opcheck(ops.fold_pack.default, (w, None, None, None, None, dtype))
-    torch.library.opcheck(ops.pack_rows.default, (w.detach(), rows))
-    g = matrix(len(rows), len(cols), torch.float32, column_major).requires_grad_()
-    arguments = (g, rows, cols, z_out, z_in, 6, 40, dtype)
-    torch.library.opcheck(ops.fold_pack_adjoint.default, arguments)
 
 
 def test_compiles_without_a_graph_break():

@@ -176,17 +176,6 @@ def test_threads_do_not_change_the_bits():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_opcheck(side):
-    x, dy, arguments = call(3, 12, 20, side)
-    y, gates = ops.open_linear(x, *arguments), arguments[4:6]
-    torch.library.opcheck(ops.open_linear.default, (x, *arguments))
-    saved = None if gates[1] is None else x, None if gates[0] is None else y
-    torch.library.opcheck(
-        ops.open_linear_backward.default, (dy, *saved, arguments[0], *arguments[2:])
-    )
-
-
 X, W, NONE = normal(2, 4), normal(3, 4), (None,) * 5
 
 

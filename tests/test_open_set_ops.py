@@ -71,13 +71,6 @@ def test_dropped_and_unknown_ids_are_refused(run):
         run(ids, table.long())
 
 
-def test_opcheck():
-    masks = [torch.tensor([True, False, True]), torch.zeros(5, dtype=torch.bool)]
-    torch.library.opcheck(op("open_sets"), (masks,))
-    table = torch.tensor([2, 0, 1], dtype=torch.int32)
-    torch.library.opcheck(op("remap_ids"), (torch.tensor([[0, 2], [1, 1]]), table))
-
-
 @pytest.mark.gpu
 def test_cuda_equals_the_reference_without_waiting_for_the_host():
     masks = [torch.rand(n) < p for n, p in ((0, 0.5), (1, 1), (300, 0.4), (20_000, 0.9), (5, 0))]

@@ -143,13 +143,6 @@ def test_gated_lanes_do_not_depend_on_the_number_of_threads():
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_of_gated_lanes(dtype):
-    x, z = normal(3, 12, dtype=dtype), torch.rand(4)
-    torch.library.opcheck(ops.gate_lanes.default, (x, z, 3))
-    torch.library.opcheck(ops.gate_lanes_backward.default, (x, x, z, 3))
-
-
 @pytest.mark.parametrize(
     "x, z, lanes, message",
     [

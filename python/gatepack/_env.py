@@ -12,6 +12,9 @@ GATEPACK_BACKEND=folded|triton|dense
 import os
 from pathlib import Path
 
+# A machine that has one has those after it.
+SIMD_LEVELS = ("avx512", "avx2", "scalar")
+
 
 def skip_ext() -> bool:
     return os.environ.get("GATEPACK_SKIP_EXT", "0") not in ("", "0")
@@ -25,12 +28,17 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "gatepack"
 
 
+def _one_of(variable: str, *choices: str) -> str | None:
+    chosen = os.environ.get(variable) or None
+    if chosen not in (None, *choices):
+        *others, last = choices
+        raise ValueError(f"{variable} must be {', '.join(others)} or {last}, got {chosen!r}")
+    return chosen
+
+
 def simd() -> str | None:
-    return os.environ.get("GATEPACK_SIMD") or None
+    return _one_of("GATEPACK_SIMD", *SIMD_LEVELS)
 
 
 def backend() -> str | None:
-    chosen = os.environ.get("GATEPACK_BACKEND") or None
-    if chosen not in (None, "folded", "triton", "dense"):
-        raise ValueError(f"GATEPACK_BACKEND must be folded, triton or dense, got {chosen!r}")
-    return chosen
+    return _one_of("GATEPACK_BACKEND", "folded", "triton", "dense")

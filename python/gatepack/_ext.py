@@ -169,14 +169,16 @@ def _load_extension() -> tuple[Path, str]:
 
 def _choose() -> Backend:
     global _location
+    cap = _env.simd()
     if _env.skip_ext():
         return Backend("torch", "GATEPACK_SKIP_EXT is set")
     try:
         _location, origin = _load_extension()
     except Exception as error:
         return Backend("torch", f"gatepack._C did not load ({first_line(error)})")
-    if _env.simd():
-        torch.ops.gatepack.set_simd_level(_env.simd())
+    if cap:
+        best = build_info()["simd"]
+        torch.ops.gatepack.set_simd_level(max(cap, best, key=_env.SIMD_LEVELS.index))
     if build_info()["cuda_archs"]:
         return Backend("cuda", f"gatepack._C {origin}")
     return Backend("cpp", f"gatepack._C {origin}, without CUDA kernels")
@@ -279,8 +281,6 @@ def _register(backend: Backend) -> torch.library.Library:
     return library
 
 
-# Under torch.compile the first call must happen while tracing, not become part of the graph.
-@torch.compiler.assume_constant_result
 def _load() -> bool:
     global _backend, _library, _fold_pack, _pack_rows
     with _loading:
@@ -291,6 +291,11 @@ def _load() -> bool:
             _pack_rows = torch.ops.gatepack.pack_rows.default._handle
             _backend = chosen
     return True
+
+
+# Under torch.compile the first call must happen while tracing, not become part of the graph. The
+# mark of torch.compiler.assume_constant_result, which itself imports torch._dynamo: 1.4 s.
+_load._dynamo_marked_constant = True
 
 
 def backend() -> Backend:

@@ -1,6 +1,7 @@
 """Stage 7, command line: what of gatepack works on this machine, what does not, and the cure."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +32,18 @@ _TORCH_FIX = "pip install --upgrade torch"
 _CUDA_TORCH_FIX = "pip uninstall -y torch; pip install a build of torch for this driver"
 _CXX_FIX = "apt-get install g++ (or set CXX to a C++17 compiler)"
 _REINSTALL = "--no-build-isolation --force-reinstall --no-deps gatepack"
-_PLAIN, _NO_GPU, _UNUSED_GPU = "plain torch", "none", "not used"
+_NO_GPU, _UNUSED_GPU = "none", "not used"
+# Package, what needs it, and the extra of gatepack that brings it.
+_OPTIONAL = (
+    ("peft", "adapters need it", "peft"),
+    ("matplotlib", "figures need it", "plot"),
+    ("gguf", "export to and reading of GGUF files need it", "gguf"),
+    ("sentencepiece", "vocabularies of some GGUF files need it", "gguf"),
+    ("onnx", "export to ONNX needs it", "onnx"),
+    ("onnxscript", "export to ONNX needs it", "onnx"),
+    ("onnxruntime", "export to ONNX needs it", "onnx"),
+    ("lm-eval", "tasks of evaluate need it", "eval"),
+)
 
 
 @dataclass(frozen=True)
@@ -94,21 +106,22 @@ def examine() -> Report:
             _triton(interpreted),
             _package("transformers", "attach, pack and checkpoints of models need it"),
             _package("accelerate", "transformers' Trainer needs it"),
-            _package("peft", "adapters need it", optional="gatepack[peft]"),
+            *(_package(*row) for row in _OPTIONAL),
         ),
     )
     if torch is None:
         return Report(__version__, (machine, packages, _caches()))
     gpus = _gpus(torch)
-    extension = _extension(torch, gpus)
+    backend, reason = _backend()
+    extension = _extension(torch, gpus, backend, reason)
     return Report(
         __version__,
         (
             machine,
             packages,
             Section("gpu", gpus),
-            Section("extension", (extension, *_compilers(extension, gpus, interpreted))),
-            Section("ops", (*_csrc_ops(extension), *_kernel_ops(gpus, interpreted))),
+            Section("extension", (extension, *_compilers(backend, extension, gpus, interpreted))),
+            Section("ops", (*_csrc_ops(backend, extension), *_kernel_ops(gpus, interpreted))),
             _settings(),
             _caches(),
         ),
@@ -160,8 +173,8 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _supported(name: str, version: str, fix: str) -> Finding:
-    floor = FLOORS[name]
-    if _release(version) < _release(floor):
+    floor = FLOORS.get(name)
+    if floor and _release(version) < _release(floor):
         why = f"gatepack {__version__} is tested from {floor} on"
         return Finding(name, "gap", version, why, fix)
     return Finding(name, "ok", version)
@@ -172,10 +185,15 @@ def _import(name: str, fix: str, why: str):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = importlib.import_module(name)
+            module = importlib.import_module(_module(name))
     except Exception as error:
         return None, Finding(name, "gap", first_line(error), why, fix)
-    return module, _supported(name, getattr(module, "__version__", "0"), fix)
+    version = getattr(module, "__version__", None) or importlib.metadata.version(name)
+    return module, _supported(name, version, fix)
+
+
+def _module(name: str) -> str:
+    return name.replace("-", "_")
 
 
 def _python() -> Finding:
@@ -183,11 +201,13 @@ def _python() -> Finding:
     return Finding("python", found.state, f"{found.found}, {sys.executable}", found.why, found.fix)
 
 
-def _package(name: str, why: str, optional: str = "") -> Finding:
-    fix = f"pip install --upgrade '{name}>={FLOORS[name]}'"
-    if importlib.util.find_spec(name) is None:
-        if optional:
-            return Finding(name, "unused", "not installed", f"pip install '{optional}' brings it")
+def _package(name: str, why: str, extra: str = "") -> Finding:
+    floor = FLOORS.get(name)
+    fix = f"pip install --upgrade '{name}>={floor}'" if floor else f"pip install --upgrade {name}"
+    if importlib.util.find_spec(_module(name)) is None:
+        if extra:
+            why = f"{why}: pip install 'gatepack[{extra}]'"
+            return Finding(name, "unused", "not installed", why)
         return Finding(name, "gap", "not installed", why, fix)
     return _import(name, fix, why)[1]
 
@@ -274,20 +294,31 @@ def _has_gpu(gpus: tuple[Finding, ...]) -> bool:
     return gpus[0].found not in (_NO_GPU, _UNUSED_GPU)
 
 
-def _extension(torch, gpus: tuple[Finding, ...]) -> Finding:
+def _backend() -> tuple[str, str]:
+    """Name and reason of the extension's; "none" where a setting is refused, so that no op runs."""
     from gatepack import _ext
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        backend = _ext.backend()
-    if backend.name == "torch":
-        return Finding("gatepack._C", "gap", _PLAIN, backend.reason, _extension_fix(torch))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _ext.backend()
+    except ValueError as error:
+        return "none", str(error)
+
+
+def _extension(torch, gpus: tuple[Finding, ...], backend: str, reason: str) -> Finding:
+    from gatepack import _ext
+
+    if backend == "none":
+        return Finding("gatepack._C", "gap", "not loaded", reason, "unset GATEPACK_SIMD")
+    if backend == "torch":
+        return Finding("gatepack._C", "gap", "plain torch", reason, _extension_fix(torch))
     info = _ext.build_info()
     details = ", ".join(f"{key} {value}" for key, value in info.items() if value is not None)
-    found = f"{backend.name}, {_ext.location()}: {details}"
-    if backend.name == "cpp" and torch.version.cuda and _has_gpu(gpus):
-        return Finding("gatepack._C", "gap", found, backend.reason, _nvcc_fix(torch))
-    return Finding("gatepack._C", "ok", found, backend.reason)
+    found = f"{backend}, {_ext.location()}: {details}"
+    if backend == "cpp" and torch.version.cuda and _has_gpu(gpus):
+        return Finding("gatepack._C", "gap", found, reason, _nvcc_fix(torch))
+    return Finding("gatepack._C", "ok", found, reason)
 
 
 def _nvcc_fix(torch) -> str:
@@ -308,6 +339,9 @@ def _extension_fix(torch) -> str:
         return _CXX_FIX
     if _tool("ninja") is None:
         return "pip install ninja"
+    cache = _extension_cache()
+    if cache.state == "gap":
+        return cache.fix
     return f"mend what the compiler says to: pip install -v {_REINSTALL}"
 
 
@@ -340,15 +374,15 @@ def _tool(name: str) -> str | None:
 
 
 def _compilers(
-    extension: Finding, gpus: tuple[Finding, ...], interpreted: bool
+    backend: str, extension: Finding, gpus: tuple[Finding, ...], interpreted: bool
 ) -> Iterator[Finding]:
     """c++, ninja, nvcc and cc: gaps only where what they would build is missing."""
     import torch
     from torch.utils import cpp_extension
 
-    unbuilt = extension.found == _PLAIN and not _env.skip_ext()
+    unbuilt = backend == "torch" and not _env.skip_ext()
     cannot = "the extension cannot be built"
-    no_kernels = extension.state == "gap" and extension.found != _PLAIN
+    no_kernels = backend == "cpp" and extension.state == "gap"
     launchers = _has_gpu(gpus) and not interpreted
     nvcc = str(Path(cpp_extension.CUDA_HOME) / "bin/nvcc") if cpp_extension.CUDA_HOME else "nvcc"
     for name, found, needed, why, fix in (
@@ -368,14 +402,11 @@ def _compilers(
 # Ops
 
 
-def _csrc_ops(extension: Finding) -> tuple[Finding, ...]:
+def _csrc_ops(backend: str, extension: Finding) -> tuple[Finding, ...]:
     from gatepack import _ext
 
-    backend = _ext.backend()
     why = extension.why if extension.state == "gap" else ""
-    return tuple(
-        Finding(name, extension.state, backend.name, why, extension.fix) for name in _ext.OPS
-    )
+    return tuple(Finding(name, extension.state, backend, why, extension.fix) for name in _ext.OPS)
 
 
 def _kernel_ops(gpus: tuple[Finding, ...], interpreted: bool) -> tuple[Finding, ...]:
@@ -399,26 +430,37 @@ def _kernel_ops(gpus: tuple[Finding, ...], interpreted: bool) -> tuple[Finding, 
 
 
 def _settings() -> Section:
-    found = []
+    forced = "every gated layer takes this path"
+    return Section(
+        "settings",
+        (
+            _setting("GATEPACK_BACKEND", _env.backend, forced, "by shape and device"),
+            _setting("GATEPACK_SIMD", _env.simd, "no instruction set above it is used", ""),
+        ),
+    )
+
+
+def _setting(name: str, read: Callable[[], str | None], why: str, why_unset: str) -> Finding:
     try:
-        forced = _env.backend()
-        why = "every gated layer takes this path" if forced else "by shape and device"
-        found.append(Finding("GATEPACK_BACKEND", "ok", forced or "not set", why))
+        chosen = read()
     except ValueError as error:
-        found.append(Finding("GATEPACK_BACKEND", "gap", str(error), "", "unset GATEPACK_BACKEND"))
-    found.append(Finding("GATEPACK_SIMD", "ok", _env.simd() or "not set"))
-    return Section("settings", tuple(found))
+        return Finding(name, "gap", str(error), "", f"unset {name}")
+    return Finding(name, "ok", chosen or "not set", why if chosen else why_unset)
 
 
 def _caches() -> Section:
-    folders = [("extension", _env.cache_dir(), "GATEPACK_CACHE_DIR")]
+    found = [_extension_cache()]
     try:
         from triton import knobs
 
-        folders.append(("triton", Path(knobs.cache.dir), "TRITON_CACHE_DIR"))
+        found.append(_cache("triton", Path(knobs.cache.dir), "TRITON_CACHE_DIR"))
     except Exception:
         pass  # the finding about triton says why
-    return Section("caches", tuple(_cache(*folder) for folder in folders))
+    return Section("caches", tuple(found))
+
+
+def _extension_cache() -> Finding:
+    return _cache("extension", _env.cache_dir(), "GATEPACK_CACHE_DIR")
 
 
 def _cache(name: str, folder: Path, variable: str) -> Finding:
