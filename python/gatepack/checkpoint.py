@@ -177,8 +177,7 @@ def _folder_of(name: str | os.PathLike, options: dict) -> Path:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES, **ours))
     except Exception as error:
         raise ValueError(
-            f"{name} is no folder, and the Hugging Face Hub does not give it: "
-            f"{first_line(error)}"
+            f"{name} is no folder, and the Hugging Face Hub does not give it: {first_line(error)}"
         ) from error
 
 
