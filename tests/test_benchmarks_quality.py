@@ -97,6 +97,11 @@ def test_page_sets_methods_beside_the_dense_model(tmp_path, monkeypatch):
     for tokens, of_dense in ((90, "10.00 | 80.0%"), (30, "12.50 | 64.0%")):
         assert f"| gatepack's recipe | 40 | {tokens} | 40.0% | {of_dense} |" in page
     assert "chip, 1 threads, torch 2.9, 2026-01-01, commit abc." in page
+    assert (
+        "| law, 40% removed: perplexity of FLAP over ours | at least 1.00 | 1.60 | pass |" in page
+    )
+    assert "| law, 40% removed: dense over ours | at least 91% | 80% | short |" in page
+    assert "law, 20% removed" not in page
 
 
 def test_demo_rows_of_earlier_settings_are_left_out(monkeypatch):
@@ -198,6 +203,8 @@ def test_page_gives_the_spread_over_seeds(tmp_path, monkeypatch):
     assert f"| FineGates | {spread} | {step} | 3 |" in page
     assert "over seeds. Gates close between 25% and 75% of the steps. Speed" in page
     assert "| full fine-tuning | 0 % | 90.0% | 1 |  |  |  | 1 |" in page
+    lost = "| qnli, 20% removed: accuracy below full fine-tuning | at most 0.5% | 10.0% | short |"
+    assert lost in page
 
 
 def test_batches_of_like_length_hold_all_examples():
