@@ -191,8 +191,8 @@ TRIED = (
     "much. Each helped. Distilling the dense model on top, logits or hidden states, was no better "
     "than training on the text. From the first step on the loss of the repaired model is above the "
     "dense model's by what the repair leaves, and the steps of LoRA that a CPU affords lower both "
-    "alike: how much of that gap a longer run closes has not been measured. For the encoders, gates "
-    "must not close before the task is learned: in the runs of one epoch of QNLI they do."
+    "alike: how much of that gap a longer run closes has not been measured. For the encoders, "
+    "gates must not close before the task is learned: in the runs of one epoch of QNLI they do."
 )
 
 
