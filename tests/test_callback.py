@@ -5,7 +5,7 @@ import torch
 from interrupted import NoFinish, StopAt
 from letters import letter_tokenizer
 from tiny import tiny_model, token_ids
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import gatepack as gp
 from gatepack.callback import FILE, GateCallback
@@ -154,6 +154,49 @@ def test_an_optimizer_that_holds_the_logits_is_refused(tmp_path):
         run.train()
 
 
+class Interrupt(TrainerCallback):
+    """Ctrl-C after a step, once."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            self.step = None
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", [CONFIG, gp.methods.FineGates(budget=0.7, learning_rate=0.05)])
+def test_a_rerun_after_an_interrupt_trains_the_gates_by_the_loss(method, tmp_path):
+    callback = GateCallback(method)
+    run = trainer(tmp_path, callback, callbacks=[Interrupt(3)])
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    interrupted, seen = callback.training, []
+
+    class Gradients(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 1:
+                callback.training.step = lambda scale: seen.append(callback.training.gradient)
+
+    run.add_callback(Gradients())
+    run.train()
+    assert callback.training is not interrupted and interrupted.gradient is None
+    assert all(gradient.abs().max() > 0 for gradient in seen) and len(seen) == 11
+
+
+@pytest.mark.parametrize("method", [CONFIG, gp.methods.FineGates()])
+def test_a_model_that_model_init_makes_anew_is_refused(method, tmp_path):
+    run = Trainer(
+        model_init=lambda: tiny_model("llama", torch.float32),
+        args=TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True),
+        train_dataset=dataset(),
+        callbacks=[GateCallback(method)],
+    )
+    with pytest.raises(ValueError, match=r"model_init makes it anew: pass Trainer\(model=...\)"):
+        run.train()
+
+
 def test_one_shot_method_prunes_before_the_trainer_tunes(tmp_path):
     gates = gp.GateConfig(noise=0.0, target=0.7, width_multiple=2, equal_layers=False)
     calibration = [token_ids(4, 9)]
@@ -172,3 +215,7 @@ def test_what_is_not_a_method_is_refused():
         GateCallback(0.5)
     with pytest.raises(ValueError, match="schedule: expected None with a FLAP, got one"):
         GateCallback(gp.methods.FLAP(), GateSchedule())
+    with pytest.raises(ValueError, match="schedule: expected a GateSchedule or None, got 0.3"):
+        GateCallback(schedule=0.3)
+    with pytest.raises(ValueError, match="distillation: expected a Distillation or None, got True"):
+        GateCallback(distillation=True)

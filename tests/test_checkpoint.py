@@ -4,6 +4,7 @@ whole or not at all."""
 import errno
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,6 +115,35 @@ class TestRoundTrip:
         assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
         assert logits_of(loaded).dtype == torch.bfloat16
 
+    def test_fp64_load_keeps_logits_fp32(self, tmp_path):
+        model, gates = gated()
+        gp.save_pretrained(model, tmp_path / "m")
+        loaded = gp.from_pretrained(tmp_path / "m", dtype=torch.float64)
+        restored = gp.gates_of(loaded)
+        assert loaded.lm_head.weight.dtype == torch.float64
+        assert restored.logits.dtype == torch.float32 and torch.equal(restored.logits, gates.logits)
+        assert logits_of(loaded).dtype == torch.float64
+
+    @pytest.mark.parametrize("units", [("heads", "channels"), ("rows", "columns")])
+    def test_frozen_gates_stay_frozen(self, tmp_path, units):
+        model = tiny_model("llama", torch.float32)
+        gates = gp.attach(model, replace(CONFIG, units=units, width_multiple=1))
+        gp.save_pretrained(model, tmp_path / "m")
+        assert "frozen" not in read(tmp_path / "m")["gatepack"]
+        assert not gp.gates_of(gp.from_pretrained(tmp_path / "m")).frozen
+
+        gp.GateTraining(model, steps=4).finish()
+        gp.save_pretrained(model, tmp_path / "m")
+        assert read(tmp_path / "m")["gatepack"]["frozen"] is True
+        loaded = gp.from_pretrained(tmp_path / "m").train()
+        restored = gp.gates_of(loaded)
+        assert restored.frozen and not restored.logits.requires_grad and not restored.noisy
+        assert torch.equal(loaded(token_ids()).logits, model.train()(token_ids()).logits)
+        assert loaded.config.gatepack == model.config.gatepack
+        gates.unfreeze()
+        gp.save_pretrained(model, tmp_path / "m")
+        assert not gp.gates_of(gp.from_pretrained(tmp_path / "m")).frozen
+
     @pytest.mark.parametrize("kind", ["gated", "packed"])
     def test_transformers_own_save(self, tmp_path, kind):
         model = packed() if kind == "packed" else gated()[0]
@@ -145,11 +175,14 @@ def folder(tmp_path):
     return tmp_path / "m"
 
 
+def read(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
 def edit(folder, change):
-    path = folder / "config.json"
-    data = json.loads(path.read_text())
+    data = read(folder)
     change(data)
-    path.write_text(json.dumps(data))
+    (folder / "config.json").write_text(json.dumps(data))
 
 
 class TestRefusals:
@@ -207,6 +240,24 @@ class TestRefusals:
             ValueError, match="config.json has no gatepack record: .*load it with transformers"
         ):
             gp.from_pretrained(tmp_path / "m")
+
+    @pytest.mark.parametrize(
+        "option, message",
+        [
+            ({"config": None}, "config= is not taken: .*config.json"),
+            ({"output_loading_info": True}, "output_loading_info= is not taken"),
+            ({"use_safetensors": False}, "use_safetensors=False is not taken: pickles"),
+        ],
+    )
+    def test_options_of_its_own(self, folder, option, message):
+        with pytest.raises(ValueError, match=message):
+            gp.from_pretrained(folder, **option)
+        assert gp.from_pretrained(folder, use_safetensors=True)
+
+    def test_frozen_that_is_no_bool(self, folder):
+        edit(folder, lambda data: data["gatepack"].update(frozen="no"))
+        with pytest.raises(ValueError, match="gatepack.frozen is 'no', not a bool"):
+            gp.from_pretrained(folder)
 
     def test_pickles_are_not_read(self, folder, monkeypatch):
         monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))

@@ -9,6 +9,7 @@ from tiny import tiny_model
 from typer.testing import CliRunner
 
 import gatepack as gp
+from gatepack import evaluation
 from gatepack.cli import app
 
 WIDE = {"COLUMNS": "200", "NO_COLOR": "1"}
@@ -123,7 +124,8 @@ def test_packed_model_is_scored_and_drawn_beside_the_dense_one(files, tmp_path):
         (["--text", "none.txt"], "error: none.txt does not exist"),
         (["--stride", "16"], "error: stride must lie in 1..15"),
         (["--against", "none.json"], "No such file"),
-        (["--out", "r.json", "--against", "./r.json"], "--out would overwrite the report"),
+        (["--out", "r.json", "--against", "./r.json"], "--out would overwrite r.json"),
+        (["--out", "q.jsonl", "--choices", "./q.jsonl"], "--out would overwrite q.jsonl"),
         (["--max-accuracy-drop", "-1"], "error: accuracy_drop must be >= 0"),
         (["--dtype", "int8"], "error: dtype must be one of"),
     ],
@@ -132,3 +134,11 @@ def test_what_a_user_can_mend_is_one_sentence(files, arguments, message):
     done = invoke("eval", files["dense"], *FAST, *arguments)
     assert done.exit_code == 1
     assert message in done.output and "Traceback" not in done.output
+
+
+def test_a_folder_in_the_place_of_the_report_is_refused_first(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("it was loaded"))
+    (tmp_path / "reports").mkdir()
+    done = invoke("eval", files["dense"], *FAST, "--out", tmp_path / "reports")
+    assert done.exit_code == 1 and "reports is a folder: name the file to write" in done.output
+    assert not list(tmp_path.glob("*.resume"))

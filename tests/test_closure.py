@@ -161,6 +161,15 @@ def test_the_latency_budget_stays_that_of_the_dense_model(tmp_path):
     assert again.kept_fraction() == pytest.approx(before)
 
 
+def test_a_training_that_was_not_told_says_how():
+    model, gates = gated()
+    training, _ = start(model)
+    close_some(gates)
+    gp.remove_closed(model)
+    with pytest.raises(ValueError, match=r"name it in gatepack.remove_closed\(model, opt"):
+        training.step()
+
+
 def test_refuses():
     model = tiny_model("llama")
     gp.attach(model, gp.GateConfig(units=("rows", "columns"), target=0.6))

@@ -88,6 +88,31 @@ def test_names_of_folders(model, tmp_path, name, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../../here"])
+@pytest.mark.parametrize("format", ["save", "uniform"])
+def test_the_working_directory_is_not_replaced(model, tmp_path, name, format, monkeypatch):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    with pytest.raises(ValueError, match="is the working directory or holds it"):
+        write(model, name, format)
+    assert Path.cwd() == tmp_path / "here" / "below"
+    write(model, "small", format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_export_does_not_replace_what_its_model_was_loaded_from(model, tmp_path, format):
+    write(model, tmp_path / "m", "save")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    loaded = gp.from_pretrained(tmp_path / "m")
+    for folder in ("m", "link"):
+        with pytest.raises(ValueError, match="m is the folder of the model itself"):
+            write(loaded, tmp_path / folder, format)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
+    for _ in range(2):
+        write(loaded, tmp_path / "m" / "inside", format)
+
+
 def test_gguf_in_a_folder_with_an_odd_name(model, tmp_path):
     folder = tmp_path / "größe 模型"
     assert write(model, folder, "gguf")["files"].keys() >= {"model.gguf"}

@@ -232,9 +232,47 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(found[1][name], grad, msg=name)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_newest_distillation_counts_alone(own):
+    model = tiny_model("llama").train()
+    gates = gp.attach(model, gp.GateConfig(noise=0.0, target=0.6))
+    set_gates(gates, "mixed")
+    teacher = None if own else tiny_model("llama", seed=5)
+    method = gp.Distillation(hidden_weight=1.0, teacher=teacher)
+    earlier = method.start(model)
+    once = model(input_ids=IDS, labels=IDS).loss
+    newer = method.start(model)
+    torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, once)
+    assert earlier.metrics() == {} and newer.metrics()["distillation/kl"] > 0
+    earlier.resume()
+    torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, once)
+    assert earlier.metrics()["distillation/kl"] > 0 and newer.metrics() == {}
+
+
+def test_a_distillation_goes_on_with_the_teacher_of_before():
+    model = tiny_model("llama").train()
+    dense = copy.deepcopy(model)
+    distilling = gp.Distillation(task_weight=0.0).start(model)
+    distilling.stop()
+    assert not model._forward_hooks and distilling.metrics() == {}
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter.mul_(1.1)
+    distilling.resume()
+    distilling.resume()
+    output = model(input_ids=IDS, labels=IDS)
+    torch.testing.assert_close(output.loss, literal(output.logits, dense(IDS).logits, 2.0))
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="temperature: expected a positive number, got 0"):
         gp.Distillation(temperature=0)
+    with pytest.raises(ValueError, match="temperature: expected a positive number, got 'a'"):
+        gp.Distillation(temperature="a")
+    with pytest.raises(ValueError, match="hidden_weight: expected a number >= 0, got 'a'"):
+        gp.Distillation(hidden_weight="a")
+    with pytest.raises(ValueError, match="teacher: expected a loaded model, or None .*, got 3"):
+        gp.Distillation(teacher=3)
     with pytest.raises(ValueError, match="weight and hidden_weight: expected one of them above 0"):
         gp.Distillation(weight=0.0)
     with pytest.raises(ValueError, match=r"match: expected one of .*, got 'attention'"):
@@ -281,3 +319,27 @@ def test_in_a_trainer_whatever_the_accumulation(tmp_path):
         gp.pack(model)  # the Trainer is done with the teacher
         model.train()(input_ids=rows[:2], labels=rows[:2]).loss.backward()
     assert first[0] == pytest.approx(first[1], rel=1e-2)
+
+
+def test_a_second_training_of_a_trainer_distils_from_the_same_teacher(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny_model("llama", torch.float32)
+    dense = copy.deepcopy(model)
+    callback = gp.GateCallback(CONFIG, distillation=gp.Distillation(task_weight=0.0))
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, logging_steps=1, save_strategy="no", report_to=[],
+        use_cpu=True, disable_tqdm=True, learning_rate=1e-3,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in token_ids(16, 6)]
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+    logged = []
+    for _ in range(2):
+        trainer.train()
+        logged.append([e["distillation/kl"] for e in trainer.state.log_history if "loss" in e])
+        assert callback.distilling.metrics() == {}
+    assert len(set(logged[1])) == 4 and logged[1][0] > logged[0][0]
+    callback.distilling.resume()
+    output = model.train()(input_ids=IDS, labels=IDS)
+    expected = literal(output.logits, dense(input_ids=IDS).logits, 2.0)
+    torch.testing.assert_close(output.loss, expected, rtol=1e-4, atol=1e-5)

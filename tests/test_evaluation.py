@@ -240,6 +240,13 @@ def test_settings_are_checked(settings, message):
         EvalConfig(**settings)
 
 
+def test_arguments_of_other_types_are_named(model):
+    with pytest.raises(ValueError, match="tokenizer must be one of transformers, got NoneType"):
+        evaluate(model, None)
+    with pytest.raises(ValueError, match="config must be an EvalConfig or None, got dict"):
+        evaluate(model, letter_tokenizer(), {})
+
+
 def test_run_loads_by_name_and_writes_the_report(model, files, tmp_path):
     folder = tmp_path / "tiny"
     model.save_pretrained(folder)

@@ -136,6 +136,17 @@ class TestRefusals:
             gp.export(uneven, tmp_path / "m")
         assert not (tmp_path / "m").exists()
 
+    @pytest.mark.parametrize(
+        "model_type, others",
+        [("llama", "'hf' or 'gguf'"), ("qwen3", "'hf'"), ("gpt2", "'hf'"), ("bert", "'hf'")],
+    )
+    def test_uneven_layers_are_sent_where_they_may_go(self, tmp_path, model_type, others):
+        uneven = packed_model(model_type, closed=([], []), widths=(40, 16))
+        with pytest.raises(
+            ValueError, match=rf"\(gatepack train --equal-layers\), or .*format={others}, which"
+        ):
+            gp.export(uneven, tmp_path / "m")
+
     @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
     def test_heads_that_do_not_divide_a_gemma(self, tmp_path, model_type):
         model = packed_model(

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model, token_ids
 
 import gatepack as gp
-from gatepack.gate_training import GateSchedule, GateTraining
+from gatepack.gate_training import GateRecipe, GateSchedule, GateTraining
 
 CONFIG = gp.GateConfig(noise=0.1, target=0.5, width_multiple=4, seed=3)
 STEPS = 30
@@ -186,7 +186,9 @@ def test_state_holds_tensors_only():
     ("fields", "message"),
     [
         ({"learning_rate": 0.0}, "learning_rate: expected a positive number or None, got 0.0"),
+        ({"learning_rate": "a"}, "learning_rate: expected a positive number or None, got 'a'"),
         ({"ramp": 1.5}, "ramp: expected a fraction of all steps, got 1.5"),
+        ({"ramp": "a"}, "ramp: expected a fraction of all steps, got 'a'"),
         ({"warmup": 0.6}, "warmup, ramp, freeze: expected ascending fractions, got 0.6, 0.5, 0.75"),
     ],
 )
@@ -196,7 +198,48 @@ def test_schedule_refuses(fields, message):
 
 
 def test_refuses_no_steps_and_no_gates():
-    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="steps: expected an integer >= 1, got 0"):
         GateTraining(gated(), 0)
     with pytest.raises(ValueError, match="model has no gates"):
         GateTraining(tiny_model("llama"), 1)
+
+
+@pytest.mark.parametrize("steps", ["3", 1.5])
+def test_refuses_steps_that_are_no_integers(steps):
+    with pytest.raises(ValueError, match=f"steps: expected an integer >= 1, got {steps!r}"):
+        GateTraining(gated(), steps)
+
+
+def test_refuses_a_schedule_that_is_none():
+    message = r"schedule: expected a GateSchedule or None, got 0.5; pass gatepack.GateSchedule\("
+    for refused in (lambda: GateTraining(gated(), 3, 0.5), lambda: GateRecipe(CONFIG, 0.5)):
+        with pytest.raises(ValueError, match=message):
+            refused()
+
+
+def test_the_newest_training_of_the_gates_gets_their_gradient():
+    model = gated(noise=0.0, init_logit=0.2)
+    earlier, _ = train(model, 3)
+    training = GateTraining(model, STEPS)
+    loss_of(model, 3).backward()
+    assert earlier.gradient is None and training.gradient.abs().max() > 0
+    for use in (earlier.step, earlier.finish):
+        with pytest.raises(RuntimeError, match="a newer GateTraining has taken them over"):
+            use()
+    assert not training.gates.frozen and earlier.done == 3
+    train(model, STEPS, training, torch.optim.AdamW(training.weights(), lr=1e-3))
+    assert abs(earlier.finish() - 0.5) <= 0.005
+
+
+@pytest.mark.parametrize(
+    "config", [{"target": 0.1}, {"target": 0.999}, {"target": 0.3, "tp_divisor": 40}]
+)
+def test_an_unreachable_target_is_refused_before_the_first_step(config):
+    model = gated(**config)
+    gates = gp.gates_of(model)
+    gates.freeze()
+    with pytest.raises(ValueError, match=r"cannot be met .* nearest reachable kept fraction is"):
+        GateTraining(model, STEPS)
+    assert gates.frozen
+    gates.close("model.layers.0.mlp:channels", [0])
+    assert gates.kept_fraction() < 1

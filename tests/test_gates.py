@@ -216,6 +216,13 @@ class TestClosing:
         with pytest.raises(ValueError, match="indices of 'b:channels' must be integers, got torch"):
             make_gates().close("b:channels", indices)
 
+    @pytest.mark.parametrize("indices", [None, {1, 2}, "1"])
+    def test_indices_that_are_no_sequence_are_refused(self, indices):
+        with pytest.raises(
+            ValueError, match="indices of 'b:channels' must be a tensor or sequence"
+        ):
+            make_gates().close("b:channels", indices)
+
     def test_empty_and_single_indices(self):
         gates = make_gates()
         gates.close("b:channels", [])
@@ -234,6 +241,8 @@ class TestClosing:
         gates.close("b:channels", [0])
         mask = torch.arange(16) % 3 == 0
         gates.set_open({"b:channels": mask})
+        assert torch.equal(gates["b:channels"].values() > 0, mask)
+        gates.set_open({"b:channels": mask.tolist()})
         assert torch.equal(gates["b:channels"].values() > 0, mask)
         assert not gates.closed[:6].any()
 

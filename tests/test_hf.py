@@ -144,10 +144,13 @@ class TestAttach:
         assert_close(
             logits_of(model, **inputs_for(model)), logits_of(reference, **inputs_for(model))
         )
-        with pytest.raises(
-            ValueError, match=r"targets=\('layer.9',\) match no module; the first layer is"
-        ):
-            gp.attach(tiny_model("llama"), gp.GateConfig(targets=("layer.9",)))
+        for targets in (("layer.9",), ("model.layers.1.*", "layer.9")):
+            with pytest.raises(ValueError, match="'layer.9' matches nothing that can be gated"):
+                gp.attach(tiny_model("llama"), gp.GateConfig(targets=targets))
+
+    def test_refuses_a_config_that_is_none(self):
+        with pytest.raises(ValueError, match="config must be a GateConfig or None, got 0.5"):
+            gp.attach(tiny_model("llama"), 0.5)
 
     def test_costs_are_the_weights_of_the_blocks_linears(self):
         for model_type in FAMILIES:

@@ -167,6 +167,8 @@ def test_inputs_of_padding_do_not_count_where_its_labels_do(side):
 def test_calibrate_needs_a_batch():
     with pytest.raises(ValueError, match="at least one batch of token ids, got none"):
         moments_of("llama", [])
+    with pytest.raises(ValueError, match="batches must hold tensors .* one of type str"):
+        moments_of("llama", {"input_ids": token_ids()})
 
 
 def test_calibrate_leaves_the_model_as_it_was():

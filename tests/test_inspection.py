@@ -33,6 +33,11 @@ def row_of(model, ending):
     return row
 
 
+def test_what_is_no_model_is_named():
+    with pytest.raises(ValueError, match="model must be a torch.nn.Module, got NoneType"):
+        gp.explain(None)
+
+
 def test_gated_model_on_cpu(free_calls):
     explanation = gp.explain(gated(pattern="closed"))
     assert [row.module for row in explanation.rows] == [

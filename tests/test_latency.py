@@ -266,3 +266,8 @@ def test_command_writes_the_table_and_goes_on_where_it_was_cut(tmp_path, monkeyp
     done = CliRunner().invoke(app, [*arguments, "--dry-run"], env=wide)
     assert done.exit_code == 0 and "seconds" in done.output and not path.exists()
     assert re.search(r"shapes of a layer\W+4 ", done.output)
+
+
+def test_a_folder_in_the_place_of_the_table_is_refused_first(tmp_path):
+    with pytest.raises(ValueError, match="is a folder: name the file to write"):
+        latency_bench.run(BenchConfig(model="none"), tmp_path, Log("quiet"))

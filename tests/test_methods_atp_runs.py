@@ -177,3 +177,25 @@ def test_peft_model_keeps_its_adapters():
     report = gp.pack(plain)
     assert abs(report.kept_fraction - 0.6) <= 0.005
     torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("brings_adapters", [False, True])
+def test_the_newest_training_alone_decides(brings_adapters):
+    import peft
+
+    model = tiny_model("llama", torch.float32).train()
+    if brings_adapters:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    method = ATP(**FAST)
+    earlier = method.start(model, STEPS, generator_batches())
+    train(model, earlier, until=2)
+    training = method.start(model, STEPS, generator_batches())
+    for use in (earlier.step, earlier.finish):
+        with pytest.raises(RuntimeError, match="a newer training of ATP has begun"):
+            use()
+    train(model, training)
+    assert abs(training.finish() - 0.6) <= 0.005
+    if brings_adapters:
+        model = model.merge_and_unload()
+    assert abs(gp.pack(model).kept_fraction - 0.6) <= 0.005
+    assert model(input_ids=token_ids(2, 6)).logits.isfinite().all()

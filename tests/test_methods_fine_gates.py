@@ -442,3 +442,24 @@ def test_other_gates_are_refused():
         FineGates().start(model, 3)
     with pytest.raises(ValueError, match="freeze: expected 1 for a model in which only gates"):
         FineGates.post_train(freeze=0.5).start(tiny_model("llama"), 3)
+
+
+def test_the_newest_training_alone_watches_the_model():
+    model, earlier = started("opt", weighting="kurtosis", kurtosis_every=1, freeze=0.5)
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    start = copy.deepcopy(earlier.state_dict())
+    _, newer = started(model=model, weighting="kurtosis", kurtosis_every=1, freeze=0.5)
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    train(model, newer, until=STEPS // 2)
+    assert newer.gates.frozen and not earlier._inputs and earlier.gradient is None
+    newer.load_state_dict(start)
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+
+
+def test_an_unreachable_budget_is_refused_before_the_first_step():
+    model = tiny_model("llama", torch.float32, num_hidden_layers=1, intermediate_size=20)
+    targets = ("*.gate_proj", "*.up_proj")  # a channel is 1.1 % of the weights
+    gp.attach(model, gp.GateConfig(units=("rows",), target=0.9522, targets=targets))
+    FineGates().start(model, STEPS)
+    with pytest.raises(ValueError, match="target=0.9522 cannot be met within 0.5%"):
+        FineGates(budget=0.9522).start(model, STEPS)

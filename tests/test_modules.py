@@ -1,11 +1,12 @@
 """GatedLinear and PackedLinear as stand-ins for the modules they replace."""
 
 import copy
+import io
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_model
+from tiny import tiny_model, token_ids
 from torch import nn
 
 import gatepack as gp
@@ -161,6 +162,34 @@ class TestDropIn:
             twin.weight.zero_()
             twin.site.in_gate._set.logits.fill_(-2.0)
         assert torch.equal(gated(tokens()), expected)
+
+
+@pytest.mark.parametrize("state", ["gated", "packed", "adapted"])
+@pytest.mark.parametrize("units", [("heads", "channels"), ("rows", "columns")])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_models_pickle_and_copy(model_type, units, state):
+    model = tiny_model(model_type, torch.float32)
+    gates = gp.attach(model, gp.GateConfig(units=units, target=0.5, noise=0.0, width_multiple=1))
+    gates.snap()
+    if state != "gated":
+        gp.pack(model)
+    if state == "adapted":
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        model = peft.get_peft_model(model, lora)
+    expected = model.eval()(token_ids()).logits
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (torch.load(file, weights_only=False), copy.deepcopy(model)):
+        assert [type(module) for module in twin.modules()] == [
+            type(module) for module in model.modules()
+        ]
+        assert torch.equal(twin(token_ids()).logits, expected)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(model(token_ids()).logits, expected)
 
 
 class TestGates:

@@ -2,11 +2,14 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import report
 import typer
+from checkpoints import save_tiny, write_documents
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import gatepack
@@ -51,6 +54,33 @@ def test_flags_exist(line):
     help_text = CliRunner().invoke(app, [command, "--help"], **options).output
     for flag in re.findall(r"--[a-z][a-z-]*", line):
         assert flag in help_text
+
+
+SMALL = {
+    "train": "--steps 1 --batch-size 2 --window 16 --lora-rank 2 --calibration-batches 2 "
+    "--width-multiple 8 --eval-windows 2",
+    "pack": "--window 16 --windows 2",
+    "bench": "--prompt-tokens 8 --new-tokens 2 --repeats 1",
+    "export": "--window 16 --windows 2 --prompt-tokens 8 --new-tokens 2 --repeats 1",
+}
+
+
+def test_commands_run_one_after_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "tiny")
+    write_documents(tmp_path / "text.jsonl")
+    places = {"PATH_OR_HUB_NAME": "tiny", "FILE_OR_FOLDER": "text.jsonl"}
+    lines = [
+        shlex.split(line)
+        for line in COMMANDS
+        if re.match("gatepack (train|pack|bench|export)", line)
+    ]
+    assert [line[1] for line in lines] == ["train", "train", "pack", "bench", "export"]
+    for _, name, *arguments in lines:
+        arguments = [places.get(each, each) for each in arguments] + SMALL[name].split()
+        done = CliRunner().invoke(app, [name, *arguments])
+        assert done.exit_code == 0, done.output
+    AutoModelForCausalLM.from_pretrained("small/export")
 
 
 def test_flags_named_in_prose_exist():

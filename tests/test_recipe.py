@@ -9,8 +9,9 @@ from packed import spoil
 from typer.testing import CliRunner
 
 import gatepack as gp
-from gatepack import recipe, training
+from gatepack import demo, recipe, training
 from gatepack.cli import app
+from gatepack.demo import DemoConfig
 from gatepack.packing import pack
 from gatepack.progress import Log
 from gatepack.quality import max_logit_difference
@@ -148,14 +149,61 @@ def test_plan_of_packing_writes_nothing(packing):
     assert not packing.out.exists()
 
 
-def test_pack_refuses_a_model_without_gates_and_its_own_folder(config, tmp_path):
+def test_pack_refuses_a_model_without_gates(config, tmp_path):
     with pytest.raises(ValueError, match="tiny has no gates to pack"):
         pack_checkpoint(PackConfig(config.model, config.text, tmp_path / "p", window=16), QUIET)
-    with pytest.raises(ValueError, match="out must not be the gated model's own folder"):
-        PackConfig(str(config.out), out=config.out)
     for name, value in (("window", 1), ("windows", 0)):
         with pytest.raises(ValueError, match=f"{name} must be >="):
             PackConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "command", [["train"], ["demo", "--model"], ["pack"], ["export", "--format", "onnx"]]
+)
+def test_no_command_replaces_its_own_model(command, tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "tiny")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for model, out in ((folder, "tiny/."), (folder, "link"), ("link", folder)):
+        done = invoke(*command, model, "--out", out)
+        assert done.exit_code == 1, done.output
+        assert "tiny is the folder of the model itself" in done.output and "(--out)" in done.output
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "command", [["train"], ["demo", "--model"], ["pack"], ["export", "--format", "onnx"]]
+)
+def test_no_command_replaces_the_working_directory(command, tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "tiny")
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for out in (".", ".."):
+        done = invoke(*command, folder, "--out", out)
+        assert done.exit_code == 1 and "is the working directory or holds it" in done.output
+    assert [path.name for path in (tmp_path / "here").rglob("*")] == ["below"]
+
+
+def test_a_folder_with_the_name_of_the_default_model_is_not_its_own(tmp_path, monkeypatch):
+    (tmp_path / "smollm2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert RecipeConfig("smollm2", out="smollm2").out == "smollm2"
+
+
+@pytest.mark.parametrize("run", [train, demo.run])
+def test_what_cannot_be_trained_is_refused_before_any_work(config, trained, run, monkeypatch):
+    for owner in (recipe, demo):
+        monkeypatch.setattr(owner, "score", lambda *_: pytest.fail("a model was scored"))
+    too_large = TrainConfig(**{**vars(SMALL), "batch_size": 10_000})
+    for changed, message in (
+        ({"target": 0.05}, "target=0.05 cannot be met"),
+        ({"train": too_large}, "batch_size must lie between 1 and the number of windows"),
+        ({"model": str(trained[0].out)}, "has gates already: .* gatepack pack "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(DemoConfig(**{**vars(config), **changed}), QUIET)
+        assert not config.out.exists()
 
 
 def test_other_logits_are_not_written(packing, monkeypatch):

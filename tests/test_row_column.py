@@ -423,7 +423,7 @@ def test_every_linear_and_the_tied_head():
 def test_refusals_name_the_setting():
     with pytest.raises(ValueError, match="units must be among .*'heads'.* or among .*'rows'"):
         gp.GateConfig(units=("heads", "rows"))
-    with pytest.raises(ValueError, match="match no linear"):
+    with pytest.raises(ValueError, match="matches nothing that can be gated"):
         gp.attach(tiny_model("llama"), gp.GateConfig(units=("rows",), targets=("encoder.*",)))
     _, gates = gated("llama")
     with pytest.raises(

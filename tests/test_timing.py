@@ -185,6 +185,8 @@ def test_prompt_longer_than_the_positions_is_refused():
         measure(model, **SIZES)
     with pytest.raises(ValueError, match="must be a transformers model"):
         measure(torch.nn.Linear(2, 2), **SIZES)
+    with pytest.raises(ValueError, match="must be a transformers model.*got NoneType"):
+        measure(None)
 
 
 def test_models_on_two_devices_are_refused():

@@ -16,6 +16,11 @@ def inputs_of(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     """A batch as keyword arguments of a model, on its device; bare token ids become input_ids."""
     if isinstance(batch, torch.Tensor):
         batch = {"input_ids": batch}
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            "batches must hold tensors of token ids [B, S] or mappings of a model's arguments, got "
+            f"one of type {type(batch).__name__}"
+        )
     return {name: value.to(device) for name, value in batch.items()}
 
 

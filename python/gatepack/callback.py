@@ -49,16 +49,27 @@ class GateCallback(TrainerCallback):
                 "method: expected a GateConfig or a method of gatepack.methods, got "
                 f"{type(method).__name__}"
             )
+        if not isinstance(distillation, Distillation | None):
+            raise ValueError(
+                f"distillation: expected a Distillation or None, got {distillation!r}; pass "
+                "gatepack.Distillation(...)"
+            )
         self.method, self.batches, self.resume_from = method, list(batches), resume_from
         self.distillation, self.distilling = distillation, None
-        self.training = None
+        self.training = self._prepared = None
 
     def on_init_end(self, args, state, control, model: nn.Module, **_):
         self.method.prepare(model, self.batches)
+        self._prepared = hf_model(model)
         if self.distillation is not None:
             self.distilling = self.distillation.start(model)
 
     def on_train_begin(self, args, state, control, model: nn.Module, optimizer=None, **_):
+        if self._prepared is not None and not any(m is self._prepared for m in model.modules()):
+            raise ValueError(
+                "the Trainer has another model than the one that GateCallback prepared, because "
+                "model_init makes it anew: pass Trainer(model=...) in place of model_init"
+            )
         logits = getattr(getattr(hf_model(model), GATES_NAME, None), "logits", None)
         groups = optimizer.param_groups if optimizer is not None else ()
         if any(parameter is logits for group in groups for parameter in group["params"]):
@@ -66,6 +77,8 @@ class GateCallback(TrainerCallback):
                 "the Trainer's optimizer already holds the gates' logits; pass GateCallback in "
                 "Trainer(callbacks=[...]), or leave the logits out of your own optimizer"
             )
+        if self.distilling is not None:
+            self.distilling.resume()
         self.training = self.method.start(model, max(1, state.max_steps), self.batches)
         if state.global_step and self.training is not None:
             self._resume(args, state)

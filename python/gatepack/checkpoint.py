@@ -17,7 +17,7 @@ from torch import nn
 from gatepack.config import GateConfig
 from gatepack.errors import first_line
 from gatepack.files import left_aside, read_json, replaced_folder
-from gatepack.hf import GATES_NAME, attach, hf_model
+from gatepack.hf import GATES_NAME, attach, gates_of, hf_model
 from gatepack.packing import FORMAT_VERSION, shrink
 from gatepack.row_column_packing import shrink_linears
 
@@ -29,6 +29,10 @@ SUPERSEDED = re.compile(
 )
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_REFUSED = {
+    "config": "the folder's config.json describes its weights; change model.config after loading",
+    "output_loading_info": "a folder whose tensors do not fit is refused, and the first is named",
+}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.py"]
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
@@ -62,10 +66,19 @@ def saving(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> It
     refuse_adapters(root)
     with replaced_folder(directory, SUPERSEDED) as folder:
         root.save_pretrained(folder)
+        if hasattr(root, GATES_NAME) and gates_of(root).frozen:
+            _record_frozen(folder / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_manifest(folder)
         yield folder
+
+
+def _record_frozen(path: Path) -> None:
+    """Says in a config.json that the gates are frozen, which no tensor of theirs does."""
+    config = read_json(path)
+    config["gatepack"]["frozen"] = True
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def refuse_adapters(root: nn.Module) -> None:
@@ -105,11 +118,18 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
     kwargs may have revision, cache_dir, token and local_files_only. Builds the architecture that
     config.json names (a class of transformers, or one registered with its AutoModel classes), gives
     it the recorded open sets and gates, and lets transformers load the weights, so kwargs are those
-    of its from_pretrained (dtype, device_map, attn_implementation, ...). verify checks the
-    manifest's checksums first. Only safetensors are read, and no code of the folder runs unless
-    kwargs have trust_remote_code=True. Raises ValueError for a folder that is not such a checkpoint
-    or whose files are truncated, altered or do not fit the config, naming file or tensor.
+    of its from_pretrained (dtype, device_map, attn_implementation, ...), without config and
+    output_loading_info: the folder's config is what the weights fit, and tensors that do not are
+    refused. Gates that were frozen are frozen again. verify checks the manifest's checksums first.
+    Only safetensors are read, and no code of the folder runs unless kwargs have
+    trust_remote_code=True. Raises ValueError for a folder that is not such a checkpoint or whose
+    files are truncated, altered or do not fit the config, naming file or tensor.
     """
+    for name, reason in _REFUSED.items():
+        if name in kwargs:
+            raise ValueError(f"{name}= is not taken: {reason}")
+    if kwargs.pop("use_safetensors", None) is False:
+        raise ValueError("use_safetensors=False is not taken: pickles are never read")
     directory = _folder_of(directory, kwargs)
     raw = _read_raw_config(directory)
     if verify:
@@ -119,6 +139,9 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
     _forget_modeling_file(config)
     dense_class = _class_of(config, directory)
     record = config.gatepack
+    frozen = record.pop("frozen", False)
+    if not isinstance(frozen, bool):
+        raise ValueError(f"{directory}/config.json: gatepack.frozen is {frozen!r}, not a bool")
 
     class Rebuilt(dense_class):
         """The dense class, given the recorded open sets and gates before weights are loaded."""
@@ -160,7 +183,11 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
     model.config.gatepack = record
     gates = getattr(model, GATES_NAME, None)
     if gates is not None:
+        # transformers leaves fp32 alone for half precisions only.
+        gates.logits.data = gates.logits.data.float()
         gates.sync_from_buffers()
+        if frozen:
+            gates.freeze()
     return model
 
 

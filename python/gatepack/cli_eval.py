@@ -100,8 +100,9 @@ def evaluate(
             max_calibration_rise,
             max_latency_ratio,
         )
-        if out is not None and against is not None and out.resolve() == against.resolve():
-            raise ValueError("--out would overwrite the report that --against compares with")
+        read = (*(text or ()), *(ood or ()), *(choices or ()), *([against] if against else ()))
+        if out is not None and out.resolve() in [path.resolve() for path in read]:
+            raise ValueError(f"--out would overwrite {out}, which this command reads")
         earlier = None if against is None else load_report(against)
         settings = EvalConfig(
             texts=tuple(text or ()),

@@ -87,11 +87,11 @@ class GateConfig:
             )
         _check_choice("estimator", self.estimator, tuple(ESTIMATORS))
         _check_choice("target_of", self.target_of, COSTS)
-        if not _is_number(self.target) or not 0.0 < self.target < 1.0:
+        if not is_number(self.target) or not 0.0 < self.target < 1.0:
             raise ValueError(f"target must be a kept fraction in (0, 1), got {self.target!r}")
-        if not _is_number(self.noise) or self.noise < 0:
+        if not is_number(self.noise) or self.noise < 0:
             raise ValueError(f"noise must be a finite number >= 0, got {self.noise!r}")
-        if self.init_logit is not None and not _is_number(self.init_logit):
+        if self.init_logit is not None and not is_number(self.init_logit):
             raise ValueError(f"init_logit must be a finite number or None, got {self.init_logit!r}")
         for name in ("equal_layers", "q_per_kv_uniform"):
             if not isinstance(getattr(self, name), bool):
@@ -170,7 +170,7 @@ class GateConfig:
         return cls.from_dict(data)
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
     except OverflowError:  # an integer beyond the largest float

@@ -19,6 +19,7 @@ from gatepack.recipe import (
     RecipeConfig,
     check_reload,
     fine_tune,
+    kept_by_plan,
     load_inputs,
     open_state,
     pack_and_check,
@@ -58,6 +59,7 @@ def run(config: DemoConfig, log: Log, known: dict[str, float] | None = None) -> 
     require("the demo", "peft", "matplotlib")
     documents = load_documents(config.text)
     inputs = load_inputs(config, documents, log)
+    kept_by_plan(inputs.model, config)
     state = open_state(config, documents)
     for name, value in (known or {}).items():
         state.once(name, lambda value=value: value)

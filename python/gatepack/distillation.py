@@ -1,6 +1,5 @@
 """Stage 4, methods: distillation from the dense model, which the gated student is part of."""
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from gatepack.config import is_number
 from gatepack.hf import GATES_NAME, hf_model, layers_of
+from gatepack.hooks import at_work
 from gatepack.quality import evaluating, forward_arguments
 
 MATCHES = ("layers", "mlps")
@@ -40,15 +41,21 @@ class Distillation:
     teacher: nn.Module | None = None
 
     def __post_init__(self):
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+        if not is_number(self.temperature) or self.temperature <= 0:
+            raise ValueError(f"temperature: expected a positive number, got {self.temperature!r}")
         for field in ("weight", "hidden_weight", "task_weight"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"{field}: expected a number >= 0, got {getattr(self, field)}")
+            value = getattr(self, field)
+            if not is_number(value) or value < 0:
+                raise ValueError(f"{field}: expected a number >= 0, got {value!r}")
         if self.weight == 0 and self.hidden_weight == 0:
             raise ValueError("weight and hidden_weight: expected one of them above 0, got 0 and 0")
         if self.match not in MATCHES:
             raise ValueError(f"match: expected one of {MATCHES}, got {self.match!r}")
+        if not isinstance(self.teacher, nn.Module | None):
+            raise ValueError(
+                "teacher: expected a loaded model, or None for the student's own dense weights, "
+                f"got {self.teacher!r}"
+            )
 
     def start(self, model: nn.Module, keep: Iterable[nn.Parameter] | None = None) -> "Distilling":
         """From here on, model(...).loss of a training forward is the loss above, until stop().
@@ -61,8 +68,9 @@ class Distillation:
 
         Without labels the loss has no task part. keep: parameters whose present values are the
         teacher's, of which a copy is kept; None: those that train now and are no adapter's. Start
-        before anything changes them, by repair or training. Raises ValueError for a model that
-        lacks units of its own teacher, because they are packed.
+        before anything changes them, by repair or training. A distillation that is at work on the
+        model stops. Raises ValueError for a model that lacks units of its own teacher, because they
+        are packed.
         """
         return Distilling(model, self, keep)
 
@@ -82,28 +90,41 @@ class Distilling:
         self._known: tuple[torch.Tensor, list[torch.Tensor]] | None = None
         self._teaching = False
         self._losses: dict[str, torch.Tensor] = {}
-        self._handles = self._listen(self.root) if method.hidden_weight else []
+        self._handles: list = []
         if method.teacher is None:
-            _check_whole(self.root)
             keep = _trained(self.root) if keep is None else list(keep)
             self._kept = [(parameter, _copy_of(parameter)) for parameter in keep]
         elif method.hidden_weight:
             self._check_layers(hf_model(method.teacher))
-            self._handles += self._listen(hf_model(method.teacher))
-        self._handles += [
-            self.root.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.root.register_forward_hook(self._after, with_kwargs=True),
-        ]
+        self.resume()
 
     def metrics(self) -> dict[str, float]:
         """The terms of the last loss, without their weights; waits for the device."""
         return {f"distillation/{name}": float(value) for name, value in self._losses.items()}
 
     def stop(self) -> None:
-        """Leaves the model's loss alone again."""
+        """Leaves the model's loss alone again, until resume(); copies of weights stay with this."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._kept, self._known = [], [], None
+        self._handles, self._losses = [], {}
+        self._known = self._into = None
+
+    def resume(self) -> None:
+        """Undoes stop(), with the teacher of before; another that is at work on the model stops."""
+        if self._handles:
+            return
+        teacher = self.method.teacher
+        if teacher is None:
+            _check_whole(self.root)
+        for other in at_work(self.root._forward_hooks, Distilling):
+            other.stop()
+        if self.method.hidden_weight:
+            roots = [self.root] if teacher is None else [self.root, hf_model(teacher)]
+            self._handles = [handle for root in roots for handle in self._listen(root)]
+        self._handles += [
+            self.root.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.root.register_forward_hook(self._after, with_kwargs=True),
+        ]
 
     def _listen(self, root: nn.Module) -> list:
         """Hooks that collect what the two models are compared by, in order of the layers."""

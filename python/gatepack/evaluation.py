@@ -12,7 +12,7 @@ from torch import nn
 
 import gatepack
 from gatepack.data import load_documents, split_documents
-from gatepack.files import plain, read_safetensors, write_json, write_safetensors
+from gatepack.files import plain, read_safetensors, refuse_folder, write_json, write_safetensors
 from gatepack.inspection import identify
 from gatepack.models import load_model, torch_device, torch_dtype
 from gatepack.optional import require
@@ -90,11 +90,16 @@ def evaluate(
     for bars on stderr. Raises ValueError with one
     sentence on what to change, and ImportError if tasks are asked for and lm-eval is missing.
     """
-    return _evaluate(model, tokenizer, config or EvalConfig(), name, base, "", log or Log(), None)
+    config = EvalConfig() if config is None else config
+    return _evaluate(model, tokenizer, config, name, base, "", log or Log(), None)
 
 
 def _evaluate(model, tokenizer, config, name, base, base_name, log, out: Path | None) -> dict:
     """evaluate; with out, what is scored is kept beside it until it is written."""
+    if not callable(tokenizer):
+        raise ValueError(f"tokenizer must be one of transformers, got {type(tokenizer).__name__}")
+    if not isinstance(config, EvalConfig):
+        raise ValueError(f"config must be an EvalConfig or None, got {type(config).__name__}")
     _require_lm_eval(config)
     texts, questions = _load_texts(config), _load_choices(config)
     state = None
@@ -169,8 +174,11 @@ def run(
 
     The file is written whole or not at all; cut off, a run with the same models, inputs and
     settings does not score again the texts and questions that are done, which OUT.resume keeps.
-    Raises ValueError for an unknown dtype or device, and for an unfinished run with other settings.
+    Raises ValueError for an unknown dtype or device, a folder in the place of out, and an
+    unfinished run with other settings.
     """
+    if out is not None:
+        refuse_folder(out)
     _require_lm_eval(config)
     (scored, tokenizer), beside = _load(model, base, device, dtype)
     out = None if out is None else Path(out)

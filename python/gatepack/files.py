@@ -31,14 +31,44 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
+def refuse_out(out: str | os.PathLike, source: str | os.PathLike | None = None) -> None:
+    """ValueError if a folder cannot be put in the place of `out` without loss.
+
+    That is where this process works in it, and where it is the folder of source, the model that is
+    read: a folder, or a file in one.
+    """
+    out = Path(out).resolve()
+    if Path.cwd().is_relative_to(out):
+        raise ValueError(
+            f"{out} is the working directory or holds it, and saving replaces the whole folder: "
+            "give the result a folder of its own (--out)"
+        )
+    if source is None or not out.exists():
+        return
+    folder = Path(source).expanduser()
+    folder = folder.parent if folder.is_file() else folder
+    if folder.exists() and folder.samefile(out):
+        raise ValueError(
+            f"{out} is the folder of the model itself, whose files would be replaced: give the "
+            "result another folder (--out)"
+        )
+
+
+def refuse_folder(out: str | os.PathLike) -> None:
+    """ValueError if there is a folder where a file is to be written."""
+    if Path(out).is_dir():
+        raise ValueError(f"{out} is a folder: name the file to write")
+
+
 @contextlib.contextmanager
 def replaced_folder(directory: str | os.PathLike, superseded: re.Pattern) -> Iterator[Path]:
     """A staging folder, put in the place of `directory` by one rename if all goes well.
 
     Files of `directory` stay, but for those that the new folder has too and those whose names
     `superseded` matches. Raises OSError, naming the folder, if writing fails; what was there is
-    then unchanged. ValueErrors and FloatingPointErrors pass.
+    then unchanged. ValueErrors and FloatingPointErrors pass, as does that of refuse_out.
     """
+    refuse_out(directory)
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
         raise OSError(f"{directory} is not a folder")

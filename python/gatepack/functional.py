@@ -306,25 +306,23 @@ def add_low_rank(y, x, a, b, scaling, z_in, z_out, rows, cols, in_lanes, out_lan
     return _LowRank.apply(y, x, a, b, scaling, z_in, z_out, rows, cols, in_lanes, out_lanes)
 
 
-def sampled_values(gates) -> torch.Tensor:
+def sampled_values(gates, number: torch.Tensor | int | None) -> torch.Tensor:
     """Gate values fp32 [N] of a GateSet by the kernel: one launch, noise from Philox, no host sync.
 
-    The noise depends on the seed and the buffer `draws`, which is advanced on the device: a
-    captured CUDA graph draws anew on each replay.
+    The noise depends on the seed and the number of the draw (None: no noise), which stays on the
+    device: a captured CUDA graph draws anew on each replay.
     """
     from gatepack.kernels import sample_gates_fn
 
-    draw = gates.draws.clone()
-    if gates.noisy:
-        gates.draws.add_(1)
+    noise = number is not None
     return sample_gates_fn(
         gates.logits,
         gates.offsets(),
         max_segment=max(gate.size for gate in gates.gates.values()),
         seed=gates.config.seed,
-        draw=draw,
+        draw=torch.as_tensor(number, device=gates.logits.device) if noise else None,
         estimator=gates.config.estimator,
         sigma=gates.config.noise,
-        noise=gates.noisy,
+        noise=noise,
         closed=gates.closed,
     )[0]

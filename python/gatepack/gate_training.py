@@ -3,15 +3,17 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gatepack.budget import TOLERANCE
-from gatepack.config import GateConfig
+from gatepack.config import GateConfig, is_number
 from gatepack.gates import GateSet
 from gatepack.hf import GATES_NAME, attach, gates_of, hf_model
+from gatepack.hooks import at_work
 from gatepack.sharding import is_sharded, over_ranks
 
 
@@ -34,12 +36,12 @@ class GateSchedule:
 
     def __post_init__(self):
         rate = self.learning_rate
-        if rate is not None and not 0 < rate < math.inf:
-            raise ValueError(f"learning_rate: expected a positive number or None, got {rate}")
+        if rate is not None and not (is_number(rate) and rate > 0):
+            raise ValueError(f"learning_rate: expected a positive number or None, got {rate!r}")
         for field in ("warmup", "ramp", "freeze"):
             value = getattr(self, field)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{field}: expected a fraction of all steps, got {value}")
+            if not is_number(value) or not 0 <= value <= 1:
+                raise ValueError(f"{field}: expected a fraction of all steps, got {value!r}")
         if not self.warmup <= self.ramp <= self.freeze:
             raise ValueError(
                 f"warmup, ramp, freeze: expected ascending fractions, got {self.warmup}, "
@@ -71,37 +73,66 @@ class GateTraining:
     scaling and zeroing of the weights' gradients never see it; it adds up over the backward passes
     of a step. Ranks average it, and draw the same noise; start before DistributedDataParallel wraps
     the model, which then leaves the gates alone. state_dict and load_state_dict hold everything
-    about the gates: a run that is cut off and resumed goes on bit for bit.
+    about the gates: a run that is cut off and resumed goes on bit for bit. An earlier training of
+    the same gates, of a run that was interrupted, gives them up.
+
+    Raises ValueError if the target cannot be met (GateSet.plan), which the rounding would find.
     """
 
+    _rounds = True
+
     def __init__(self, model: nn.Module, steps: int, schedule: GateSchedule | None = None):
-        if steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {steps}")
+        check_steps(steps)
+        _check_schedule(schedule)
         self.model, self.steps = model, steps
         self.schedule = GateSchedule() if schedule is None else schedule
         self.gates: GateSet = gates_of(model)
         self.gates.check_device()
+        self._logits = self.gates.logits
+        self._check_logits()
+        if self._rounds:
+            self._check_target()
         self.gates.unfreeze()
         controller = self.gates.controller
         controller.warmup_steps = round(self.schedule.warmup * steps)
         controller.ramp_steps = round(self.schedule.ramp * steps) - controller.warmup_steps
         _leave_out_of_ddp(model)
-        self._check_replicated()
         rate = self.schedule.rate(self.gates, steps)
         self.optimizer = torch.optim.Adam([self.gates.logits], lr=rate)
         self.done = 0
         self.gradient: torch.Tensor | None = None
         self._watch()
 
-    def _check_replicated(self) -> None:
-        """Each rank needs all logits: FSDP would shard them, or put others in their place."""
+    def _check_logits(self) -> None:
+        """Each rank needs all logits, and those that the optimizer steps."""
         logits = self.gates.logits
-        whole = logits.numel() == len(self.gates.closed) and not is_sharded(logits)
-        if not whole or logits is not getattr(self, "_logits", logits):
+        ignored = (
+            "pass ignored_params={gatepack.gates_of(model).logits} to fully_shard, or to "
+            f"accelerate fsdp_config={{'fsdp_version': 2, 'ignored_modules': '.*{GATES_NAME}.*'}}"
+        )
+        if logits.numel() != len(self.gates.closed) or is_sharded(logits):
             raise ValueError(
-                "the gates' logits are sharded over ranks, but each of them needs all: pass "
-                "ignored_params={gatepack.gates_of(model).logits} to fully_shard, or to accelerate "
-                f"fsdp_config={{'fsdp_version': 2, 'ignored_modules': '.*{GATES_NAME}.*'}}"
+                f"the gates' logits are sharded over ranks, but each of them needs all: {ignored}"
+            )
+        if logits is not self._logits:
+            raise ValueError(
+                "the gates have other logits than those that this training steps: name it in "
+                "gatepack.remove_closed(model, optimizer, training=...), which then goes on with "
+                f"the units that are left; if FSDP put them there, {ignored}"
+            )
+
+    def _check_target(self) -> None:
+        """ValueError now, not when gates freeze; what shapes cost hardly depends on the scores."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        scores = torch.rand(len(self.gates.closed), generator=generator, device="cpu")
+        self.gates.plan(self.gates.split(scores))
+
+    def _check_at_work(self) -> None:
+        if self not in at_work(self._logits._post_accumulate_grad_hooks, GateTraining):
+            raise RuntimeError(
+                "this training no longer gets the gradient of the gates' logits: a newer "
+                "GateTraining has taken them over, or they were frozen and unfrozen since; step "
+                "and finish the newer one, or start one"
             )
 
     def weights(self) -> list[nn.Parameter]:
@@ -111,7 +142,12 @@ class GateTraining:
 
     def _watch(self) -> None:
         self._logits = self.gates.logits
+        for earlier in at_work(self._logits._post_accumulate_grad_hooks, GateTraining):
+            earlier._unwatch()
         self._hook = self._logits.register_post_accumulate_grad_hook(self._take)
+
+    def _unwatch(self) -> None:
+        self._hook.remove()
 
     def _take(self, logits: torch.Tensor) -> None:
         self.gradient = logits.grad if self.gradient is None else self.gradient + logits.grad
@@ -123,7 +159,9 @@ class GateTraining:
         loss_scale: what the loss was multiplied by (fp16's GradScaler.get_scale()). A gradient that
         is not finite counts as 0, as the scaler leaves out such steps of the weights.
         """
-        self._check_replicated()
+        self._check_logits()
+        if not self.gates.frozen:
+            self._check_at_work()
         self.done += 1
         if self.gates.frozen:
             return
@@ -150,6 +188,7 @@ class GateTraining:
         load_best_model_at_end) are rounded again.
         """
         if not self.gates.frozen:
+            self._check_at_work()
             self._round()
             self._freeze()
         elif abs(self.gates.kept_fraction() - self.gates.config.target) > TOLERANCE:
@@ -160,7 +199,7 @@ class GateTraining:
         """Goes on with the gates' new logits, those of before at kept, int64 (remove_closed)."""
         moments = self.optimizer.state.pop(self._logits, {})
         frozen = self.gates.frozen
-        self._hook.remove()
+        self._unwatch()
         self._logits = self.gates.logits
         self.optimizer.param_groups[0]["params"] = [self._logits]
         self.optimizer.state[self._logits] = {
@@ -171,10 +210,15 @@ class GateTraining:
         if not frozen:
             self._watch()
 
-    def _round(self) -> None:
+    def _worth(self) -> dict[str, torch.Tensor]:
+        """What each unit is worth to the rounding, as GateSet.snap takes it."""
         # Not the values: many are exactly 1, and say nothing about which of them to keep.
         worth = self.gates.estimator.open_probability(self.gates.logits.detach())
-        self.gates.snap(self.gates.split(worth.masked_fill(self.gates.closed, 0.0)))
+        return self.gates.split(worth.masked_fill(self.gates.closed, 0.0))
+
+    def _round(self) -> None:
+        if self._rounds:
+            self.gates.snap(self._worth())
 
     def metrics(self) -> dict[str, float]:
         """What a log should say of the gates now."""
@@ -185,7 +229,7 @@ class GateTraining:
 
     def _freeze(self) -> None:
         self.gates.freeze()
-        self._hook.remove()
+        self._unwatch()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Tensors only: the gates, Adam's moments, and how many steps are done."""
@@ -228,6 +272,9 @@ class GateRecipe:
     config: GateConfig | None = None
     schedule: GateSchedule | None = None
 
+    def __post_init__(self):
+        _check_schedule(self.schedule)
+
     def prepare(self, model: nn.Module, batches: Iterable = ()) -> None:
         """Attaches the gates unless the model has these already; their logits wait for start."""
         if not hasattr(hf_model(model), GATES_NAME):
@@ -242,6 +289,20 @@ class GateRecipe:
     def start(self, model: nn.Module, steps: int, batches: Iterable = ()) -> GateTraining:
         """The training of a prepared model for so many optimizer steps."""
         return GateTraining(model, steps, self.schedule)
+
+
+def check_steps(steps: int) -> None:
+    """ValueError unless a training has a whole number of steps, at least one."""
+    if not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f"steps: expected an integer >= 1, got {steps!r}")
+
+
+def _check_schedule(schedule: GateSchedule | None) -> None:
+    if not isinstance(schedule, GateSchedule | None):
+        raise ValueError(
+            f"schedule: expected a GateSchedule or None, got {schedule!r}; pass "
+            "gatepack.GateSchedule(...)"
+        )
 
 
 def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

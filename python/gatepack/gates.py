@@ -94,10 +94,11 @@ class GateSet(nn.Module):
 
     config: GateConfig. specs: name -> GateSpec, in model order. fixed_cost: parameters that the
     budget counts and no gate can remove. Logits are one fp32 parameter [N]; a forward of the model
-    draws one sample (values, open sets) that all its modules read, also when gradient checkpointing
-    runs them again. An attached model sets `paths`, gate name -> path of the present forward,
-    `width`, its residual width, `sampler`, which draws the values where kernels run (None: plain
-    torch), and `attachment`, the gatepack.hf.Attachment that put the gates on it (None: no model).
+    draws one sample (values, open sets) that all its modules read. An attached model sets `paths`,
+    gate name -> path of the present forward, `pinned`, the sample of an earlier forward while
+    gradient checkpointing runs it again, `width`, its residual width, `sampler`, which draws the
+    values where kernels run (None: plain torch), and `attachment`, the gatepack.hf.Attachment that
+    put the gates on it (None: no model).
     """
 
     def __init__(self, config: GateConfig, specs: Mapping[str, GateSpec], fixed_cost: int = 0):
@@ -119,7 +120,8 @@ class GateSet(nn.Module):
         self.frozen = False
         self.width: int | None = None
         self.paths: dict[str, str] = {}
-        self.sampler: Callable[[GateSet], torch.Tensor] | None = None
+        self.pinned: Sample | None = None
+        self.sampler: Callable[[GateSet, int | torch.Tensor | None], torch.Tensor] | None = None
         self.attachment = None
         self._draws = 0
         self._all_open = False
@@ -198,8 +200,25 @@ class GateSet(nn.Module):
                 "before building the optimizer, or gates.freeze() if the gates are meant to stay "
                 "as they are"
             )
+        return self._drawn(self._next_number())
+
+    def _next_number(self) -> int | torch.Tensor | None:
+        """The number of a new draw; None without noise."""
+        if not self.noisy or self._all_open:
+            return None
+        if self.sampler is not None:
+            number = self.draws.clone()
+            self.draws.add_(1)
+            return number
+        number = self._draws
+        self._draws += 1
+        self.draws.fill_(self._draws)
+        return number
+
+    def _drawn(self, number: int | torch.Tensor | None) -> Sample:
+        """The sample with the noise of a draw, a new one or one of before; None: without noise."""
         key, last = self._key(), self._sample
-        if last is not None and last.key == key and not self.noisy:
+        if last is not None and last.key == key and last.number is number:
             # A graph is walked once: with gradients, only values that have none are used again.
             if not torch.is_grad_enabled() or not (
                 self.logits.requires_grad or last.flat.requires_grad
@@ -208,21 +227,19 @@ class GateSet(nn.Module):
         if self._all_open:
             flat = torch.ones_like(self.logits)
         elif self.sampler is not None:
-            flat = self.sampler(self)
-        elif self.noisy:
+            flat = self.sampler(self, number)
+        elif number is not None:
             generator = torch.Generator(self.logits.device)
-            generator.manual_seed(mix(self.config.seed, self._draws))
+            generator.manual_seed(mix(self.config.seed, int(number)))
             # As much noise as before units were removed, so that those that stay get the same.
             noise = self.estimator.noise_like(self.logits.new_empty(self._whole_size), generator)
             noise = noise if self._places is None else noise[self._places.to(noise.device)]
-            self._draws += 1
-            self.draws.fill_(self._draws)
             flat = self.estimator.values(self.logits, noise).masked_fill(self.closed, 0.0)
         else:
             flat = self.deterministic_values()
         if flat.requires_grad:
             flat.retain_grad()
-        self._sample = Sample(self, key, flat)
+        self._sample = Sample(self, key, flat, number)
         return self._sample
 
     @contextmanager
@@ -248,6 +265,8 @@ class GateSet(nn.Module):
 
     def sample(self) -> Sample:
         """The current sample; draws one if there is none or what it depends on has changed."""
+        if self.pinned is not None:
+            return self.pinned
         current = self._sample
         if current is None or current.key != self._key():
             return self.draw()
@@ -326,7 +345,12 @@ class GateSet(nn.Module):
 
     def _set_closed(self, name: str, indices, value: bool) -> torch.Tensor:
         gate = self[name]
-        index = torch.as_tensor(indices).reshape(-1).to(self.closed.device)
+        try:
+            index = torch.as_tensor(indices).reshape(-1).to(self.closed.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"indices of {name!r} must be a tensor or sequence of integers, got {indices!r}"
+            ) from error
         if index.numel() and (index.dtype == torch.bool or index.is_floating_point()):
             raise ValueError(f"indices of {name!r} must be integers, got {index.dtype}")
         index = index.long()
@@ -345,6 +369,7 @@ class GateSet(nn.Module):
         logits stay."""
         for name, mask in masks.items():
             gate = self[name]
+            mask = torch.as_tensor(mask)
             if mask.dtype != torch.bool or mask.shape != (gate.size,):
                 raise ValueError(
                     f"masks[{name!r}] must be bool [{gate.size}], got {mask.dtype} "

@@ -2,7 +2,8 @@
 
 import fnmatch
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +28,7 @@ from gatepack.modules import (
     ungate_linear,
 )
 from gatepack.paths import choose_path, has_kernels
+from gatepack.samples import Sample
 from gatepack.sharding import refuse_sharded
 from gatepack.sites import RowBlock, Site
 
@@ -102,9 +104,10 @@ class Attachment:
     """What attach changed, kept up to date while the model runs.
 
     Before each forward of the model's trunk it gates linears that were wrapped or replaced since
-    (get_peft_model after attach), chooses the path of this forward, draws its sample, and writes
-    the running head counts to the attention modules. After it, a cache keeps the paths that its
-    keys and values are of.
+    (get_peft_model after attach), draws the sample of this forward, chooses its path, and writes
+    the running head counts to the attention modules. After it, a cache keeps the paths and the
+    noise that its keys and values are of, with which a forward goes on. Gradient checkpointing runs
+    layers again as they ran in their own forward, whatever ran since.
     """
 
     def __init__(self, root: nn.Module, gates: GateSet):
@@ -115,6 +118,7 @@ class Attachment:
         self.attentions: list[tuple[nn.Module, Family, Gate]] = []
         self.gated: dict[str, tuple[nn.Module, str, Site]] = {}  # gate -> a site of it
         self.handles: list = []
+        self.runners: list[nn.Module] = []  # of layers, which gradient checkpointing may call
 
     def watch(self, layers: list[Layer]) -> None:
         """Puts the gates on the model, in front of every forward of its layers."""
@@ -125,6 +129,7 @@ class Attachment:
             trunk.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             trunk.register_forward_hook(self.after_forward, with_kwargs=True),
         ]
+        self.runners = [trunk, *(layer.module for layer in layers)]
         self.gated = {place[2].gate.name: place for place in self.sites}
         self.gates.attachment = self
         self.root.add_module(GATES_NAME, self.gates)
@@ -152,9 +157,21 @@ class Attachment:
 
     def before_forward(self, module: nn.Module, args, kwargs) -> None:
         self.bind()
+        self._wrap_checkpointing()
         self.gates.sampler = sampled_values if has_kernels(self.gates.logits.device) else None
-        self.gates.draw()
-        self._choose_paths(_tokens(args, kwargs), kwargs.get("past_key_values"))
+        cache = kwargs.get("past_key_values")
+        filled = cache is not None and cache.get_seq_length() > 0
+        if filled and hasattr(cache, "gatepack_draw"):
+            self.gates._drawn(cache.gatepack_draw)
+        else:
+            self.gates.draw()
+        self._choose_paths(_tokens(args, kwargs))
+        if filled:
+            # Closed heads have keys and values at full width only, and so has a cache that no gated
+            # forward filled.
+            paths = getattr(cache, "gatepack_paths", {})
+            names = [gate.name for _, _, gate in self.attentions]
+            self.gates.paths |= {name: paths.get(name, "dense") for name in names}
         for attention, family, gate in self.attentions:
             if gate.path != "folded":
                 _set_dense_head_counts(attention, family, gate)
@@ -165,25 +182,76 @@ class Attachment:
             set_head_counts(attention, family, current.count, blocks, gate.lanes)
 
     def after_forward(self, module: nn.Module, args, kwargs, output) -> None:
-        # An attribute, not a table of caches: a copy of a prompt's cache takes it along.
+        # Attributes, not a table of caches: a copy of a prompt's cache takes them along.
         results = output.values() if isinstance(output, dict) else output
         for value in (*kwargs.values(), *results):
             if isinstance(value, Cache):
                 value.gatepack_paths = self.gates.paths
+                value.gatepack_draw = self.gates.sample().number
 
-    def _choose_paths(self, tokens: int, cache: Cache | None) -> None:
-        """The path of every gate; attention that continues a cache keeps that of the forwards that
-        filled it, because closed heads have keys and values at full width only."""
+    def _choose_paths(self, tokens: int) -> None:
+        """The path of every gate."""
         gates, device = self.gates, self.gates.logits.device
         path_of = functools.cache(functools.partial(choose_path, tokens, gates.width, device))
         gates.paths = {
             name: path_of(site.kept(device), most_in_place(parent._modules[child])).path
             for name, (parent, child, site) in self.gated.items()
         }
-        if cache is not None and cache.get_seq_length() > 0:
-            filled = getattr(cache, "gatepack_paths", {})
-            heads = {gate.name for _, _, gate in self.attentions}
-            gates.paths |= {name: filled[name] for name in heads & filled.keys()}
+
+    def _wrap_checkpointing(self) -> None:
+        """Puts _checkpointed around every checkpoint function that transformers has set since."""
+        for module in self.runners:
+            function = vars(module).get("_gradient_checkpointing_func")
+            if function is not None and not self._is_wrapped(function):
+                inside = set(module.modules())
+                places = [
+                    (attention, attribute)
+                    for attention, family, _ in self.attentions
+                    for attribute, _ in family.head_attributes
+                    if attention in inside
+                ]
+                module._gradient_checkpointing_func = functools.partial(
+                    self._checkpointed, function, places
+                )
+
+    def _is_wrapped(self, function: Callable) -> bool:
+        return isinstance(function, functools.partial) and function.func == self._checkpointed
+
+    def _checkpointed(self, checkpoint: Callable, places: list, layer: Callable, *args, **kwargs):
+        """checkpoint(layer, *args): the layer runs with the gates of this forward in backward too,
+        where those of later forwards are current."""
+        gates = self.gates
+        sample, paths, counts = gates.sample(), gates.paths, _head_counts(places)
+        trains = torch.is_grad_enabled() and sample.flat.requires_grad
+        if "folded" in paths.values():
+            # Not in the layer that asks first: run again, it would save less than it did.
+            sample.open(sample.gates[0])
+
+        def run(*args, **kwargs):
+            if trains and not torch.is_grad_enabled():
+                raise ValueError(
+                    "gradient checkpointing: expected use_reentrant=False, because all layers "
+                    "share the gates and their graph; call gradient_checkpointing_enable("
+                    'gradient_checkpointing_kwargs={"use_reentrant": False}), or '
+                    "gates.freeze() if the gates are meant to stay as they are"
+                )
+            with self._restored(sample, paths, counts):
+                return layer(*args, **kwargs)
+
+        return checkpoint(run, *args, **kwargs)
+
+    @contextmanager
+    def _restored(self, sample: Sample, paths: dict[str, str], counts: list) -> Iterator[None]:
+        """Inside, the gates and head counts of an earlier forward."""
+        gates = self.gates
+        before, counts_before = (gates.pinned, gates.paths), _head_counts(counts)
+        gates.pinned, gates.paths = sample, paths
+        _write_head_counts(counts)
+        try:
+            yield
+        finally:
+            gates.pinned, gates.paths = before
+            _write_head_counts(counts_before)
 
     def renew(self, layers: list[Layer]) -> None:
         """Gates the linears of a model anew, after release and with gates of other sizes."""
@@ -198,6 +266,10 @@ class Attachment:
         self.bind()
         for handle in self.handles:
             handle.remove()
+        for module in self.runners:
+            function = vars(module).get("_gradient_checkpointing_func")
+            if self._is_wrapped(function):
+                module._gradient_checkpointing_func = function.args[0]
         for parent, name, _ in self.sites:
             child = parent._modules[name]
             if is_gated(child):
@@ -205,7 +277,7 @@ class Attachment:
         for parent, name in self.mlps:
             setattr(parent, name, ungate_mlp(parent._modules[name]))
         # They hold the gated modules, and those the dense weights, for as long as gates are kept.
-        self.sites, self.mlps, self.gated = [], [], {}
+        self.sites, self.mlps, self.gated, self.runners = [], [], {}, []
         for attention, family, gate in self.attentions:
             _set_dense_head_counts(attention, family, gate)
             del attention.gatepack_heads
@@ -225,9 +297,18 @@ def set_head_counts(
 ) -> None:
     """Writes head counts to the attributes that the family's attention reads."""
     values = {"queries": queries, "groups": queries // kv_heads, "width": queries * head_dim}
-    for attribute, what in family.head_attributes:
-        if getattr(attention, attribute) != values[what]:
-            setattr(attention, attribute, values[what])
+    _write_head_counts([(attention, name, values[what]) for name, what in family.head_attributes])
+
+
+def _head_counts(places: Iterable[tuple]) -> list[tuple[nn.Module, str, int]]:
+    """(attention, attribute, its value) at each place (attention, attribute, ...)."""
+    return [(attention, name, getattr(attention, name)) for attention, name, *_ in places]
+
+
+def _write_head_counts(counts: list[tuple[nn.Module, str, int]]) -> None:
+    for attention, name, count in counts:
+        if getattr(attention, name) != count:
+            setattr(attention, name, count)
 
 
 def _set_dense_head_counts(attention: nn.Module, family: Family, gate: Gate) -> None:
@@ -240,12 +321,15 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
 
     Units "rows" and "columns" give a gatepack.row_column.RowColumnGateSet. Swaps child modules by
     name; the GateSet becomes the submodule `gatepack_gates`, so optimizers, checkpoints and .to()
-    see it. Works before or after get_peft_model; after it, call
-    gates.unfreeze() before building the optimizer. Gradient checkpointing must be non-reentrant
-    (use_reentrant=False): all layers share one sample. Raises ValueError for a model of no known
-    family, gates attached twice, or a target that the gated units cannot reach.
+    see it. Works before or after get_peft_model; after it, call gates.unfreeze() before building
+    the optimizer. Gradient checkpointing must be non-reentrant (use_reentrant=False): all layers
+    share one sample. Raises ValueError for a model of no known family, gates attached twice, or a
+    target at or below what no gate can remove; whether shapes meet the target is checked where a
+    training begins (GateTraining), or by gates.plan.
     """
     config = GateConfig() if config is None else config
+    if not isinstance(config, GateConfig):
+        raise ValueError(f"config must be a GateConfig or None, got {config!r}")
     root = hf_model(model)
     refuse_sharded(root, "its linears cannot be replaced", "attach before fully_shard")
     if hasattr(root, GATES_NAME):
@@ -262,10 +346,7 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     specs: dict[str, GateSpec] = {}
     for layer in layers:
         specs.update(_specs(layer, config))
-    if not specs:
-        raise ValueError(
-            f"targets={config.targets} match no module; the first layer is {layers[0].name!r}"
-        )
+    check_targets(config, [name for layer in layers for name in _gated_names(layer, config)])
     gates = GateSet(config, specs)
     gates.costs = _costs(root, layers, specs, config)
     record = getattr(root.config, "gatepack", None) or {}
@@ -313,15 +394,31 @@ def detach(model: nn.Module) -> None:
         del root.config.gatepack
 
 
-def _matches(path: str, config: GateConfig) -> bool:
+def matches(name: str, config: GateConfig) -> bool:
+    """Whether config.targets is None or has a pattern for the name of a module."""
     return config.targets is None or any(
-        fnmatch.fnmatchcase(path, pattern) for pattern in config.targets
+        fnmatch.fnmatchcase(name, pattern) for pattern in config.targets
     )
+
+
+def check_targets(config: GateConfig, names: list[str]) -> None:
+    """ValueError for a pattern of config.targets that is for none of the names."""
+    for pattern in config.targets or ():
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"targets={config.targets}: {pattern!r} matches nothing that can be gated; the "
+                f"first is {names[0]!r}"
+            )
+
+
+def _gated_names(layer: Layer, config: GateConfig) -> list[str]:
+    places = {"heads": layer.heads_name, "channels": layer.channels_name}
+    return [places[unit] for unit in config.units]
 
 
 def _specs(layer: Layer, config: GateConfig) -> Iterator[tuple[str, GateSpec]]:
     family, dim = layer.family, layer.head_dim
-    if "heads" in config.units and _matches(layer.heads_name, config):
+    if "heads" in config.units and matches(layer.heads_name, config):
         hidden_out = linear_shape(layer.linear(family.out))[0]
         hidden_in = linear_shape(layer.linear(family.qkv or family.q))[1]
         ratio = layer.queries // layer.kv_heads
@@ -333,7 +430,7 @@ def _specs(layer: Layer, config: GateConfig) -> Iterator[tuple[str, GateSpec]]:
             f"{layer.heads_name}:heads",
             GateSpec("heads", layer.queries, dim, unit, ratio, shared),
         )
-    if "channels" in config.units and _matches(layer.channels_name, config):
+    if "channels" in config.units and matches(layer.channels_name, config):
         out, width = linear_shape(layer.linear(family.down))
         unit = out + family.branches * linear_shape(layer.linear(family.up[0]))[1]
         yield f"{layer.channels_name}:channels", GateSpec("channels", width, 1, unit)

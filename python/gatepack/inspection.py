@@ -61,6 +61,8 @@ def explain(model: nn.Module) -> Explanation:
     the gates without noise.
     Any module is accepted; one without gates gives no rows.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     packed = _packed_linears(model)
     mlps = [m for m in model.modules() if isinstance(m, GatedMLP) and not m.why_not_fused()]
     fused = {id(linear) for mlp in mlps for linear in mlp.linears()}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gatepack.bench import BenchConfig
-from gatepack.files import plain, write_json
+from gatepack.files import plain, refuse_folder, write_json
 from gatepack.hf import hf_model, layers_of
 from gatepack.inspection import identify
 from gatepack.latency import PHASES, LatencyTable, device_label
@@ -45,6 +45,7 @@ def run(config: BenchConfig, path: Path, log: Log) -> dict:
     turn, and the median of the ratios counts, so that a device that slows down meanwhile slows both
     down. A run that was cut off goes on from its last shape. Raises ValueError for a packed model.
     """
+    refuse_folder(path)
     device = torch_device(config.device)
     root = _load(config, log)
     settings = {**plain(asdict(config)), "device": device_label(device)}

@@ -54,6 +54,12 @@ def load_model(
     return _load_hub(name, dtype)
 
 
+def source_of(name: str | os.PathLike) -> Path | None:
+    """The folder or file from which load_model reads a model; None for the Hub's and smollm2."""
+    path = Path(name).expanduser()
+    return path if os.fspath(name) != "smollm2" and path.exists() else None
+
+
 def torch_device(name: str) -> torch.device:
     """The device of that name, "auto" for CUDA where there is one; ValueError if it is unusable."""
     if name == "auto":

@@ -1,7 +1,7 @@
 """Stage 3, modules: linears that compute open units only, as stand-ins for nn.Linear."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -433,6 +433,25 @@ def adopt(module: nn.Module, cls: type, site: Site | None = None) -> nn.Module:
     return adopted
 
 
+def derived(
+    prefix: str, dense: type, members: dict[str, object], again: Callable[[type], type]
+) -> type:
+    """A subclass of a linear's class, made at run time, whose instances pickle and copy.
+
+    again(dense), a function at the top of a module, gives the class where one is loaded.
+    """
+
+    def __reduce_ex__(self, protocol):
+        return _instance, (again, dense), *dense.__reduce_ex__(self, protocol)[2:]
+
+    return type(f"{prefix}{dense.__name__}", (dense,), {**members, "__reduce_ex__": __reduce_ex__})
+
+
+def _instance(again: Callable[[type], type], dense: type) -> nn.Module:
+    cls = again(dense)
+    return cls.__new__(cls)
+
+
 @functools.cache
 def _gated_class(dense: type) -> type:
     """A subclass of a linear's class (Conv1D, a PEFT layer) whose forward obeys the instance's
@@ -446,7 +465,8 @@ def _gated_class(dense: type) -> type:
             self, dense_forward, x, "it is called with extra arguments" if args or kwargs else ""
         )
 
-    return type(f"Gated{dense.__name__}", (dense,), {"forward": forward, "gated_from": dense})
+    members = {"forward": forward, "gated_from": dense}
+    return derived("Gated", dense, members, _gated_class)
 
 
 def gate_linear(linear: nn.Module, site: Site) -> nn.Module:

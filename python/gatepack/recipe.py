@@ -11,10 +11,10 @@ from torch import nn
 import gatepack
 from gatepack.checkpoint import from_pretrained, saving
 from gatepack.config import GateConfig
-from gatepack.data import load_documents, split_documents, to_windows
-from gatepack.files import plain, write_json
-from gatepack.hf import attach, gates_of
-from gatepack.models import load_model, torch_device, torch_dtype
+from gatepack.data import batches, load_documents, split_documents, to_windows
+from gatepack.files import plain, refuse_out, write_json
+from gatepack.hf import GATES_NAME, attach, detach, gates_of, hf_model
+from gatepack.models import load_model, source_of, torch_device, torch_dtype
 from gatepack.optional import require
 from gatepack.packing import PackReport, pack
 from gatepack.plots import draw_gate_map, draw_training
@@ -55,6 +55,7 @@ class RecipeConfig:
 
     def __post_init__(self):
         self.gates()
+        refuse_out(self.out, source_of(self.model))
         if self.eval_windows < 1:
             raise ValueError(f"eval_windows must be >= 1, got {self.eval_windows}")
 
@@ -89,8 +90,7 @@ class PackConfig:
             raise ValueError(f"window must be >= 2 tokens, got {self.window}")
         if self.windows < 1:
             raise ValueError(f"windows must be >= 1, got {self.windows}")
-        if Path(self.model).resolve() == Path(self.out).resolve():
-            raise ValueError(f"out must not be the gated model's own folder, got {self.out}")
+        refuse_out(self.out, source_of(self.model))
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ def train(config: RecipeConfig, log: Log) -> dict:
     require("training", "peft", "matplotlib")
     documents = load_documents(config.text)
     inputs = load_inputs(config, documents, log)
+    kept_by_plan(inputs.model, config)
     state = open_state(config, documents)
     base = state.once("base", lambda: score(inputs.model, inputs.held_out, "base model", log))
     trained = train_gated(inputs, config, state, log)
@@ -157,8 +158,8 @@ def plan_training(config: RecipeConfig, log: Log) -> dict:
     require("training", "peft")
     inputs = load_inputs(config, load_documents(config.text), log)
     parameters = list(inputs.model.parameters())
+    kept = kept_by_plan(inputs.model, config)
     gates = attach(inputs.model, config.gates())
-    kept = gates.plan({name: torch.ones(gate.size) for name, gate in gates.items()}).kept_fraction
     wrapped = add_lora(inputs.model, config.train)
     lora = [p for p in wrapped.parameters() if p.requires_grad]
     step, scoring = _timed(wrapped, inputs, config.train, log)
@@ -269,14 +270,36 @@ def open_state(config: RecipeConfig | PackConfig, documents: list[str], **inputs
     return State.open(Path(config.out) / STATE, {**settings, "version": gatepack.__version__})
 
 
+def kept_by_plan(model: nn.Module, config: RecipeConfig) -> float:
+    """The kept fraction of a plan for config.target, with units of equal worth.
+
+    Raises ValueError where no shape of the model meets it. The model stays as it is.
+    """
+    gates = attach(model, config.gates())
+    try:
+        worth = {name: torch.ones(gate.size) for name, gate in gates.items()}
+        return gates.plan(worth).kept_fraction
+    finally:
+        detach(model)
+
+
 def load_inputs(config: RecipeConfig, documents: list[str], log: Log) -> Inputs:
-    """config.model on its device, and its text as windows; every sixth document is held out."""
+    """config.model on its device, and its text as windows; every sixth document is held out.
+
+    Raises ValueError for a model that has gates, and for batches larger than the text.
+    """
     training, held_out = split_documents(documents)
     device = torch_device(config.device)
     log.say(f"loading {config.model}")
     model, tokenizer = load_model(config.model)
+    if hasattr(hf_model(model), GATES_NAME):
+        raise ValueError(
+            f"{config.model} has gates already: train a dense model, or make a packed one of this "
+            f"with gatepack pack {config.model} and train that"
+        )
     length = config.train.window
     windows = to_windows(training, tokenizer, length)
+    batches(windows, config.train.batch_size, config.train.steps, config.train.seed)
     scored = to_windows(held_out, tokenizer, length)[: config.eval_windows]
     log.say(f"{len(windows)} training, {len(scored)} held-out windows of {length} tokens")
     return Inputs(model.to(device), tokenizer, windows.to(device), scored.to(device))

@@ -1,6 +1,5 @@
 """Stage 3, modules: gates on rows and columns of any linear, closed together where they meet."""
 
-import fnmatch
 import functools
 import math
 import re
@@ -13,7 +12,7 @@ from torch import nn
 from gatepack.budget import Plan, plan_in_multiples
 from gatepack.config import GateConfig
 from gatepack.gates import Gate, GateSet, GateSpec
-from gatepack.hf import Attachment, Layer, layers_of
+from gatepack.hf import Attachment, Layer, check_targets, layers_of, matches
 from gatepack.modules import base_linear, is_conv1d, linear_shape
 from gatepack.samples import Sample
 from gatepack.sites import Site
@@ -150,13 +149,13 @@ class RowColumnGateSet(GateSet):
         values = super().deterministic_values()
         return torch.where(self.couple(values.detach() > 0), values, 0.0)
 
-    def draw(self) -> Sample:
-        drawn = super().draw()
+    def _drawn(self, number: int | torch.Tensor | None) -> Sample:
+        drawn = super()._drawn(number)
         if drawn is not self._coupled:
             flat = torch.where(self.couple(drawn.flat.detach() > 0), drawn.flat, 0.0)
             if flat.requires_grad:
                 flat.retain_grad()
-            self._coupled = self._sample = Sample(self, drawn.key, flat)
+            self._coupled = self._sample = Sample(self, drawn.key, flat, number)
         return self._coupled
 
     def plan(self, scores: Mapping[str, torch.Tensor]) -> Plan:
@@ -269,21 +268,21 @@ def _targeted(root: nn.Module, counted: list[str], config: GateConfig) -> list[s
     owners: dict[int, list[str]] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    names = []
-    for name, module in root.named_modules():
-        base = base_linear(module)
-        if name.endswith("base_layer") or not (isinstance(base, nn.Linear) or is_conv1d(base)):
-            continue
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.targets):
-            shared = owners[id(base.weight)]
-            if len(shared) > 1:
-                raise ValueError(
-                    f"targets={config.targets} match {name!r}, whose weight is also "
-                    f"{next(o for o in shared if o != f'{name}.weight')!r}: leave it out"
-                )
-            names.append(name)
-    if not names:
-        raise ValueError(f"targets={config.targets} match no linear; the first is {counted[0]!r}")
+    linears = {name: base_linear(module) for name, module in root.named_modules()}
+    linears = {
+        name: base
+        for name, base in linears.items()
+        if not name.endswith("base_layer") and (isinstance(base, nn.Linear) or is_conv1d(base))
+    }
+    check_targets(config, list(linears))
+    names = [name for name in linears if matches(name, config)]
+    for name in names:
+        shared = owners[id(linears[name].weight)]
+        if len(shared) > 1:
+            raise ValueError(
+                f"targets={config.targets} match {name!r}, whose weight is also "
+                f"{next(o for o in shared if o != f'{name}.weight')!r}: leave it out"
+            )
     return names
 
 

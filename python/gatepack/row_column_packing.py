@@ -15,6 +15,7 @@ from gatepack.modules import (
     PackedLinear,
     adopt,
     base_linear,
+    derived,
     is_conv1d,
     linear_shape,
     weight_matrix,
@@ -122,7 +123,8 @@ def _indexed_class(dense: type) -> type:
 
         return base_linear(self).around(x, inner, inside)
 
-    return type(f"Indexed{dense.__name__}", (dense,), {"forward": forward, "indexed_from": dense})
+    members = {"forward": forward, "indexed_from": dense}
+    return derived("Indexed", dense, members, _indexed_class)
 
 
 def follow_adapters(root: nn.Module) -> None:

@@ -81,13 +81,17 @@ class Open:
 class Sample:
     """Values and open sets of all gates, drawn at one time.
 
+    number: of the draw whose noise is in it, on the device where kernels draw; None without noise.
     Open sets have their size on the host, which has to wait for a GPU to count: that is done for
     all gates at once, when the first of them is asked for.
     """
 
-    def __init__(self, gates: "GateSet", key: tuple, flat: torch.Tensor):
+    def __init__(
+        self, gates: "GateSet", key: tuple, flat: torch.Tensor, number: int | torch.Tensor | None
+    ):
         self.key = key
         self.flat = flat
+        self.number = number
         self.gates = list(gates.gates.values())
         self._offsets = gates.offsets
         self._shared_running: dict[str, torch.Tensor] = {}

@@ -163,7 +163,7 @@ def measure(
     compute: so a run that was cut off goes on, after untimed ones. Raises ValueError for sizes
     below 1, prompts longer than the model's positions, or models on different devices.
     """
-    runners = [_Runner(each) for each in (model, dense) if each is not None]
+    runners = [_Runner(each) for each in ((model,) if dense is None else (model, dense))]
     _check(runners, prompt_tokens, new_tokens, batch_size, repeats)
     prompts = _prompts(runners, batch_size, prompt_tokens, seed)
     for repeat in range(repeats):

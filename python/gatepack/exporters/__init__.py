@@ -12,7 +12,7 @@ from gatepack.checkpoint import SUPERSEDED
 from gatepack.exporters.card import write_card
 from gatepack.exporters.parity import default_windows
 from gatepack.exporters.source import Source, read_model
-from gatepack.files import link, replaced_folder
+from gatepack.files import link, refuse_out, replaced_folder
 from gatepack.inspection import identify
 from gatepack.models import DTYPES
 from gatepack.progress import Log
@@ -52,10 +52,12 @@ def export(
 
     The folder is written whole or not at all, after the comparison. Returns format, model, files
     (name -> bytes), parity, and notes, what the format does not carry. Raises ValueError for a
-    model that the format cannot hold, naming what to change; ParityError if what was written does
-    not compute what the model does; ImportError with the pip line for a missing package.
+    model that the format cannot hold, naming what to change, and for the folder that the model was
+    loaded from; ParityError if what was written does not compute what the model does; ImportError
+    with the pip line for a missing package.
     """
     source, writer = plan(model, format, tokenizer=tokenizer, dtype=dtype)
+    refuse_out(directory, source.model.name_or_path or None)
     windows = default_windows(source.model) if windows is None else windows
     log = log or Log()
 

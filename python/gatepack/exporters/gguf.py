@@ -15,13 +15,13 @@ import torch
 
 from gatepack.exporters.gguf_check import compare_llama_cpp, read_back
 from gatepack.exporters.gguf_tokenizer import add_tokenizer
-from gatepack.exporters.source import Source
+from gatepack.exporters.source import UNEVEN_IN_GGUF, Source
 from gatepack.optional import require
 from gatepack.progress import Tell
 from gatepack.quality import perplexity, vocabulary_size
 
 FILE = "model.gguf"
-_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_MODEL_TYPES = (*UNEVEN_IN_GGUF, "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3")
 _NAMES = {
     "self_attn.q_proj": "attn_q",

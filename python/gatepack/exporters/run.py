@@ -9,9 +9,9 @@ from torch import nn
 
 from gatepack.data import load_documents, split_documents, to_windows
 from gatepack.exporters import check_options, export, plan
-from gatepack.files import plain
+from gatepack.files import plain, refuse_out
 from gatepack.inspection import identify
-from gatepack.models import load_model, torch_dtype
+from gatepack.models import load_model, source_of, torch_dtype
 from gatepack.packing import pack
 from gatepack.progress import Log
 from gatepack.quality import ParityError, input_device, perplexity
@@ -49,6 +49,7 @@ class ExportConfig:
 
     def __post_init__(self):
         check_options(self.format, self.dtype)
+        refuse_out(self.out, source_of(self.model))
         for name in ("window", "windows", "prompt_tokens", "new_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")

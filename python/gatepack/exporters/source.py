@@ -12,6 +12,8 @@ from gatepack.checkpoint import refuse_adapters
 from gatepack.hf import GATES_NAME, Layer, hf_model, layers_of
 from gatepack.modules import linear_shape
 
+# Families whose layers may differ in a GGUF file.
+UNEVEN_IN_GGUF = ("llama", "mistral", "qwen2")
 _WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")
 
 
@@ -65,12 +67,13 @@ class Source:
         """what(sizes), which must be equal in every layer; else ValueError that says where."""
         values = [what(sizes) for sizes in self.sizes]
         if len(set(values)) > 1:
-            others = "'hf'" if form == "gguf" else "'hf' or 'gguf'"
+            uneven = self.config.model_type in UNEVEN_IN_GGUF and form != "gguf"
+            others = "'hf' or 'gguf'" if uneven else "'hf'"
             raise ValueError(
                 f"format {form!r} needs equally many {name} in every layer of a "
                 f"{self.config.model_type}, got {_spread(values)}. Attach with "
-                f"GateConfig(equal_layers=True), or export with format={others}, which takes "
-                "different sizes"
+                "GateConfig(equal_layers=True) (gatepack train --equal-layers), or export with "
+                f"format={others}, which takes different sizes"
             )
         return values[0]
 

@@ -9,9 +9,10 @@ from torch import nn
 
 from gatepack.calibration import Batch, frozen, inputs_of, with_labels
 from gatepack.config import GateConfig
-from gatepack.gate_training import load_moments, under
+from gatepack.gate_training import check_steps, load_moments, under
 from gatepack.gates import mix
 from gatepack.hf import GATES_NAME, attach, hf_model, layers_of
+from gatepack.hooks import at_work
 from gatepack.methods.decisions import (
     DecisionGenerator,
     budget_loss,
@@ -143,12 +144,12 @@ class ATPTraining:
         gp.pack(model)
 
     Noise comes from the method's seed and the step alone, so ranks decide alike. The generator is
-    not part of the model; state_dict holds it, its optimizer and the decisions.
+    not part of the model; state_dict holds it, its optimizer and the decisions. An earlier training
+    of the same model, of a run that was interrupted, gives it up; LoRA goes on from where it is.
     """
 
     def __init__(self, model: nn.Module, steps: int, method: ATP, batches: list[Batch]):
-        if steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {steps}")
+        check_steps(steps)
         if not batches:
             raise ValueError("batches: expected at least one for the generator, got none")
         self.model, self.steps, self.method, self.batches = model, steps, method, batches
@@ -164,6 +165,8 @@ class ATPTraining:
         width = linear_shape(layers[0].linear(layers[0].family.out))[0]
         device = input_device(self.root)
         self.decisions = Decisions(layout, width, device)
+        for earlier in at_work(self.root._forward_pre_hooks, ATPTraining):
+            earlier._release()
         mask_linears(self.root, self.decisions)
         self.generator = DecisionGenerator(
             layout.layers, layout.lengths, method.generator_dropout, method.seed
@@ -174,7 +177,7 @@ class ATPTraining:
         self.owes_projection = False
         self._begun = False
         self.budget_loss = float("nan")
-        self._handle = self.root.register_forward_pre_hook(lambda *_: self._project())
+        self._handle = self.root.register_forward_pre_hook(self._project)
         self._draw()
 
     def weights(self) -> list[nn.Parameter]:
@@ -186,6 +189,7 @@ class ATPTraining:
 
         Called before the backward passes of an optimizer step, whose loss loss_scale multiplies.
         """
+        self._check_at_work()
         refuse_sharded(
             self.root,
             "LoRA has no whole rows and columns to push to 0",
@@ -278,13 +282,25 @@ class ATPTraining:
             self.decisions.set(chosen.to(self._device))
         self.frozen = True
 
-    def _project(self) -> None:
+    def _project(self, *_) -> None:
         """The proximal step that the last optimizer step left to do, before anything runs."""
         if not self.owes_projection:
             return
         self.owes_projection = False
         rise = math.expm1(min(1.0, self.done / self.steps)) / math.expm1(1.0)
         proximal(self.root, self.decisions, 5e4 * rise * self.method.proximal_rate)
+
+    def _release(self) -> None:
+        """Decisions no longer act on the model; LoRA stays as it is."""
+        self._handle.remove()
+        unmask_linears(self.root, self.decisions)
+
+    def _check_at_work(self) -> None:
+        if self not in at_work(self.root._forward_pre_hooks, ATPTraining):
+            raise RuntimeError(
+                "this training's decisions no longer act on the model: it has finished, or a newer "
+                "training of ATP has begun, step and finish that"
+            )
 
     def finish(self) -> float:
         """Fixes the decisions and turns them into closed gates on rows and columns.
@@ -295,11 +311,11 @@ class ATPTraining:
         """
         if hasattr(self.root, GATES_NAME):
             return getattr(self.root, GATES_NAME).kept_fraction()
+        self._check_at_work()
         if not self.frozen:
             self._freeze()
         self._project()
-        self._handle.remove()
-        unmask_linears(self.root, self.decisions)
+        self._release()
         if self.owns_adapters:
             merge_adapters(self.root, self.decisions)
         config = GateConfig(units=("rows", "columns"), noise=0.0, target=self.method.target)

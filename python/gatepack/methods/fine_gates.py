@@ -196,19 +196,30 @@ class FineGatesTraining(GateTraining):
     """
 
     def __init__(self, model: nn.Module, steps: int, method: FineGates):
-        rate = method.learning_rate
-        super().__init__(model, steps, GateSchedule(rate, 0.0, 0.0, method.freeze))
         self.method = method
+        self._inputs: dict[str, list[torch.Tensor]] = {}
+        super().__init__(model, steps, GateSchedule(method.learning_rate, 0.0, 0.0, method.freeze))
         device = self.gates.logits.device
         self.sizes = torch.tensor([gate.size for _, gate in self.gates.items()], device=device)
         self.unit_weights = torch.repeat_interleave(1 / self.sizes, self.sizes)
-        self._inputs: dict[str, list[torch.Tensor]] = {}
+
+    @property
+    def _rounds(self) -> bool:
+        return self.method.budget is not None
+
+    def _watch(self) -> None:
+        super()._watch()
         self._hooks = []
-        if method.weighting == "kurtosis":
+        if self.method.weighting == "kurtosis":
             self._hooks = [
                 parent._modules[name].register_forward_pre_hook(self._recorder(linear, columns))
                 for parent, name, linear, columns in self._linears()
             ]
+
+    def _unwatch(self) -> None:
+        super()._unwatch()
+        for hook in self._hooks:
+            hook.remove()
 
     def _linears(self) -> list[tuple[nn.Module, str, str, Gate | None]]:
         """(parent, child, name, gate of its columns) of every gated linear."""
@@ -266,16 +277,9 @@ class FineGatesTraining(GateTraining):
         self.unit_weights = torch.cat([parts[name] for name in self.gates])
         self._inputs.clear()
 
-    def _round(self) -> None:
-        if self.method.budget is not None:
-            logits = self.gates.logits.detach()
-            lowest = logits.min() - 1
-            self.gates.snap(self.gates.split(torch.where(self.gates.closed, lowest, logits)))
-
-    def _freeze(self) -> None:
-        super()._freeze()
-        for hook in self._hooks:
-            hook.remove()
+    def _worth(self) -> dict[str, torch.Tensor]:
+        logits = self.gates.logits.detach()
+        return self.gates.split(torch.where(self.gates.closed, logits.min() - 1, logits))
 
     def metrics(self) -> dict[str, float]:
         with torch.no_grad():

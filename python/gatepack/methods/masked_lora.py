@@ -12,7 +12,7 @@ from torch import nn
 from gatepack.functional import spread_lanes
 from gatepack.in_place import folded_linear, tokens_in_place
 from gatepack.methods.decisions import Layout, Place
-from gatepack.modules import Operands, adopt, operands_of
+from gatepack.modules import Operands, adopt, derived, operands_of
 from gatepack.paths import choose_path
 
 
@@ -129,7 +129,8 @@ def _masked_class(dense: type) -> type:
     def forward(self, x, *args, **kwargs):
         return masked_forward(self, x)
 
-    return type(f"Masked{dense.__name__}", (dense,), {"forward": forward, "masked_from": dense})
+    members = {"forward": forward, "masked_from": dense}
+    return derived("Masked", dense, members, _masked_class)
 
 
 def mask_linears(root: nn.Module, decisions: Decisions) -> None:
