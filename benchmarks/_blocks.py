@@ -16,7 +16,7 @@ from _models import MaskedModel, adapters_of, build, gate, packed_copy, plain, s
 from _suite import Case, Contender, Work
 from torch import nn
 
-from gatepack.hf import hf_model
+from gatepack.layers import hf_model
 
 _LINEARS = {
     "mlp": {"gate_proj", "up_proj", "down_proj"},

@@ -21,7 +21,7 @@ from transformers import (
 import gatepack as gp
 from gatepack.functional import lane_values
 from gatepack.gates import GateSet
-from gatepack.hf import hf_model, layers_of
+from gatepack.layers import hf_model, layers_of
 
 # Layers and vocabulary of a model; a shape that is not here is a Llama of 2 layers and 1,024 ids.
 DEPTH = {

@@ -7,7 +7,7 @@ from tiny import token_ids
 
 import gatepack as gp
 from gatepack.exporters import onnx
-from gatepack.hf import layers_of
+from gatepack.layers import layers_of
 from gatepack.quality import ParityError
 
 pytest.importorskip("onnxscript", reason="needs onnx, onnxscript and onnxruntime")

@@ -17,8 +17,8 @@ from gatepack import latency_bench
 from gatepack.bench import BenchConfig
 from gatepack.budget import TOLERANCE
 from gatepack.cli import app
-from gatepack.hf import layers_of
 from gatepack.latency import PHASES, LatencyCosts, LatencyTable
+from gatepack.layers import layers_of
 from gatepack.modules import linear_shape
 from gatepack.progress import Log
 

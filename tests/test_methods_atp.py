@@ -14,7 +14,7 @@ import gatepack as gp
 from gatepack import _ext, in_place
 from gatepack.families import FAMILIES
 from gatepack.functional import FoldedLinear
-from gatepack.hf import layers_of
+from gatepack.layers import layers_of
 from gatepack.methods import ATP, atp
 from gatepack.methods.group_lasso import lasso, proximal
 from gatepack.methods.masked_lora import mask_linears, merge_adapters, unmask_linears

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import gatepack as gp
 from gatepack.data import to_windows
-from gatepack.hf import layers_of
+from gatepack.layers import layers_of
 from gatepack.methods import ContextPruning, context_pruning
 from gatepack.methods.context_pruning import split_text, token_counts
 from gatepack.methods.context_statistics import context_statistics

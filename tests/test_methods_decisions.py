@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_model
 
 import gatepack as gp
-from gatepack.hf import layers_of
+from gatepack.layers import layers_of
 from gatepack.methods.decisions import (
     DecisionGenerator,
     budget_loss,

@@ -10,7 +10,7 @@ from tiny import tiny_model, token_ids
 from transformers import Trainer, TrainingArguments
 
 import gatepack as gp
-from gatepack.hf import layers_of
+from gatepack.layers import layers_of
 from gatepack.methods import FineGates
 from gatepack.methods.fine_gates import kurtosis
 from gatepack.modules import base_linear, weight_matrix

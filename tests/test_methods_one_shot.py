@@ -10,7 +10,7 @@ from tiny import tiny_model, token_ids
 
 import gatepack as gp
 from gatepack import methods
-from gatepack.hf import layers_of
+from gatepack.layers import layers_of
 from gatepack.methods.one_shot import comparable, ranks, run_beside_lora, worth
 from gatepack.modules import weight_matrix
 from gatepack.training import TrainConfig

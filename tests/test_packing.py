@@ -11,7 +11,7 @@ from tiny import set_gates, tiny_model, token_ids
 
 import gatepack as gp
 from gatepack.families import FAMILIES
-from gatepack.hf import layers_of
+from gatepack.layers import layers_of
 from gatepack.masks import decode_mask, encode_mask, physical_mask
 from gatepack.packing import shrink
 from gatepack.repack import pack_tensors

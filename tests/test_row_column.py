@@ -12,7 +12,7 @@ from tiny import tiny_model, token_ids
 
 import gatepack as gp
 from gatepack.families import FAMILIES
-from gatepack.hf import layers_of
+from gatepack.layers import layers_of
 from gatepack.modules import base_linear, linear_shape, weight_matrix
 from gatepack.row_column_packing import IndexedLinear
 

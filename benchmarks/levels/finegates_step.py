@@ -13,7 +13,8 @@ from _contenders import with_fine_gates
 from _models import build, mask_rows_columns, optimizer_step, shared_copy
 from _suite import Case, Contender, Work
 
-from gatepack.hf import gates_of, layers_of
+from gatepack.hf import gates_of
+from gatepack.layers import layers_of
 from gatepack.methods import FineGates
 
 CHECK = {"layers": 2, "batch": 2, "tokens": 16}

@@ -22,7 +22,7 @@ from _models import (
 )
 from _suite import Case, Contender, Work
 
-from gatepack.hf import hf_model
+from gatepack.layers import hf_model
 
 CHECK = {"layers": 2, "batch": 1, "tokens": 64}
 

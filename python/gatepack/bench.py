@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from gatepack.files import plain, replacing, write_json
-from gatepack.hf import hf_model
 from gatepack.inspection import identify
+from gatepack.layers import hf_model
 from gatepack.models import load_model, torch_device, torch_dtype
 from gatepack.optional import require
 from gatepack.packing import pack

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gatepack.hf import hf_model
+from gatepack.layers import hf_model
 from gatepack.quality import evaluating, forward_arguments
 
 Batch = torch.Tensor | Mapping[str, torch.Tensor]

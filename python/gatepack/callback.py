@@ -10,7 +10,7 @@ from gatepack.config import GateConfig
 from gatepack.distillation import Distillation
 from gatepack.files import read_safetensors, write_safetensors
 from gatepack.gate_training import GateRecipe, GateSchedule
-from gatepack.hf import GATES_NAME, hf_model
+from gatepack.layers import GATES_NAME, hf_model
 
 FILE = "gatepack_callback.safetensors"
 

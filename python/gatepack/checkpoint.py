@@ -17,7 +17,8 @@ from torch import nn
 from gatepack.config import GateConfig
 from gatepack.errors import first_line
 from gatepack.files import left_aside, read_json, replaced_folder
-from gatepack.hf import GATES_NAME, attach, gates_of, hf_model
+from gatepack.hf import attach, gates_of
+from gatepack.layers import GATES_NAME, hf_model
 from gatepack.packing import FORMAT_VERSION, shrink
 from gatepack.row_column_packing import shrink_linears
 

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import nn
 
 from gatepack.gate_training import GateTraining
-from gatepack.hf import gates_of, hf_model, layers_of
+from gatepack.hf import gates_of
+from gatepack.layers import hf_model, layers_of
 from gatepack.masks import physical_mask
 from gatepack.packing import (
     Cut,

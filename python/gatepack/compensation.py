@@ -7,8 +7,9 @@ from torch import nn
 
 from gatepack.calibration import Batch, inputs_of, require_batches, token_mask, token_rows
 from gatepack.gates import Gate, GateSet
-from gatepack.hf import Layer, gates_of, hf_model, layers_of
+from gatepack.hf import gates_of
 from gatepack.importance import DAMPING, damped, gated_inputs, without_autocast
+from gatepack.layers import Layer, hf_model, layers_of
 from gatepack.modules import base_linear, weight_matrix
 from gatepack.quality import evaluating, input_device
 from gatepack.samples import lane_indices

@@ -10,8 +10,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from gatepack.config import is_number
-from gatepack.hf import GATES_NAME, hf_model, layers_of
 from gatepack.hooks import at_work
+from gatepack.layers import GATES_NAME, hf_model, layers_of
 from gatepack.quality import evaluating, forward_arguments
 
 MATCHES = ("layers", "mlps")

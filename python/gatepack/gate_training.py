@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from gatepack.budget import TOLERANCE
 from gatepack.config import GateConfig, is_number
 from gatepack.gates import GateSet
-from gatepack.hf import GATES_NAME, attach, gates_of, hf_model
+from gatepack.hf import attach, gates_of
 from gatepack.hooks import at_work
+from gatepack.layers import GATES_NAME, hf_model
 from gatepack.sharding import is_sharded, over_ranks
 
 

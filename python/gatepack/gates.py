@@ -97,8 +97,8 @@ class GateSet(nn.Module):
     draws one sample (values, open sets) that all its modules read. An attached model sets `paths`,
     gate name -> path of the present forward, `pinned`, the sample of an earlier forward while
     gradient checkpointing runs it again, `width`, its residual width, `sampler`, which draws the
-    values where kernels run (None: plain torch), and `attachment`, the gatepack.hf.Attachment that
-    put the gates on it (None: no model).
+    values where kernels run (None: plain torch), and `attachment`, which keeps the model's modules
+    in step with the gates (None: no model).
     """
 
     def __init__(self, config: GateConfig, specs: Mapping[str, GateSpec], fixed_cost: int = 0):

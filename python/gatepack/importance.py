@@ -23,7 +23,8 @@ from gatepack.calibration import (
     with_labels,
 )
 from gatepack.gates import Gate, GateSet
-from gatepack.hf import gates_of, hf_model
+from gatepack.hf import gates_of
+from gatepack.layers import hf_model
 from gatepack.modules import base_linear, weight_matrix
 from gatepack.quality import input_device
 from gatepack.samples import lane_indices

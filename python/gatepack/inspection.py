@@ -7,8 +7,8 @@ import transformers
 from torch import nn
 
 from gatepack import _ext
-from gatepack.hf import GATES_NAME, hf_model, layers_of
 from gatepack.in_place import tokens_decoded
+from gatepack.layers import GATES_NAME, hf_model, layers_of
 from gatepack.mlp import GatedMLP
 from gatepack.modules import (
     PackedLinear,

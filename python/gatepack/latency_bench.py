@@ -12,9 +12,9 @@ from torch import nn
 
 from gatepack.bench import BenchConfig
 from gatepack.files import plain, refuse_folder, write_json
-from gatepack.hf import hf_model, layers_of
 from gatepack.inspection import identify
 from gatepack.latency import PHASES, LatencyTable, device_label
+from gatepack.layers import hf_model, layers_of
 from gatepack.masks import encode_mask
 from gatepack.models import load_model, torch_device, torch_dtype
 from gatepack.modules import linear_shape

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from gatepack import _env
+from gatepack.adopt import adopt
 from gatepack.functional import swiglu
 from gatepack.gates import Gate
 from gatepack.in_place import open_mlp
 from gatepack.modules import (
     Operands,
-    adopt,
     as_operand,
     base_linear,
     fits,

@@ -1,12 +1,13 @@
 """Stage 3, modules: linears that compute open units only, as stand-ins for nn.Linear."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from gatepack.adopt import adopt, derived
 from gatepack.functional import (
     add_low_rank,
     gate_lanes,
@@ -419,37 +420,6 @@ class PackedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, packed from {self.dense_shape[1]} -> {self.dense_shape[0]}"
-
-
-def adopt(module: nn.Module, cls: type, site: Site | None = None) -> nn.Module:
-    """A module of class cls with module's own parameters, buffers, children, hooks and
-    attributes."""
-    adopted = cls.__new__(cls)
-    adopted.__dict__.update(module.__dict__)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        adopted.__dict__[registry] = dict(module.__dict__[registry])
-    if site is not None:
-        adopted.site = site
-    return adopted
-
-
-def derived(
-    prefix: str, dense: type, members: dict[str, object], again: Callable[[type], type]
-) -> type:
-    """A subclass of a linear's class, made at run time, whose instances pickle and copy.
-
-    again(dense), a function at the top of a module, gives the class where one is loaded.
-    """
-
-    def __reduce_ex__(self, protocol):
-        return _instance, (again, dense), *dense.__reduce_ex__(self, protocol)[2:]
-
-    return type(f"{prefix}{dense.__name__}", (dense,), {**members, "__reduce_ex__": __reduce_ex__})
-
-
-def _instance(again: Callable[[type], type], dense: type) -> nn.Module:
-    cls = again(dense)
-    return cls.__new__(cls)
 
 
 @functools.cache

@@ -6,21 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gatepack.adopt import adopt
+from gatepack.attachment import set_head_counts
 from gatepack.gates import GateSpec
-from gatepack.hf import (
-    GATES_NAME,
-    Layer,
-    detach,
-    gated_sites,
-    gates_of,
-    hf_model,
-    layers_of,
-    set_head_counts,
-)
+from gatepack.hf import detach, gates_of
+from gatepack.layers import GATES_NAME, Layer, hf_model, layers_of
 from gatepack.masks import decode_mask, encode_mask, physical_mask
 from gatepack.modules import (
     PackedLinear,
-    adopt,
     base_linear,
     is_conv1d,
     linear_shape,
@@ -31,6 +24,7 @@ from gatepack.modules import (
 from gatepack.repack import Piece, pack_tensors, unpack_tensors
 from gatepack.samples import lane_indices
 from gatepack.sharding import refuse_sharded
+from gatepack.sites import gated_sites
 
 FORMAT_VERSION = 1
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from gatepack.hf import hf_model, layers_of
+from gatepack.layers import hf_model, layers_of
 
 LOGITS_AT_ONCE = 64 * 1024**2
 

@@ -13,7 +13,8 @@ from gatepack.checkpoint import from_pretrained, saving
 from gatepack.config import GateConfig
 from gatepack.data import batches, load_documents, split_documents, to_windows
 from gatepack.files import plain, refuse_out, write_json
-from gatepack.hf import GATES_NAME, attach, detach, gates_of, hf_model
+from gatepack.hf import attach, detach, gates_of
+from gatepack.layers import GATES_NAME, hf_model
 from gatepack.models import load_model, source_of, torch_device, torch_dtype
 from gatepack.optional import require
 from gatepack.packing import PackReport, pack

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from gatepack.attachment import Attachment
 from gatepack.budget import Plan, plan_in_multiples
 from gatepack.config import GateConfig
 from gatepack.gates import Gate, GateSet, GateSpec
-from gatepack.hf import Attachment, Layer, check_targets, layers_of, matches
+from gatepack.hf import check_targets, matches
+from gatepack.layers import Layer, layers_of
 from gatepack.modules import base_linear, is_conv1d, linear_shape
 from gatepack.samples import Sample
 from gatepack.sites import Site

@@ -8,18 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatepack._ext import fold_pack, fold_pack_adjoint
+from gatepack.adopt import adopt, derived
 from gatepack.functional import spread_lanes, take_lanes
-from gatepack.hf import Layer, detach, layers_of
+from gatepack.hf import detach
+from gatepack.layers import Layer, layers_of
 from gatepack.masks import decode_mask, encode_mask
-from gatepack.modules import (
-    PackedLinear,
-    adopt,
-    base_linear,
-    derived,
-    is_conv1d,
-    linear_shape,
-    weight_matrix,
-)
+from gatepack.modules import PackedLinear, base_linear, is_conv1d, linear_shape, weight_matrix
 from gatepack.packing import FORMAT_VERSION
 from gatepack.row_column import RowColumnGateSet
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gatepack.data import json_lines, read_text
-from gatepack.hf import hf_model
+from gatepack.layers import hf_model
 from gatepack.quality import (
     calibration_error,
     evaluating,

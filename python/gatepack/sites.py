@@ -1,10 +1,12 @@
 """Stage 3, modules: where gates act on a linear."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from gatepack.families import Family
 from gatepack.gates import Gate
 
 
@@ -48,3 +50,27 @@ class Site:
         if self.compact_in or self.compact_out:
             sides = (sides[0] if self.compact_in else sides[1],)
         return math.prod(gate.open_fraction(noise) for gate in sides if gate is not None)
+
+
+def gated_sites(
+    family: Family, heads: Gate | None, channels: Gate | None
+) -> Iterator[tuple[str, Site]]:
+    """(path in the layer, Site) of every linear that a layer's gates act on."""
+    if heads is not None:
+        if family.qkv:
+            lanes = heads.size * heads.lanes
+            blocks = tuple(RowBlock(offset) for offset in (0, lanes, 2 * lanes))
+            yield family.qkv, Site(rows_gate=heads, row_blocks=blocks, compact_out=True)
+        else:
+            yield family.q, Site(rows_gate=heads, compact_out=True)
+            for path in family.kv:
+                yield (
+                    path,
+                    Site(rows_gate=heads, row_blocks=(RowBlock(shared=True),), compact_out=True),
+                )
+        yield family.out, Site(in_gate=heads, compact_in=True)
+    if channels is not None:
+        blocks = tuple(RowBlock(offset) for offset in family.branch_offsets(channels.size))
+        for path in family.up:
+            yield path, Site(rows_gate=channels, row_blocks=blocks, compact_out=True)
+        yield family.down, Site(in_gate=channels, compact_in=True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gatepack.data import separator_token
-from gatepack.hf import hf_model
+from gatepack.layers import hf_model
 from gatepack.quality import TokenScores, token_scores, vocabulary_size
 
 

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 import gatepack
-from gatepack.hf import hf_model
+from gatepack.layers import hf_model
 from gatepack.quality import evaluating, forward_arguments, input_device, vocabulary_size
 
 WARMUP_SECONDS = 0.5

@@ -18,8 +18,9 @@ from gatepack.data import batches
 from gatepack.files import parse_json, read_safetensors, write_safetensors
 from gatepack.gate_training import load_moments, under
 from gatepack.gates import GateSet
-from gatepack.hf import GATES_NAME, gates_of, hf_model, layers_of
+from gatepack.hf import gates_of
 from gatepack.importance import calibrate, unit_scores
+from gatepack.layers import GATES_NAME, hf_model, layers_of
 
 
 @dataclass(frozen=True)

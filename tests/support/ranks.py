@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gatepack as gp
-from gatepack.hf import GATES_NAME
+from gatepack.layers import GATES_NAME
 
 STEPS = 6
 WHOLE = StateDictOptions(full_state_dict=True)

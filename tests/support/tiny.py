@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from gatepack.hf import layers_of
+from gatepack.layers import layers_of
 from gatepack.modules import base_linear
 
 VOCAB = 97

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gatepack.exporters.source import Source
-from gatepack.hf import layers_of
 from gatepack.inspection import identify
+from gatepack.layers import layers_of
 
 _TITLES = {
     "uniform": "Loads with plain transformers, and with every engine that takes its model_type.",

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from gatepack.checkpoint import refuse_adapters
-from gatepack.hf import GATES_NAME, Layer, hf_model, layers_of
+from gatepack.layers import GATES_NAME, Layer, hf_model, layers_of
 from gatepack.modules import linear_shape
 
 # Families whose layers may differ in a GGUF file.

@@ -11,8 +11,9 @@ from gatepack.calibration import Batch, frozen, inputs_of, with_labels
 from gatepack.config import GateConfig
 from gatepack.gate_training import check_steps, load_moments, under
 from gatepack.gates import mix
-from gatepack.hf import GATES_NAME, attach, hf_model, layers_of
+from gatepack.hf import attach
 from gatepack.hooks import at_work
+from gatepack.layers import GATES_NAME, hf_model, layers_of
 from gatepack.methods.decisions import (
     DecisionGenerator,
     budget_loss,

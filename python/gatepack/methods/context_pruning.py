@@ -10,7 +10,7 @@ from torch import nn
 from gatepack.compensation import add_removed_means, check_biases
 from gatepack.data import split_documents, to_windows
 from gatepack.gates import GateSet
-from gatepack.hf import hf_model
+from gatepack.layers import hf_model
 from gatepack.methods.context_statistics import (
     ContextStatistics,
     Quiet,

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from gatepack.gates import Gate, GateSet
-from gatepack.hf import Layer, layers_of
 from gatepack.importance import gated_inputs
+from gatepack.layers import Layer, layers_of
 from gatepack.methods.statistics import Batch, run_batches, watching
 from gatepack.modules import base_linear
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gatepack.budget import in_multiples
-from gatepack.hf import Layer
+from gatepack.layers import Layer
 from gatepack.modules import linear_shape
 
 TINY = 1e-10

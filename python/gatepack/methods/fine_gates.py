@@ -11,7 +11,8 @@ from gatepack.config import GateConfig
 from gatepack.functional import spread_lanes
 from gatepack.gate_training import GateSchedule, GateTraining
 from gatepack.gates import Gate
-from gatepack.hf import GATES_NAME, attach, gates_of, hf_model, layers_of
+from gatepack.hf import attach, gates_of
+from gatepack.layers import GATES_NAME, hf_model, layers_of
 from gatepack.methods.statistics import Batch
 from gatepack.modules import base_linear, weight_matrix
 from gatepack.sharding import over_ranks, whole

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gatepack.adopt import adopt, derived
 from gatepack.functional import spread_lanes
 from gatepack.in_place import folded_linear, tokens_in_place
 from gatepack.methods.decisions import Layout, Place
-from gatepack.modules import Operands, adopt, derived, operands_of
+from gatepack.modules import Operands, operands_of
 from gatepack.paths import choose_path
 
 

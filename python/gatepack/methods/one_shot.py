@@ -13,7 +13,8 @@ from gatepack.budget import plan
 from gatepack.config import GateConfig
 from gatepack.data import batches as batch_order
 from gatepack.gates import GateSet
-from gatepack.hf import GATES_NAME, attach, detach, gates_of, hf_model
+from gatepack.hf import attach, detach, gates_of
+from gatepack.layers import GATES_NAME, hf_model
 from gatepack.methods.statistics import Batch
 from gatepack.modules import base_linear
 from gatepack.packing import PackReport, pack

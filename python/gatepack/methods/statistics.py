@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from gatepack.calibration import Batch, inputs_of, require_batches, token_mask
 from gatepack.gates import GateSet
-from gatepack.hf import hf_model
 from gatepack.importance import gated_inputs
+from gatepack.layers import hf_model
 from gatepack.paths import has_kernels
 from gatepack.quality import evaluating, input_device
 

@@ -16,7 +16,7 @@ from gatepack.calibration import (
     with_labels,
 )
 from gatepack.gates import GateSet
-from gatepack.hf import layers_of
+from gatepack.layers import layers_of
 from gatepack.methods.coupling import gated_linears, unit_totals
 from gatepack.methods.one_shot import OneShot, comparable, plan_masks, worth
 from gatepack.modules import is_conv1d, weight_matrix
