@@ -221,6 +221,7 @@ def test_the_newest_training_of_the_gates_gets_their_gradient():
     model = gated(noise=0.0, init_logit=0.2)
     earlier, _ = train(model, 3)
     training = GateTraining(model, STEPS)
+    assert training.gates.controller.steps == 0 and training.gates.controller.multiplier == 0
     loss_of(model, 3).backward()
     assert earlier.gradient is None and training.gradient.abs().max() > 0
     for use in (earlier.step, earlier.finish):

@@ -343,6 +343,19 @@ def adapted_pair(order="before", pattern="mixed", names=("default",), model_type
 
 
 class TestPeft:
+    def test_a_wrapper_around_a_wrapper(self):
+        peft = pytest.importorskip("peft")
+        model = tiny_model("llama").eval()
+        for name in ("inner", "outer"):
+            config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+            model = peft.get_peft_model(model, config, adapter_name=name).double()
+        gates = gp.attach(model, gp.GateConfig(noise=0.0))
+        gates.close("model.layers.0.mlp:channels", range(8))
+        expected = logits_of(model, **inputs_for(model))
+        assert gp.gates_of(model) is gates
+        gp.pack(model)
+        assert_close(logits_of(model, **inputs_for(model)), expected)
+
     @pytest.mark.parametrize("pattern", ["open", "closed", "mixed", "ragged"])
     @pytest.mark.parametrize("order", ["before", "after"])
     def test_lora_equals_masked_dense(self, order, pattern):

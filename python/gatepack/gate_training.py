@@ -74,8 +74,9 @@ class GateTraining:
     scaling and zeroing of the weights' gradients never see it; it adds up over the backward passes
     of a step. Ranks average it, and draw the same noise; start before DistributedDataParallel wraps
     the model, which then leaves the gates alone. state_dict and load_state_dict hold everything
-    about the gates: a run that is cut off and resumed goes on bit for bit. An earlier training of
-    the same gates, of a run that was interrupted, gives them up.
+    about the gates: a run that is cut off and resumed goes on bit for bit. Without load_state_dict
+    the schedule begins anew, on the gates as they are; an earlier training of the same gates, of a
+    run that was interrupted, gives them up.
 
     Raises ValueError if the target cannot be met (GateSet.plan), which the rounding would find.
     """
@@ -95,6 +96,7 @@ class GateTraining:
             self._check_target()
         self.gates.unfreeze()
         controller = self.gates.controller
+        controller.state.zero_()
         controller.warmup_steps = round(self.schedule.warmup * steps)
         controller.ramp_steps = round(self.schedule.ramp * steps) - controller.warmup_steps
         _leave_out_of_ddp(model)

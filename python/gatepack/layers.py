@@ -42,8 +42,10 @@ class Layer:
 
 
 def hf_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, or the model itself; else ValueError."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model inside PEFT wrappers, or the model itself; else ValueError."""
+    inner = model
+    while hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
     if not hasattr(getattr(inner, "config", None), "model_type"):
         raise ValueError(
             "model must be a transformers model or a PEFT model around one, got "
