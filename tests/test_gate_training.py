@@ -77,8 +77,8 @@ def test_the_default_rate_lets_gates_close_in_any_number_of_steps(estimator):
     assert GateSchedule(learning_rate=0.3).rate(gates, 1000) == 0.3
 
 
-@pytest.mark.parametrize("steps", [12, 30])
-def test_gates_close_before_they_are_rounded(steps):
+@pytest.mark.parametrize(("steps", "most"), [(12, 0.99), (30, 0.6)])
+def test_gates_close_before_they_are_rounded(steps, most):
     model = gated(noise=0.0)
     training = GateTraining(model, steps)
     kept = []
@@ -86,7 +86,7 @@ def test_gates_close_before_they_are_rounded(steps):
     for step in range(steps):
         loss_of(model, step).backward()
         training.step()
-    assert min(kept) < 1.0
+    assert min(kept) < most
 
 
 def test_schedule_reaches_the_controller():

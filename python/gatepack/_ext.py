@@ -104,9 +104,6 @@ _pack_rows: torch._C._DispatchOperatorHandle | None = None
 _loading = threading.Lock()
 
 
-# Loading
-
-
 @contextlib.contextmanager
 def _locked(folder: Path):
     # flock ends with its process, so an interrupted build cannot block the next one.
@@ -192,9 +189,6 @@ def _warn_once(device_type: str) -> None:
         RuntimeWarning,
         stacklevel=2,
     )
-
-
-# Ops
 
 
 def schemas() -> list[str]:

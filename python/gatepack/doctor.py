@@ -161,9 +161,6 @@ def show(report: Report) -> None:
         console.print(f"    for {names}", style="dim", markup=False, highlight=False)
 
 
-# Machine and packages
-
-
 def _platform() -> Finding:
     return Finding("platform", "ok", f"{platform.platform()}, {os.cpu_count()} CPUs")
 
@@ -234,9 +231,6 @@ def _interpreted() -> bool:
     except Exception:
         return False
     return bool(knobs.runtime.interpret)
-
-
-# Devices and tools
 
 
 def _gpus(torch) -> tuple[Finding, ...]:
@@ -399,9 +393,6 @@ def _compilers(
             yield Finding(name, "unused", "not found", "not needed here")
 
 
-# Ops
-
-
 def _csrc_ops(backend: str, extension: Finding) -> tuple[Finding, ...]:
     from gatepack import _ext
 
@@ -424,9 +415,6 @@ def _kernel_ops(gpus: tuple[Finding, ...], interpreted: bool) -> tuple[Finding, 
     else:
         how = ("ok", "triton, compiled", gpus[0].found.split(", ")[1], "")
     return tuple(Finding(name, *how) for name in names)
-
-
-# Settings and caches
 
 
 def _settings() -> Section:
