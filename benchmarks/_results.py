@@ -52,9 +52,9 @@ def conditions(row: dict) -> str:
 
 
 def level_rows() -> list[dict]:
-    """The newest row of every contender of every level, timed or skipped."""
+    """The newest timed row of every contender of every level; skipped ones where none was timed."""
     keys = ("device", "level", "model", "batch", "tokens", "lora", "dtype", "open", "contender")
-    return newest(rows_of("level"), *keys)
+    return newest(sorted(rows_of("level"), key=lambda row: "ms" in row), *keys)
 
 
 def devices() -> list[str]:
