@@ -93,6 +93,7 @@ def op_sections() -> list[str]:
     sections = []
     for device, op in sorted({(row["device"], row["op"]) for row in rows}):
         own = [row for row in rows if (row["device"], row["op"]) == (device, op)]
+        roof = rows_on("ceilings", device)
         contenders = sorted({row["contender"] for row in own})
         cells: dict[tuple, dict[str, dict]] = {}
         for row in own:
@@ -103,7 +104,7 @@ def op_sections() -> list[str]:
                 f"{model}, T={tokens}, {dtype}",
                 f"{kept:.0%}",
                 *(f"{cell[name]['ms']:.3f}" if name in cell else "" for name in contenders),
-                roofline_cell(cell.get("ours"), rows_on("ceilings", device)),
+                roofline_cell(cell.get("ours"), roof),
             ]
             for (model, tokens, dtype, kept), cell in sorted(cells.items())
         ]
