@@ -30,6 +30,7 @@ from gatepack.methods.one_shot import fine_tune, run_beside_lora
 from gatepack.models import load_model, torch_device
 from gatepack.packing import pack
 from gatepack.progress import Log
+from gatepack.scoring import load_questions
 from gatepack.timing import measure
 from gatepack.training import TrainConfig, close_to_budget, repaired_weights
 
@@ -211,6 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
     options = parser.parse_args(arguments)
     stamp = environment("cuda" if torch_device(options.device).type == "cuda" else "cpu")
+    check_texts(options)
     log = Log()
     for cell in cells(options):
         path = options.out / f"{cell.name}.json"
@@ -223,6 +225,14 @@ def main(arguments: list[str] | None = None) -> None:
         row |= scored(cell, options, folder, log)
         write_json(path, {**row, "command": command_line(), **stamp})
         print(cell.name, json.dumps(row["figures"]), flush=True)
+
+
+def check_texts(options) -> None:
+    """Raises what reading a text raises, before hours of training instead of behind them."""
+    for path in (*options.train, *options.test, *options.ood):
+        load_documents(path)
+    for path in options.choices:
+        load_questions(path)
 
 
 def cells(options) -> list[Cell]:

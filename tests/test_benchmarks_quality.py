@@ -63,6 +63,17 @@ def test_language_model(language_model, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_texts_are_read_before_a_model_trains(language_model, tmp_path):
+    train = jsonl(tmp_path / "train.jsonl", [{"text": TEXT * 12}])
+    arguments = [
+        "--domain", "tiny", "--model", str(language_model), "--train", train, "--test", train,
+        "--choices", train, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="line 1 must be an object with a field `question`"):
+        quality.main(arguments)
+    assert not (tmp_path / "work").exists()
+
+
 def test_page_sets_methods_beside_the_dense_model(tmp_path, monkeypatch):
     stamp = {"device": "chip", "threads": 1, "torch": "2.9", "date": "2026-01-01", "commit": "abc"}
     shared = {"bench": "quality", "domain": "law", "model": "m/tiny", "dirty": False, **stamp}

@@ -77,11 +77,12 @@ def test_closed_lanes_give_zero_whatever_they_hold():
         assert grad.isfinite().all() and not grad[..., [7, 9]].any()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_functions_of_python_take_the_passes(dtype):
+def test_functions_of_python_take_the_passes(dtype, autocast):
     x, dy = normal(3, 40, dtype=dtype).requires_grad_(), normal(3, 40, dtype=dtype)
     z = torch.rand(8, requires_grad=True)
-    with profile() as trace:
+    with profile() as trace, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         torch.autograd.grad(gate_lanes(x, z, 5), (x, z), dy)
         column_dot(x.detach(), dy)
     taken = {event.key for event in trace.key_averages()}

@@ -21,13 +21,12 @@ _is_tracing = torch.jit.is_tracing
 
 
 def has_cpu_passes(x: torch.Tensor) -> bool:
-    """Whether gatepack._C computes on x now: on a CPU, outside of tracing and autocast."""
+    """Whether gatepack._C computes on x now: on a CPU, outside of tracing."""
     return (
         x.is_cpu
         and type(x) in PLAIN
         and not _is_compiling()
         and not _is_tracing()
-        and not torch.is_autocast_enabled("cpu")
         and _ext.backend().name != "torch"
     )
 

@@ -52,7 +52,12 @@ def tokens_in_place(w: torch.Tensor) -> int:
 
     A frozen weight on a CPU, fp32 or bf16, with stride 1 along K, outside of tracing and autocast.
     """
-    return few_tokens().get(w.dtype, 0) if has_cpu_passes(w) and _lies_ready(w) else 0
+    return few_tokens().get(w.dtype, 0) if _multiplies(w) and _lies_ready(w) else 0
+
+
+def _multiplies(x: torch.Tensor) -> bool:
+    """Whether gatepack._C, whose products are of their operands' dtype, multiplies with x now."""
+    return has_cpu_passes(x) and not torch.is_autocast_enabled("cpu")
 
 
 def tokens_decoded(w: torch.Tensor) -> int:
@@ -126,7 +131,7 @@ def open_linear(
     Arguments as in FoldedLinear. None where that is not computed so: for more than
     tokens_in_place(w) tokens, or none, and in another dtype than that of w.
     """
-    if not has_cpu_passes(x) or not _is_few(x, few_tokens()) or not _fits(x, w, bias):
+    if not _multiplies(x) or not _is_few(x, few_tokens()) or not _fits(x, w, bias):
         return None
     if x.shape[-1] != (w.shape[1] if cols is None else cols.shape[0]):
         return None
@@ -201,7 +206,7 @@ def open_mlp(
     x [*, K] fp32; weights Wa, Wu [F, K] and Wd [K, F], and their biases or None; z fp32 [n] of the
     open channels, or None for 1; index int64 [n], None: all. None where it is not computed so.
     """
-    if x.dtype != torch.float32 or not has_cpu_passes(x) or not _is_few(x, few_tokens()):
+    if x.dtype != torch.float32 or not _multiplies(x) or not _is_few(x, few_tokens()):
         return None
     if not all(_fits(x, w, b) for w, b in zip(weights, biases, strict=True)):
         return None
