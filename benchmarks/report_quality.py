@@ -191,8 +191,10 @@ TRIED = (
     "much. Each helped. Distilling the dense model on top, logits or hidden states, was no better "
     "than training on the text. From the first step on the loss of the repaired model is above the "
     "dense model's by what the repair leaves, and the steps of LoRA that a CPU affords lower both "
-    "alike: how much of that gap a longer run closes has not been measured. For the encoders, "
-    "gates must not close before the task is learned: in the runs of one epoch of QNLI they do."
+    "alike: a run of five times the tokens narrows the gap, but slowly (medical-5x). For the "
+    "encoders, gates must not close before the task is learned: in the runs of one epoch of QNLI "
+    "they do. On CUAD neither an earlier end of closing nor three epochs reach the goal, nor logits "
+    "that start in the order of their squared gradients on the tuned model."
 )
 
 
@@ -216,12 +218,13 @@ def _language_goals(domain: str, rows: list[dict]) -> list[list[str]]:
             for method in LANGUAGE_METHODS
             if method not in ("dense", "recipe", "distilled") and (runs := runs_of(method, kept))
         }
-        if not (ours and others and dense):
+        if not (ours and dense):
             continue
-        best, found = min(others, key=others.get), _perplexity(ours)
-        what = f"{domain}, {1 - kept:.0%} removed"
-        ratio = others[best] / found
-        lines.append(_goal(f"{what}: perplexity of {best} over ours", 1, ratio, "{:.2f}"))
+        found, what = _perplexity(ours), f"{domain}, {1 - kept:.0%} removed"
+        if others:
+            best = min(others, key=others.get)
+            ratio = others[best] / found
+            lines.append(_goal(f"{what}: perplexity of {best} over ours", 1, ratio, "{:.2f}"))
         if kept == 0.8:
             over = found / _perplexity(dense)
             text = f"{what}: ours over dense"
