@@ -43,9 +43,9 @@ $(VENV)/cuda-compiled: $(STAMP)
 bench: $(VENV)/contenders
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-# What others offer for the same work. None is needed: what is absent is named in the table.
+# What others offer for the same work, on a GPU. Not needed: what is absent is named in the table.
 $(VENV)/contenders: $(STAMP)
-	-$(PIP) install --no-deps liger-kernel==0.8.5 torch-pruning==1.6.1
+	-$(PIP) install --no-deps liger-kernel==0.8.5
 	touch $@
 
 # Did a change make the CPU slower? make bench-compare BASE=COMMIT [ARGS=--instructions]

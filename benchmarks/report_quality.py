@@ -193,8 +193,8 @@ TRIED = (
     "dense model's by what the repair leaves, and the steps of LoRA that a CPU affords lower both "
     "alike: a run of five times the tokens narrows the gap, but slowly (medical-5x). For the "
     "encoders, gates must not close before the task is learned: in the runs of one epoch of QNLI "
-    "they do. On CUAD neither an earlier end of closing nor three epochs reach the goal, nor logits "
-    "that start in the order of their squared gradients on the tuned model."
+    "they do. On CUAD neither an earlier end of closing nor three epochs reach the goal, nor "
+    "logits that start in the order of their squared gradients on the tuned model."
 )
 
 

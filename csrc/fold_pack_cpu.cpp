@@ -342,25 +342,6 @@ void run_all(std::deque<Work>& works) {
   });
 }
 
-// Results, and for e4m3 the scales of their rows.
-std::tuple<Tensors, Tensors> run_calls(const char* op, bool adjoint, const std::vector<Call>& calls,
-                                       const Tensors& in, std::optional<ScalarType> dtype,
-                                       const Results& results = {}) {
-  if (results.out) require_results(op, in, results, dtype == ScalarType::Float8_e4m3fn);
-  std::deque<Work> works;
-  for (size_t i = 0; i < in.size(); ++i) {
-    works.emplace_back(at_place(op, i), adjoint, calls[i], in[i], dtype, results.out_of(i),
-                       results.scales_of(i));
-  }
-  run_all(works);
-  Tensors out, scales;
-  for (const Work& work : works) {
-    out.push_back(work.out);
-    if (work.scales) scales.push_back(*work.scales);
-  }
-  return {out, scales};
-}
-
 Tensor run_one(Work work) {
   const int64_t total = work.bytes(), threads = threads_for(work.out.numel());
   work.prepare(total);
@@ -441,42 +422,22 @@ Tensor fold_pack_adjoint_cpu(const Tensor& g, const OptTensor& rows, const OptTe
   return run_one({where, true, call, g, dtype});
 }
 
-std::tuple<Tensors, Tensors> pack_tensors_cpu(
-    const Tensors& w, const OptTensors& rows, const OptTensors& cols, const OptTensors& z_out,
-    const OptTensors& z_in, const OptTensors& lora_a, const OptTensors& lora_b,
-    const std::vector<double>& lora_scale, const Ints& row_multiple, const Ints& col_multiple,
-    const Ints& order, std::optional<ScalarType> dtype) {
-  return run_calls("pack_tensors", false,
-                   describe_packs(w, rows, cols, z_out, z_in, lora_a, lora_b, lora_scale,
-                                  row_multiple, col_multiple, order, dtype),
-                   w, dtype);
-}
-
-void pack_tensors_out_cpu(const Tensors& w, const OptTensors& rows, const OptTensors& cols,
-                          const OptTensors& z_out, const OptTensors& z_in, const OptTensors& lora_a,
-                          const OptTensors& lora_b, const std::vector<double>& lora_scale,
-                          const Ints& row_multiple, const Ints& col_multiple, const Ints& order,
-                          std::optional<ScalarType> dtype, const Tensors& out,
-                          const Tensors& scales) {
-  run_calls("pack_tensors", false,
-            describe_packs(w, rows, cols, z_out, z_in, lora_a, lora_b, lora_scale, row_multiple,
-                           col_multiple, order, dtype),
-            w, dtype, {&out, &scales});
-}
-
-Tensors unpack_tensors_cpu(const Tensors& g, const OptTensors& rows, const OptTensors& cols,
-                           const OptTensors& z_out, const OptTensors& z_in, const Ints& O,
-                           const Ints& I, std::optional<ScalarType> dtype) {
-  return std::get<0>(run_calls("unpack_tensors", true,
-                               describe_unpacks(g, rows, cols, z_out, z_in, O, I, dtype), g,
-                               dtype));
-}
-
-void unpack_tensors_out_cpu(const Tensors& g, const OptTensors& rows, const OptTensors& cols,
-                            const OptTensors& z_out, const OptTensors& z_in, const Ints& O,
-                            const Ints& I, std::optional<ScalarType> dtype, const Tensors& out) {
-  run_calls("unpack_tensors", true, describe_unpacks(g, rows, cols, z_out, z_in, O, I, dtype), g,
-            dtype, {&out});
+std::tuple<Tensors, Tensors> run_cpu(const char* op, bool adjoint, const std::vector<Call>& calls,
+                                     const Tensors& in, std::optional<ScalarType> dtype,
+                                     const Results& results) {
+  if (results.out) require_results(op, in, results, dtype == ScalarType::Float8_e4m3fn);
+  std::deque<Work> works;
+  for (size_t i = 0; i < in.size(); ++i) {
+    works.emplace_back(at_place(op, i), adjoint, calls[i], in[i], dtype, results.out_of(i),
+                       results.scales_of(i));
+  }
+  run_all(works);
+  Tensors out, scales;
+  for (const Work& work : works) {
+    out.push_back(work.out);
+    if (work.scales) scales.push_back(*work.scales);
+  }
+  return {out, scales};
 }
 
 const char* simd_level() { return current_isa().load()->name; }

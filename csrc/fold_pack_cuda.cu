@@ -3,9 +3,11 @@
 //
 // Shapes and dtypes are checked on the host. Index values are not read there: a value out of range
 // prints a line and traps on the device (the context is then lost, as with torch's own indexing;
-// the adjoint, which looks its indices up, leaves it out), and the order of an index is a contract that only the CPU op checks.
+// the adjoint, which looks its indices up, leaves it out), and the order of an index is a contract
+// that only the CPU op checks.
 #include "batch.cuh"
 #include "layout.h"
+#include "multi_tensor.h"
 
 #include <algorithm>
 #include <array>
@@ -359,7 +361,7 @@ int64_t out_rows(const Call& call) { return call.row_major ? call.out_lines : ca
 
 int64_t tiles_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Packs or unpacks every matrix: results, and for e4m3 the scales of their rows.
+// Run of multi_tensor.h.
 std::tuple<Tensors, Tensors> run(const char* op, bool adjoint, const std::vector<Call>& calls,
                                  const Tensors& in, std::optional<ScalarType> dtype,
                                  const Results& results = {}) {
@@ -439,54 +441,16 @@ Tensor fold_pack_adjoint_cuda(const Tensor& g, const OptTensor& rows, const OptT
   return std::get<0>(run(where.op, true, {call}, {g}, dtype))[0];
 }
 
-std::tuple<Tensors, Tensors> pack_tensors_cuda(
-    const Tensors& w, const OptTensors& rows, const OptTensors& cols, const OptTensors& z_out,
-    const OptTensors& z_in, const OptTensors& lora_a, const OptTensors& lora_b,
-    const std::vector<double>& lora_scale, const Ints& row_multiple, const Ints& col_multiple,
-    const Ints& order, std::optional<ScalarType> dtype) {
-  return run("pack_tensors", false,
-             describe_packs(w, rows, cols, z_out, z_in, lora_a, lora_b, lora_scale, row_multiple,
-                            col_multiple, order, dtype),
-             w, dtype);
-}
-
-void pack_tensors_out_cuda(const Tensors& w, const OptTensors& rows, const OptTensors& cols,
-                           const OptTensors& z_out, const OptTensors& z_in,
-                           const OptTensors& lora_a, const OptTensors& lora_b,
-                           const std::vector<double>& lora_scale, const Ints& row_multiple,
-                           const Ints& col_multiple, const Ints& order,
-                           std::optional<ScalarType> dtype, const Tensors& out,
-                           const Tensors& scales) {
-  run("pack_tensors", false,
-      describe_packs(w, rows, cols, z_out, z_in, lora_a, lora_b, lora_scale, row_multiple,
-                     col_multiple, order, dtype),
-      w, dtype, {&out, &scales});
-}
-
-Tensors unpack_tensors_cuda(const Tensors& g, const OptTensors& rows, const OptTensors& cols,
-                            const OptTensors& z_out, const OptTensors& z_in, const Ints& O,
-                            const Ints& I, std::optional<ScalarType> dtype) {
-  return std::get<0>(run("unpack_tensors", true,
-                         describe_unpacks(g, rows, cols, z_out, z_in, O, I, dtype), g, dtype));
-}
-
-void unpack_tensors_out_cuda(const Tensors& g, const OptTensors& rows, const OptTensors& cols,
-                             const OptTensors& z_out, const OptTensors& z_in, const Ints& O,
-                             const Ints& I, std::optional<ScalarType> dtype, const Tensors& out) {
-  run("unpack_tensors", true, describe_unpacks(g, rows, cols, z_out, z_in, O, I, dtype), g, dtype,
-      {&out});
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gatepack, CUDA, m) {
   m.impl("fold_pack", TORCH_BOX(&fold_pack_cuda));
   m.impl("pack_rows", TORCH_BOX(&pack_rows_cuda));
   m.impl("fold_pack_adjoint", TORCH_BOX(&fold_pack_adjoint_cuda));
-  m.impl("pack_tensors", TORCH_BOX(&pack_tensors_cuda));
-  m.impl("pack_tensors_out", TORCH_BOX(&pack_tensors_out_cuda));
-  m.impl("unpack_tensors", TORCH_BOX(&unpack_tensors_cuda));
-  m.impl("unpack_tensors_out", TORCH_BOX(&unpack_tensors_out_cuda));
+  m.impl("pack_tensors", TORCH_BOX(&pack_tensors<run>));
+  m.impl("pack_tensors_out", TORCH_BOX(&pack_tensors_out<run>));
+  m.impl("unpack_tensors", TORCH_BOX(&unpack_tensors<run>));
+  m.impl("unpack_tensors_out", TORCH_BOX(&unpack_tensors_out<run>));
 }
 
 }  // namespace gatepack

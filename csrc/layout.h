@@ -286,48 +286,6 @@ inline Call describe_adjoint(const Where& where, const Tensor& g, const OptTenso
 
 inline Where at_place(const char* op, size_t i) { return {op, static_cast<int64_t>(i)}; }
 
-template <class... Lists>
-void require_lengths(const char* op, size_t n, const Lists&... lists) {
-  const auto check = [&](size_t length) {
-    require(length == n, op, ": every list must have one entry per matrix (", n, "), got ", length);
-  };
-  (check(lists.size()), ...);
-}
-
-inline std::vector<Call> describe_packs(const Tensors& w, const OptTensors& rows,
-                                        const OptTensors& cols, const OptTensors& z_out,
-                                        const OptTensors& z_in, const OptTensors& lora_a,
-                                        const OptTensors& lora_b,
-                                        const std::vector<double>& lora_scale,
-                                        const Ints& row_multiple, const Ints& col_multiple,
-                                        const Ints& order, std::optional<ScalarType> dtype) {
-  const char* op = "pack_tensors";
-  require_lengths(op, w.size(), rows, cols, z_out, z_in, lora_a, lora_b, lora_scale, row_multiple,
-                  col_multiple, order);
-  std::vector<Call> calls;
-  for (size_t i = 0; i < w.size(); ++i) {
-    const Extras extras = {lora_a[i],       lora_b[i],       lora_scale[i],
-                           row_multiple[i], col_multiple[i], order[i]};
-    calls.push_back(describe_pack(at_place(op, i), w[i], rows[i], cols[i], z_out[i], z_in[i], dtype,
-                                  true, extras));
-  }
-  return calls;
-}
-
-inline std::vector<Call> describe_unpacks(const Tensors& g, const OptTensors& rows,
-                                          const OptTensors& cols, const OptTensors& z_out,
-                                          const OptTensors& z_in, const Ints& O, const Ints& I,
-                                          std::optional<ScalarType> dtype) {
-  const char* op = "unpack_tensors";
-  require_lengths(op, g.size(), rows, cols, z_out, z_in, O, I);
-  std::vector<Call> calls;
-  for (size_t i = 0; i < g.size(); ++i) {
-    calls.push_back(describe_adjoint(at_place(op, i), g[i], rows[i], cols[i], z_out[i], z_in[i],
-                                     O[i], I[i], dtype));
-  }
-  return calls;
-}
-
 // Results that a caller brings, in the order of the matrices; null: memory of their own.
 struct Results {
   const Tensors* out = nullptr;

@@ -1,5 +1,9 @@
 // Defines the ops of schemas.h and registers the CPU kernels. Importing the module runs this.
+//
+// Nothing is bound by pybind11, which has no limited API: one binary serves every Python from 3.10
+// on (abi3). What is no tensor op is Python (packing plans, repack.py) or an op (build_info).
 #include "fold_pack_cpu.h"
+#include "multi_tensor.h"
 #include "open_linear.h"
 #include "open_sets.h"
 #include "passes.h"
@@ -47,10 +51,10 @@ STABLE_TORCH_LIBRARY_IMPL(gatepack, CPU, m) {
   m.impl("fold_pack", TORCH_BOX(&fold_pack_cpu));
   m.impl("pack_rows", TORCH_BOX(&pack_rows_cpu));
   m.impl("fold_pack_adjoint", TORCH_BOX(&fold_pack_adjoint_cpu));
-  m.impl("pack_tensors", TORCH_BOX(&pack_tensors_cpu));
-  m.impl("pack_tensors_out", TORCH_BOX(&pack_tensors_out_cpu));
-  m.impl("unpack_tensors", TORCH_BOX(&unpack_tensors_cpu));
-  m.impl("unpack_tensors_out", TORCH_BOX(&unpack_tensors_out_cpu));
+  m.impl("pack_tensors", TORCH_BOX(&pack_tensors<run_cpu>));
+  m.impl("pack_tensors_out", TORCH_BOX(&pack_tensors_out<run_cpu>));
+  m.impl("unpack_tensors", TORCH_BOX(&unpack_tensors<run_cpu>));
+  m.impl("unpack_tensors_out", TORCH_BOX(&unpack_tensors_out<run_cpu>));
   m.impl("open_sets", TORCH_BOX(&open_sets_cpu));
   m.impl("remap_ids", TORCH_BOX(&remap_ids_cpu));
   m.impl("open_linear", TORCH_BOX(&open_linear_cpu));

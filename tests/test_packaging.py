@@ -1,5 +1,6 @@
 """What is built and installed: contents of wheel and sdist, editable modes, clean environments."""
 
+import json
 import re
 import tarfile
 import zipfile
@@ -13,6 +14,8 @@ import gatepack
 pytest.importorskip("triton")
 SOURCES = {"python/gatepack": "gatepack", "triton_kernels": "gatepack/kernels"}
 COMPILED = {"GATEPACK_SKIP_EXT": "0", "TORCH_CUDA_ARCH_LIST": "9.0"}
+# A checkout is built with a compiler by make, and without torch for `wheel`.
+ORIGINS = ["sdist", pytest.param("checkout", marks=pytest.mark.slow)]
 CSRC = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.is_file())
 
 
@@ -204,23 +207,38 @@ def test_without_a_compiler(folder):
 class TestInstall:
     """pip install as users type it."""
 
-    def test_with_build_isolation(self, folder, wheel):
-        env = Env(folder / "isolated")
-        source = checkout(folder / "isolated source")
-        done = env.pip("install", "--no-deps", ".", cwd=source, check=False)
+    @pytest.fixture
+    def scratch(self, folder, request) -> dict[str, str]:
+        """pip unpacks an sdist in TMPDIR: a path with spaces, too."""
+        path = folder / f"unpacked for {request.node.name}"
+        path.mkdir()
+        return {"TMPDIR": str(path)}
+
+    @pytest.mark.parametrize("origin", ORIGINS)
+    def test_with_build_isolation(self, origin, folder, sdist, scratch):
+        env = Env(folder / f"isolated {origin}")
+        source = sdist if origin == "sdist" else checkout(folder / "isolated source")
+        done = env.pip("install", "--no-deps", str(source), **scratch, check=False)
         if "No matching distribution found for setuptools" in done.stdout:
             pytest.skip("no package index to fetch setuptools from")
         assert done.returncode == 0, done.stdout
         found = env.look()
         assert Path(found["package"]) == env.site / "gatepack"
+        assert found["version"] == found["metadata"] == gatepack.__version__
         record = next(env.site.glob("gatepack-*.dist-info/WHEEL")).read_text()
         assert "py3-none-any" in record, "the isolated build has no torch, so nothing is compiled"
+        absent = {"CXX": "/nonexistent/c++", "GATEPACK_CACHE_DIR": str(folder / "isolated cache")}
+        assert env.python(FOLD_PACK, **absent).splitlines()[-1].startswith("torch")
+        extension = diagnosed(env, **absent)
+        assert (extension["state"], extension["found"]) == ("gap", "plain torch")
+        assert "/nonexistent/c++ does not work" in extension["why"]
 
-    def test_with_a_compiler(self, folder, wheel, compiler):
-        env = Env(folder / "compiled")
-        source = checkout(folder / "compiled source")
-        env.install(str(source), **COMPILED, CXX=compiler)
-        assert list((env.site / "gatepack").glob("_C*.so"))
+    @pytest.mark.parametrize("origin", ORIGINS)
+    def test_with_a_compiler(self, origin, folder, sdist, wheel, compiler, scratch):
+        env = Env(folder / f"compiled {origin}")
+        source = sdist if origin == "sdist" else checkout(folder / "compiled source")
+        env.install(str(source), **COMPILED, **scratch, CXX=compiler)
+        (module,) = (env.site / "gatepack").glob("_C*.so")
         record = next(env.site.glob("gatepack-*.dist-info/WHEEL")).read_text()
         assert re.search(r"Tag: cp310-abi3-linux_\w+", record)
         files = {
@@ -231,6 +249,7 @@ class TestInstall:
         assert files == set(payload(wheel))
         backend = env.python(FOLD_PACK).splitlines()[-1]
         assert backend.startswith(("cpp", "cuda")) and "installed with the package" in backend
+        assert str(module) in diagnosed(env)["found"]
 
     @pytest.mark.slow
     @pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
@@ -241,6 +260,16 @@ class TestInstall:
         env.install(*settings, **COMPILED, CXX=compiler)
         backend = env.python(FOLD_PACK).splitlines()[-1]
         assert backend.startswith(("cpp", "cuda")) and "installed with the package" in backend
+
+
+def diagnosed(env: Env, **variables: str) -> dict:
+    """What `gatepack doctor --json` says of the extension; called from the environment's folder."""
+    done = env.run("gatepack", "doctor", "--json", **variables)
+    report = json.loads(done.stdout[done.stdout.index("{") :])
+    assert report["gatepack"] == gatepack.__version__
+    found = {f"{s['name']}/{f['name']}": f for s in report["sections"] for f in s["findings"]}
+    assert found["ops/column_dot"]["found"] in ("triton, compiled", "reference")
+    return found["extension/gatepack._C"]
 
 
 # The same result on every backend.
