@@ -1,14 +1,15 @@
-"""FineGates on an encoder, as in its paper, beside full, LoRA and final-layers-only fine-tuning.
+"""FineGates and the recipe on an encoder, beside full, LoRA and final-layers-only fine-tuning.
 
 python benchmarks/quality_encoder.py --model FOLDER --task qnli --train qnli_dev_train.jsonl \\
     --test qnli_dev_test.jsonl
 
 The .jsonl files hold one {"text", "text2" (optional), "label"} per line. A new classification head
 and the pooler below it are trained with each method on the same batches, of examples of like
-length; FineGates then packs, and its training step is set beside a masked one (_step_cost.py).
-Attention has no dropout, for torch's fused attention on a CPU has none. One JSON file per run in
---out; runs that stand there with the same settings are left out, so a call that was cut off goes
-on when it is given once more.
+length. FineGates then packs, and its training step is set beside a masked one (_step_cost.py); the
+recipe is LoRA that stops once, at --close, for heads and channels to close and the rest to be
+repaired. Attention has no dropout, for torch's fused attention on a CPU has none. One JSON file per
+run in --out; runs that stand there with the same settings are left out, so a call that was cut off
+goes on when it is given once more.
 """
 
 import argparse
@@ -23,23 +24,27 @@ from _step_cost import step_cost
 from quality import fine_gates, settings_match
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from gatepack.config import GateConfig
 from gatepack.data import batches, json_lines, read_text
 from gatepack.files import plain, write_json
+from gatepack.hf import attach
 from gatepack.packing import pack
 from gatepack.progress import Log
 from gatepack.quality import evaluating
 from gatepack.scoring import wilson_interval
 from gatepack.timing import measure
-from gatepack.training import TrainConfig, add_lora, tune_last_layers
+from gatepack.training import TrainConfig, add_lora, close_to_budget, tune_last_layers
 
-METHODS = ("full", "lora", "last_layers", "fine_gates", "fine_gates_lora")
+METHODS = ("full", "lora", "last_layers", "fine_gates", "fine_gates_lora", "recipe")
 RATES = {
     "full": 2e-4,
     "lora": 1e-3,
     "last_layers": 5e-4,
     "fine_gates": 3e-3,
     "fine_gates_lora": 1e-3,
+    "recipe": 1e-3,
 }
+PRICED, REPAIRED = 16, 32  # batches
 HEAD = {"classifier", "pooler"}  # what follows the encoder, and was not trained with it
 HEAD_RATE = 1e-3  # at least
 LAST = 2  # layers that "last_layers" trains
@@ -52,7 +57,7 @@ RUN = 16  # batches whose examples are sorted by length
 class Cell:
     """One run: a method on a task, the fraction of the encoder's weights it keeps, and a seed.
 
-    warmup, freeze: of the steps, between which gates close.
+    warmup, freeze: of the steps, between which gates close; the same for the recipe.
     """
 
     model: str
@@ -116,7 +121,7 @@ def encoder(name: str, labels: int) -> torch.nn.Module:
 
 def prepared(cell: Cell, model, train: TrainConfig):
     """(model with what the method trains left trainable, what steps beside its optimizer)."""
-    if cell.method in ("lora", "fine_gates_lora"):
+    if cell.method in ("lora", "fine_gates_lora", "recipe"):
         model = add_lora(model, train)
     elif cell.method == "last_layers":
         tune_last_layers(model, LAST)
@@ -124,6 +129,9 @@ def prepared(cell: Cell, model, train: TrainConfig):
     if cell.method.startswith("fine_gates"):
         method = fine_gates(cell.kept, train.steps, cell.seed, cell.freeze, cell.warmup)
         beside = method.start(model, train.steps)
+    if cell.method == "recipe":
+        config = GateConfig(target=cell.kept, noise=0.0, width_multiple=32, equal_layers=False)
+        attach(model, config).freeze()
     for parameter in head_of(model):
         parameter.requires_grad_(True)
     return model, beside
@@ -139,7 +147,7 @@ def trained(cell: Cell, model, examples: Examples, log: Log) -> tuple[torch.nn.M
     steps = round(cell.epochs * (len(examples.labels) // cell.batch_size))
     train = TrainConfig(
         steps=steps, warmup_steps=round(0.06 * steps), learning_rate=cell.rate,
-        lora_rank=RANK, seed=cell.seed,
+        lora_rank=RANK, seed=cell.seed, calibration_batches=PRICED, repair_batches=REPAIRED,
     )  # fmt: skip
     order = examples.order(cell.batch_size, steps, cell.seed)
     model, beside = prepared(cell, model, train)
@@ -154,6 +162,9 @@ def trained(cell: Cell, model, examples: Examples, log: Log) -> tuple[torch.nn.M
     model.train()
     with log.bar(cell.name, "step", steps) as tell:
         for rows in order:
+            if cell.method == "recipe" and len(losses) == round(cell.freeze * steps):
+                some = examples.order(cell.batch_size, REPAIRED, cell.seed + 1)
+                close_to_budget(model, [examples.batch(rows) for rows in some], train)
             rate = train.learning_rate_at(len(losses))
             optimizer.param_groups[0]["lr"] = rate
             optimizer.param_groups[-1]["lr"] = rate * max(1.0, HEAD_RATE / cell.rate)
@@ -199,7 +210,7 @@ def run(cell: Cell, options, log: Log) -> dict:
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     model.eval()
-    if cell.method.startswith("fine_gates"):
+    if cell.kept < 1:
         report = pack(model).to_dict()
         dense = encoder(options.model, len(names))
         speed = measure(model, dense=dense, prompt_tokens=cell.length, batch_size=4).to_dict()
@@ -225,9 +236,12 @@ def cells(options) -> list[Cell]:
     model = Path(options.model).name
     for seed in options.seeds:
         for method in options.methods:
-            for kept in options.kept if method.startswith("fine_gates") else [1.0]:
+            removes = method == "recipe" or method.startswith("fine_gates")
+            for kept in options.kept if removes else [1.0]:
                 size = (options.epochs, options.batch_size, options.length)
                 closing = (options.warmup, options.freeze) if kept < 1 else (0.0, 1.0)
+                if method == "recipe":
+                    closing = (options.close, options.close)
                 settings = (*size, RATES[method], *closing)
                 found.append(Cell(model, options.task, method, kept, seed, *settings))
     return found
@@ -251,6 +265,9 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--freeze", type=float, default=0.8, help="part of the steps to closed gates"
+    )
+    parser.add_argument(
+        "--close", type=float, default=0.4, help="part of the steps before the recipe closes"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
     options = parser.parse_args(arguments)

@@ -27,6 +27,7 @@ ENCODER_METHODS = {
     "last_layers": "last 2 layers",
     "fine_gates": "FineGates",
     "fine_gates_lora": "FineGates, LoRA inside",
+    "recipe": "gatepack's recipe",
 }
 
 
@@ -155,12 +156,17 @@ def encoder_section(task: str, rows: list[dict]) -> str:
 
 def _closing(rows: list[dict]) -> str:
     """When gates closed, where all rows say so."""
-    gated = [row for row in rows if row["method"].startswith("fine_gates")]
-    if not all("warmup" in row for row in gated):
-        return ""
-    found = {(row["warmup"], row["freeze"]) for row in gated}
-    spans = [f"{warmup:.0%} and {freeze:.0%}" for warmup, freeze in sorted(found)]
-    return f"Gates close between {' or '.join(spans)} of the steps. " if spans else ""
+    said = ""
+    for method, text in (
+        ("fine_gates", "Gates of FineGates close between {} of the steps. "),
+        ("recipe", "The recipe closes once, after {} of them, and LoRA goes on. "),
+    ):
+        gated = [row for row in rows if row["method"].startswith(method)]
+        if gated and all("warmup" in row for row in gated):
+            found = sorted({(row["warmup"], row["freeze"]) for row in gated})
+            spans = [" and ".join(f"{x:.0%}" for x in sorted(set(span))) for span in found]
+            said += text.format(" or ".join(spans))
+    return said
 
 
 def _step_cells(runs: list[dict]) -> list[str]:
@@ -236,30 +242,36 @@ def _language_goals(domain: str, rows: list[dict]) -> list[list[str]]:
 
 
 def _encoder_goals(task: str, rows: list[dict]) -> list[list[str]]:
-    """Of FineGates with or without LoRA inside, whichever is more accurate."""
+    """Of FineGates with or without LoRA inside, whichever is more accurate, and of the recipe."""
 
     def accuracy(runs: list[dict]) -> float:
         return mean(row["accuracy"] for row in runs)
 
     full, lines = [row for row in rows if row["method"] == "full"], []
-    for kept, drop in BELOW_FULL.items():
-        pairs = [
-            [row for row in rows if (row["method"], row["kept"]) == (method, kept)]
-            for method in ("fine_gates", "fine_gates_lora")
-        ]
-        ours = max(filter(None, pairs), key=accuracy, default=None)
-        if not (full and ours):
-            continue
-        what = f"{task}, {1 - kept:.0%} removed"
-        lost = accuracy(full) - accuracy(ours)
-        text = f"{what}: accuracy below full fine-tuning"
-        lines.append(_goal(text, drop, lost, "{:.1%}", at_most=True))
-        if kept == 0.6:
-            speed = mean(row["speed"]["ratios"]["prefill"] for row in ours)
-            lines.append(_goal(f"{what}: inference, x dense", INFERENCE_AT_40, speed, "{:.2f}"))
-            steps = [row["step"]["frozen"]["ratio"] for row in ours if row.get("step")]
-            if steps:
-                lines.append(_goal(f"{what}: step, x masked", STEP_AT_40, mean(steps), "{:.2f}"))
+    for title, methods in (
+        ("FineGates", ("fine_gates", "fine_gates_lora")),
+        ("the recipe", ("recipe",)),
+    ):
+        for kept, drop in BELOW_FULL.items():
+            pairs = [
+                [row for row in rows if (row["method"], row["kept"]) == (method, kept)]
+                for method in methods
+            ]
+            ours = max(filter(None, pairs), key=accuracy, default=None)
+            if not (full and ours):
+                continue
+            what = f"{task}, {1 - kept:.0%} removed by {title}"
+            lost = accuracy(full) - accuracy(ours)
+            text = f"{what}: accuracy below full fine-tuning"
+            lines.append(_goal(text, drop, lost, "{:.1%}", at_most=True))
+            if kept == 0.6:
+                speed = mean(row["speed"]["ratios"]["prefill"] for row in ours)
+                lines.append(_goal(f"{what}: inference, x dense", INFERENCE_AT_40, speed, "{:.2f}"))
+                steps = [row["step"]["frozen"]["ratio"] for row in ours if row.get("step")]
+                if steps:
+                    lines.append(
+                        _goal(f"{what}: step, x masked", STEP_AT_40, mean(steps), "{:.2f}")
+                    )
     return lines
 
 

@@ -175,22 +175,24 @@ def test_encoder(tmp_path):
     rows = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*-0.json")}
     assert set(rows) == {
         *(f"tiny-{method}-1.0-0" for method in ("full", "lora", "last_layers")),
-        *(f"tiny-{method}-0.7-0" for method in ("fine_gates", "fine_gates_lora")),
+        *(f"tiny-{method}-0.7-0" for method in ("fine_gates", "fine_gates_lora", "recipe")),
     }
     for name, row in rows.items():
         assert len(row["losses"]) == 8 and row["tested"] == 16
         low, high = row["interval"]
         assert low <= row["accuracy"] <= high
-        assert (row["warmup"], row["freeze"]) == ((0.4, 0.8) if "fine" in name else (0.0, 1.0))
-        if "fine_gates" in name:
+        closing = (0.4, 0.4) if "recipe" in name else (0.4, 0.8) if "fine" in name else (0.0, 1.0)
+        assert (row["warmup"], row["freeze"]) == closing
+        if "0.7" in name:
             assert row["removed"] == pytest.approx(0.3, abs=0.02)
             assert row["speed"]["model"]["decode"] is None
+        if "fine_gates" in name:
             for cost in row["step"].values():
                 assert cost["runs"] == 5 and cost["error"] < 1e-5
                 assert min(cost[f"{name}_{unit}"] for name in ("ours", "masked")
                            for unit in ("ms", "bytes")) > 0  # fmt: skip
         else:
-            assert row["removed"] is None and row["step"] is None
+            assert row["step"] is None and (row["removed"] is None) == ("1.0" in name)
 
 
 def test_page_gives_the_spread_over_seeds(tmp_path, monkeypatch):
@@ -212,9 +214,9 @@ def test_page_gives_the_spread_over_seeds(tmp_path, monkeypatch):
     spread = "20.0% | 80.0% (70.0%-90.0%) | 1.10"
     step = "1.50 | 2.60 (1.60-3.60) | 75%"
     assert f"| FineGates | {spread} | {step} | 3 |" in page
-    assert "over seeds. Gates close between 25% and 75% of the steps. Speed" in page
+    assert "over seeds. Gates of FineGates close between 25% and 75% of the steps. Speed" in page
     assert "| full fine-tuning | 0 % | 90.0% | 1 |  |  |  | 1 |" in page
-    lost = "| qnli, 20% removed: accuracy below full fine-tuning | at most 0.5% | 10.0% | short |"
+    lost = "| qnli, 20% removed by FineGates: accuracy below full fine-tuning | at most 0.5% | 10.0% | short |"
     assert lost in page
 
 
@@ -234,7 +236,7 @@ def test_batches_of_like_length_hold_all_examples():
 @pytest.mark.parametrize("method", quality_encoder.METHODS)
 def test_the_pooler_trains_with_the_head(method):
     """It was not trained with the encoder: with it frozen, nothing is learned on its output."""
-    if "lora" in method:
+    if "lora" in method or method == "recipe":
         pytest.importorskip("peft")
     cell = quality_encoder.Cell("mini", "tiny", method, 0.7, 0, 1, 4, 16, 1e-3, 0.2, 0.7)
     model = tiny_model("bert", torch.float32)
@@ -246,7 +248,8 @@ def test_the_pooler_trains_with_the_head(method):
     assert len(head) >= 4 and all(id(p) in trained for p in head)
     query = "layer.0.attention.self.query."
     names = {n for n, p in model.named_parameters() if query in n and id(p) in trained}
-    assert any(n.endswith("_A.default.weight") for n in names) == ("lora" in method)
+    adapted = "lora" in method or method == "recipe"
+    assert any(n.endswith("_A.default.weight") for n in names) == adapted
     # The tiny model has no more layers than "last_layers" trains.
     assert any(n.endswith("query.weight") for n in names) == (method in ("full", "last_layers"))
 

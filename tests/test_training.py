@@ -11,6 +11,7 @@ from tiny import tiny_model, token_ids
 
 import gatepack as gp
 from gatepack import compensation, files, importance, training
+from gatepack.data import batches
 from gatepack.training import FineTuning, Interrupted, TrainConfig, add_lora, close_to_budget
 
 CONFIG = TrainConfig(
@@ -202,6 +203,18 @@ def test_diverged_loss_is_an_error():
         [p for p in model.parameters() if p.requires_grad][-1].fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="at step 0"):
         FineTuning(model, token_ids(batch=4, length=9), CONFIG).run()
+
+
+def test_closing_on_batches_is_that_on_the_windows_they_are_of():
+    windows, found = token_ids(batch=16, length=9), []
+    drawn = batches(windows, CONFIG.batch_size, CONFIG.repaired, CONFIG.seed + 1)
+    texts = [{"input_ids": windows[rows], "labels": windows[rows]} for rows in drawn]
+    for source in (windows, texts):
+        model = tiny_model("llama", torch.float32)
+        gp.attach(model, gp.GateConfig(noise=0.0, target=0.75, width_multiple=8))
+        close_to_budget(model, source, CONFIG)
+        found.append(model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def test_close_to_budget_meets_the_target_and_reloads(tmp_path):

@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from gatepack.calibration import Batch
 from gatepack.compensation import close_and_compensate
 from gatepack.data import batches
 from gatepack.files import parse_json, read_safetensors, write_safetensors
@@ -86,29 +87,35 @@ class Interrupted(KeyboardInterrupt):
 
 def close_to_budget(
     model: nn.Module,
-    windows: torch.Tensor,
+    windows: torch.Tensor | Sequence[Batch],
     config: TrainConfig,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> float:
     """Closes a gated model down to its target and repairs it; returns the kept fraction.
 
-    windows: training token ids [n, length]; progress is called with (phase, done, total).
+    windows: training token ids [n, length], of which config's batches are drawn; or, where the loss
+    is another than that of the next token, batches of what the model takes by name, labels too: the
+    first calibration_batches of them price, and as many as are repaired on. progress is called with
+    (phase, done, total). Raises ValueError without a batch.
     """
 
     def reporter(phase: str, total: int):
         return None if progress is None else lambda done: progress(phase, done, total)
 
     gates = gates_of(model)
-    count = max(config.calibration_batches, config.repaired)
-    order = batches(windows, config.batch_size, count, config.seed + 1)
-    chosen = [windows[rows] for rows in order]
-    priced = [{"input_ids": ids, "labels": ids} for ids in chosen[: config.calibration_batches]]
-    with config.precision(windows.device):
+    device = gates.logits.device
+    chosen = windows
+    if isinstance(windows, torch.Tensor):
+        count = max(config.calibration_batches, config.repaired)
+        order = batches(windows, config.batch_size, count, config.seed + 1)
+        chosen = [{"input_ids": windows[rows], "labels": windows[rows]} for rows in order]
+    priced = chosen[: config.calibration_batches]
+    with config.precision(device):
         moments = calibrate(model, priced, reporter("calibrating", len(priced)))
     scores = unit_scores(gates, moments, progress=reporter("pricing units", len(gates)))
     masks = gates.plan(scores).masks
     told = reporter("closing and repairing", len(layers_of(gates.attachment.root)))
-    with config.precision(windows.device):
+    with config.precision(device):
         close_and_compensate(model, masks, chosen[: config.repaired], progress=told)
     return gates.kept_fraction()
 
