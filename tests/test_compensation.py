@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from tiny import padded, set_gates, tiny_model, token_ids
+from tiny import for_family, padded, set_gates, tiny_model, token_ids
 
 import gatepack as gp
 from gatepack.compensation import (
+    _BIAS_FIELDS,
     DAMPINGS,
     _least_squares,
     _repair,
@@ -16,6 +17,7 @@ from gatepack.compensation import (
 )
 from gatepack.families import FAMILIES
 from gatepack.importance import gated_inputs
+from gatepack.layers import layers_of
 from gatepack.samples import lane_indices
 
 CONFIG = gp.GateConfig(noise=0.0, target=0.7, width_multiple=4)
@@ -38,7 +40,7 @@ def first_head_and_third_channels(gates) -> dict[str, list[int]]:
 def test_redundant_channels_are_repaired_exactly(model_type):
     model = tiny_model(model_type).eval()
     ids = token_ids(batch=8, length=16)
-    gates = gp.attach(model, CONFIG)
+    gates = gp.attach(model, for_family(model_type, CONFIG))
     names = [name for name in gates if name.endswith(":channels")]
     with torch.no_grad():
         for parent, child, site in gates.attachment.sites:
@@ -203,7 +205,9 @@ def test_repaired_model_packs_to_the_same_logits():
     assert (model(ids).logits - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "granite", "smollm3", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "granite", "nemotron", "seed_oss", "ernie4_5", "gpt2", "opt", "bert"]
+)
 def test_removed_means_are_exact_for_constant_units(model_type, tmp_path):
     model = tiny_model(model_type, torch.float32).eval()
     ids = token_ids(batch=4, length=12)
@@ -224,6 +228,22 @@ def test_removed_means_are_exact_for_constant_units(model_type, tmp_path):
     torch.testing.assert_close(packed, gated, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     gp.save_pretrained(model, tmp_path)
     assert torch.equal(gp.from_pretrained(tmp_path).eval()(ids).logits, packed)
+
+
+@pytest.mark.parametrize("model_type", sorted(_BIAS_FIELDS))
+def test_config_fields_give_the_linears_that_they_are_said_to(model_type):
+    fields = _BIAS_FIELDS[model_type]
+
+    def biased(**overrides):
+        layer = layers_of(tiny_model(model_type, **overrides))[0]
+        paths = layer.family.linears
+        return {p.rpartition(".")[2] for p in paths if layer.linear(p).bias is not None}
+
+    for field, linears in fields.items():
+        others = dict.fromkeys(fields, False)
+        given = biased(**{**others, field: True}) - biased(**others)
+        layer = layers_of(tiny_model(model_type))[0]
+        assert given == {p.rpartition(".")[2] for p in layer.family.linears} & set(linears)
 
 
 def constant_units(model, gates, masks, ids):

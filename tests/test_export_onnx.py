@@ -15,7 +15,10 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnx, onnxscript 
 
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("qwen3", "gpt2", "opt", "mistral", "gemma2", "granite", "smollm3", "glm", "phi")
+    for name in (
+        *("qwen3", "gpt2", "opt", "mistral", "gemma2", "granite", "smollm3", "glm", "phi"),
+        *("phi3", "gpt_neox", "cohere2", "exaone4"),
+    )
 ]
 
 

@@ -18,6 +18,9 @@ from gatepack.quality import ParityError
 
 FIVE_HEADS = {"num_key_value_heads": 6, "closed": ([1], [4]), "widths": (24, 24)}
 
+# Their output projections are as wide as the model, whatever heads there are.
+WHOLE_WIDTH = ("helium", "stablelm")
+
 
 @torch.no_grad()
 def outputs_of(model):
@@ -31,7 +34,8 @@ def load(folder, auto="AutoModelForCausalLM", **options):
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_plain_transformers_loads_it(tmp_path, model_type):
     grouped = hasattr(tiny_model(model_type).config, "num_key_value_heads")
-    model = packed_model(model_type, **(EVEN if grouped else CHANNELS))
+    sizes = EVEN if grouped and model_type not in WHOLE_WIDTH else CHANNELS
+    model = packed_model(model_type, **sizes)
     report = gp.export(model, tmp_path / "m")
     auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModelForSequenceClassification"
     loaded = load(tmp_path / "m", auto)
@@ -126,6 +130,29 @@ def test_model_card_and_tokenizer(tmp_path):
 
 
 class TestRefusals:
+    @pytest.mark.parametrize("model_type", WHOLE_WIDTH)
+    def test_heads_that_the_class_derives_from_the_width(self, tmp_path, model_type):
+        words = (
+            rf"cannot write a {model_type} of 4 heads of 8 in 48: .*\.weight would be \[48, 48\]"
+        )
+        with pytest.raises(ValueError, match=words):
+            gp.export(packed_model(model_type, **EVEN), tmp_path / "m")
+        assert not (tmp_path / "m").exists()
+
+    def test_heads_that_the_config_refuses(self, tmp_path):
+        factors = [1.0] * 4
+        rope = {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": factors,
+            "long_factor": factors,
+            "original_max_position_embeddings": 64,
+        }
+        model = packed_model("phi3", **EVEN, rope_parameters=rope)
+        with pytest.raises(ValueError, match="cannot write a phi3 of 4 heads .*short_factor"):
+            gp.export(model, tmp_path / "m")
+        gp.export(model, tmp_path / "m", "hf")
+
     def test_uneven_layers_are_named(self, tmp_path):
         with pytest.raises(
             ValueError, match=r"query heads in every layer of a llama, got 3 \(layer 1\) and 6"

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from letters import letter_tokenizer
-from tiny import tiny_model, token_ids
+from tiny import fused_row, tiny_model, token_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,10 +21,29 @@ from gatepack.modules import weight_matrix
 from gatepack.training import TrainConfig
 
 GATES = gp.GateConfig(noise=0.0, target=0.7, width_multiple=1, equal_layers=False)
-FAMILIES = ["llama", "qwen2", "gemma2", "glm", "gpt2", "opt", "bert", "modernbert"]
+FAMILIES = [
+    "llama",
+    "qwen2",
+    "gemma2",
+    "glm",
+    "phi3",
+    "gpt_neox",
+    "gpt2",
+    "opt",
+    "bert",
+    "modernbert",
+]
 TRAIN = TrainConfig(
     steps=4, batch_size=2, window=16, lora_rank=2, calibration_batches=2, learning_rate=1e-2
 )
+
+
+def value_rows(layer, kv_head: int) -> list[int]:
+    """Rows of the linear that makes values, of one key/value head."""
+    first = kv_head * layer.head_dim
+    if layer.family.qkv:
+        first = fused_row(layer, 2, kv_head * (layer.queries // layer.kv_heads), 0)
+    return list(range(first, first + layer.head_dim))
 
 
 def make_quiet(model, channels=(2, 7), kv_head: int = 1) -> None:
@@ -33,9 +52,8 @@ def make_quiet(model, channels=(2, 7), kv_head: int = 1) -> None:
         for layer in layers_of(model):
             for path in layer.family.up[:1]:
                 weight_matrix(layer.linear(path))[list(channels)] = 0
-            path = layer.family.qkv or layer.family.kv[1]
-            values = weight_matrix(layer.linear(path))[-layer.kv_heads * layer.head_dim :]
-            values[kv_head * layer.head_dim : (kv_head + 1) * layer.head_dim] = 0
+            values = weight_matrix(layer.linear(layer.family.qkv or layer.family.kv[1]))
+            values[value_rows(layer, kv_head)] = 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,7 +104,7 @@ def test_quiet_units_go_and_change_nothing(family):
     # SiLU (Llama), GELU (GPT-2, BERT) and ReLU (OPT) alike; a frozen output leaves its constant.
     model = tiny_model(family, torch.float32).eval()
     make_quiet(model)
-    compensate = family not in ("qwen2", "gemma2", "glm", "modernbert")
+    compensate = family not in ("qwen2", "gemma2", "glm", "phi3", "modernbert")
     if not compensate:  # v may have a bias, and o_proj none that could take its mean over
         with torch.no_grad():
             for layer in layers_of(model):
@@ -176,7 +194,7 @@ def make_rows_quieter_than_what_is_read(model) -> None:
         for layer in layers_of(model):
             family, width = layer.family, weight_matrix(layer.linear(layer.family.down)).shape[1]
             values = weight_matrix(layer.linear(family.qkv or family.kv[1]))
-            values[-layer.kv_heads * layer.head_dim :][: layer.head_dim] *= 0.01
+            values[value_rows(layer, 0)] *= 0.01
             first, last = layer.linear(family.up[0]), layer.linear(family.up[-1])
             for step in range(10):
                 weight_matrix(first)[11 + step] *= 0.5**step
@@ -218,7 +236,7 @@ def literal_thresholds(model, ids, tau_linear: float, tau_activation: float):
         stays = []
         for lane in range(lanes):
             head, within = divmod(lane, layer.head_dim)
-            row = (head // ratio) * layer.head_dim + within + (2 * lanes if family.qkv else 0)
+            row = value_rows(layer, head // ratio)[within]
             quiet = min(y[value][row], centred[value][row]) <= tau_linear
             stays.append(not quiet and x[family.out][lane] > tau_linear)
         heads = [stays[i : i + layer.head_dim] for i in range(0, lanes, layer.head_dim)]
@@ -237,7 +255,7 @@ def literal_thresholds(model, ids, tau_linear: float, tau_activation: float):
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "glm", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "glm", "phi3", "gpt_neox", "gpt2", "opt"])
 @pytest.mark.parametrize(("linear", "activation"), [(0.0, 0.5), (0.3, 0.0), (0.2, 0.4), (0.4, 0.2)])
 def test_each_threshold_is_for_its_own_statistic(family, linear, activation):
     """Thresholds at these quantiles of what down reads."""

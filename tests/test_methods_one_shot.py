@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_model, token_ids
+from tiny import fused_row, tiny_model, token_ids
 
 import gatepack as gp
 from gatepack import methods
@@ -16,7 +16,7 @@ from gatepack.modules import weight_matrix
 from gatepack.training import TrainConfig
 
 GATES = gp.GateConfig(noise=0.0, target=0.7, width_multiple=2, equal_layers=False)
-FAMILIES = ["llama", "glm", "gpt2", "bert", "modernbert"]
+FAMILIES = ["llama", "glm", "phi3", "gpt_neox", "gpt2", "bert", "modernbert"]
 NAMES = ["Magnitude", "WandaSP", "FLAP", "Taylor"]
 
 
@@ -79,8 +79,9 @@ def coupled_weights(model, of) -> dict[str, list[list[tuple[torch.Tensor, float]
                 parts.append((of(layer.linear(family.out))[:, lane], 1.0))
                 if family.qkv:
                     for block in range(3):
-                        row = block * layer.queries * dim + lane
-                        parts.append((of(layer.linear(family.qkv))[row], 1.0))
+                        row = fused_row(layer, block, head, lane % dim)
+                        share = 1 / ratio if block else 1.0
+                        parts.append((of(layer.linear(family.qkv))[row], share))
                     continue
                 parts.append((of(layer.linear(family.q))[lane], 1.0))
                 row = (head // ratio) * dim + lane % dim

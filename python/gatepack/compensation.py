@@ -17,9 +17,14 @@ from gatepack.samples import lane_indices
 # Config fields that give linears of a layer a bias, by model_type, with those linears.
 _ATTENTION_BIAS = {"attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj")}
 _BIASES = {**_ATTENTION_BIAS, "mlp_bias": ("gate_proj", "up_proj", "down_proj")}
+_WITH_BIASES = "llama granite smollm3 arcee nemotron"
+_WITH_ATTENTION_BIAS = "qwen3 gemma gemma2 gemma3_text olmo cohere cohere2 hunyuan_v1_dense apertus"
 _BIAS_FIELDS = {
-    **dict.fromkeys(("llama", "granite", "smollm3"), _BIASES),
-    **dict.fromkeys(("qwen3", "gemma", "gemma2", "gemma3_text"), _ATTENTION_BIAS),
+    **dict.fromkeys(_WITH_BIASES.split(), _BIASES),
+    **dict.fromkeys(_WITH_ATTENTION_BIAS.split(), _ATTENTION_BIAS),
+    "seed_oss": {"attention_out_bias": ("o_proj",), "mlp_bias": _BIASES["mlp_bias"]},
+    "ernie4_5": {"use_bias": (*_BIASES["attention_bias"], *_BIASES["mlp_bias"])},
+    "helium": {"mlp_bias": _BIASES["mlp_bias"]},
 }
 
 # Fractions of the mean diagonal among which a repair finds the one that fits fresh text best: from

@@ -7,7 +7,7 @@ no patched forward.
 
 from dataclasses import dataclass, replace
 
-_COUNTS = ("queries", "groups", "width")
+_COUNTS = ("queries", "kv_heads", "groups", "width")
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,17 @@ class Family:
     """Paths are relative to one decoder or encoder layer.
 
     attention: module that carries the head counts. q, kv, out: its linears by path; qkv: one fused
-    linear instead of q and kv. up: linears that produce MLP channels; down: the one that consumes
+    linear instead of q and kv, whose rows are all of q, all of k, all of v or, with by_head, those
+    of one head after the other. up: linears that produce MLP channels; down: the one that consumes
     them; mlp: a container whose forward is down(act(up[0](x)) * up[1](x)), or None. fused_up: the
     one linear of `up` makes two branches, one above the other, whose product `down` consumes.
-    head_attributes: attribute of `attention` -> "queries" (query heads), "groups" (query heads per
-    key/value head) or "width" (query lanes); its forward must take head counts from these or from
-    the widths of its linears. The model's config has head_dim, or hidden_size and
-    num_attention_heads.
+    head_attributes: attribute of `attention` -> "queries" (query heads), "kv_heads" (key/value
+    heads), "groups" (query heads per key/value head) or "width" (query lanes); its forward must
+    take head counts from these or from the widths of its linears. "config.NAME" is a field of its
+    config, which all layers share: where a layer's count differs, its attention has a config of its
+    own. across_heads: modules that, where a layer has one, normalise over several heads or have
+    weights for each, so that its heads cannot be gated. The model's config has head_dim, or
+    hidden_size and num_attention_heads.
 
     Raises ValueError naming the field, what it must be and what it is.
     """
@@ -36,6 +40,8 @@ class Family:
     qkv: str = ""
     mlp: str | None = None
     fused_up: bool = False
+    by_head: bool = False
+    across_heads: tuple[str, ...] = ()
 
     def __post_init__(self):
         for field in ("attention", "out", "down"):
@@ -46,8 +52,8 @@ class Family:
         _require(
             self.mlp is None or _is_path(self.mlp), self, "mlp", "the path of a module or None"
         )
-        for field in ("kv", "up"):
-            _require(_is_paths(getattr(self, field)), self, field, "a tuple of paths of linears")
+        for field in ("kv", "up", "across_heads"):
+            _require(_is_paths(getattr(self, field)), self, field, "a tuple of paths")
         _require(bool(self.up), self, "up", "at least one path")
         if self.fused_up and (len(self.up) > 1 or self.mlp):
             raise ValueError(
@@ -59,13 +65,15 @@ class Family:
                 "a family has either q and kv or, for one fused linear, qkv; "
                 f"got q={self.q!r}, kv={self.kv!r}, qkv={self.qkv!r}"
             )
+        if self.by_head and not self.qkv:
+            raise ValueError(f"a family with by_head has one fused linear, qkv; got q={self.q!r}")
         _require(
             isinstance(self.head_attributes, tuple)
             and all(isinstance(p, tuple) and len(p) == 2 for p in self.head_attributes)
-            and all(isinstance(n, str) and what in _COUNTS for n, what in self.head_attributes),
+            and all(_is_attribute(n) and what in _COUNTS for n, what in self.head_attributes),
             self,
             "head_attributes",
-            f"a tuple of pairs (attribute, one of {_COUNTS})",
+            f"a tuple of pairs (attribute or config.NAME, one of {_COUNTS})",
         )
 
     @property
@@ -90,6 +98,10 @@ def _is_path(value) -> bool:
 
 def _is_paths(value) -> bool:
     return isinstance(value, tuple) and all(_is_path(part) for part in value)
+
+
+def _is_attribute(name) -> bool:
+    return isinstance(name, str) and name.removeprefix("config.").isidentifier()
 
 
 def _require(holds: bool, family: Family, field: str, expected: str) -> None:
@@ -143,6 +155,37 @@ GPT2 = Family(
     head_attributes=(("num_heads", "queries"), ("split_size", "width")),
 )
 GLM = replace(LLAMA, up=("mlp.gate_up_proj",), mlp=None, fused_up=True)
+SEED_OSS = replace(LLAMA, mlp=None)  # its MLP ends in dropout
+OLMO2 = replace(LLAMA, across_heads=("self_attn.q_norm",))
+COHERE = OLMO2  # with use_qk_norm; without it there is no q_norm
+ARCEE = replace(LLAMA, up=("mlp.up_proj",), mlp=None)
+_COUNTED = (
+    ("num_heads", "queries"),
+    ("num_key_value_heads", "kv_heads"),
+    ("num_key_value_groups", "groups"),
+)
+STABLELM = replace(LLAMA, head_attributes=_COUNTED, across_heads=("self_attn.q_layernorm",))
+NEMOTRON = replace(ARCEE, head_attributes=_COUNTED)
+PHI3 = replace(
+    GLM,
+    q="",
+    kv=(),
+    qkv="self_attn.qkv_proj",
+    head_attributes=(
+        ("config.num_attention_heads", "queries"),
+        ("num_key_value_heads", "kv_heads"),
+        ("num_key_value_groups", "groups"),
+    ),
+)
+GPT_NEOX = Family(
+    attention="attention",
+    qkv="attention.query_key_value",
+    by_head=True,
+    out="attention.dense",
+    up=("mlp.dense_h_to_4h",),
+    down="mlp.dense_4h_to_h",
+    head_attributes=(),
+)
 STARCODER2 = replace(LLAMA, up=("mlp.c_fc",), down="mlp.c_proj", mlp=None)
 PHI = replace(LLAMA, out="self_attn.dense", up=("mlp.fc1",), down="mlp.fc2", mlp=None)
 OPT = Family(
@@ -169,6 +212,24 @@ FAMILIES = {
     "glm4": GLM,
     "starcoder2": STARCODER2,
     "phi": PHI,
+    "phi3": PHI3,
+    "olmo": LLAMA,
+    "olmo2": OLMO2,
+    "olmo3": OLMO2,
+    "cohere": COHERE,
+    "cohere2": LLAMA,
+    "stablelm": STABLELM,
+    "nemotron": NEMOTRON,
+    "arcee": ARCEE,
+    "apertus": ARCEE,
+    "seed_oss": SEED_OSS,
+    "ministral": LLAMA,
+    "ministral3": LLAMA,
+    "ernie4_5": LLAMA,
+    "exaone4": LLAMA,
+    "hunyuan_v1_dense": LLAMA,
+    "helium": LLAMA,
+    "gpt_neox": GPT_NEOX,
     "bert": BERT,
     "roberta": BERT,
     "xlm-roberta": BERT,

@@ -1,5 +1,6 @@
 """Stage 3, modules: which path each gated linear takes and why, and what sizes a model has."""
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -168,7 +169,9 @@ def _dense_block_weights(root: nn.Module) -> int:
     name = type(root).__name__.removeprefix("Packed")
     dense_class = getattr(transformers, name, type(root))
     with torch.device("meta"):
-        return _block_weights(layers_of(dense_class(root.config)))
+        config = copy.copy(root.config)
+        config.dtype = root.dtype  # a saved model's has the name, which not every class takes
+        return _block_weights(layers_of(dense_class(config)))
 
 
 def _block_weights(layers) -> int:

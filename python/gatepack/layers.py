@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from gatepack.families import Family, family_of
@@ -29,8 +30,23 @@ class Layer:
     @property
     def kv_heads(self) -> int:
         if self.family.qkv:
-            return self.queries
+            lanes = linear_shape(self.linear(self.family.qkv))[0]
+            return (lanes // self.head_dim - self.queries) // 2
         return linear_shape(self.linear(self.family.kv[0]))[0] // self.head_dim
+
+    @property
+    def fused_rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows of the fused linear `qkv` that make q, k and v, int64 on the CPU."""
+        lanes, shared = self.queries * self.head_dim, self.kv_heads * self.head_dim
+        rows = torch.arange(lanes + 2 * shared, device="cpu")  # also where models are built on meta
+        if not self.family.by_head:
+            return rows.split([lanes, shared, shared])
+        return rows.reshape(-1, 3, self.head_dim).transpose(0, 1).flatten(1).unbind()
+
+    def fused(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """What belongs to the rows of q, k and v in the order of the fused linear's rows."""
+        rows = torch.cat(self.fused_rows).to(q.device)
+        return torch.cat([q, k, v])[rows.argsort()]
 
     @property
     def heads_name(self) -> str:
@@ -62,14 +78,15 @@ def layers_of(model: nn.Module) -> list[Layer]:
     layers = [
         Layer(name, module, family, head_dim)
         for name, module in model.named_modules()
-        if name and all(_has_path(module, path) for path in (family.attention, *family.linears))
+        if name and all(has_path(module, path) for path in (family.attention, *family.linears))
     ]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer with the linears of family {family}")
     return layers
 
 
-def _has_path(module: nn.Module, path: str) -> bool:
+def has_path(module: nn.Module, path: str) -> bool:
+    """Whether a module has another at a path."""
     for part in path.split("."):
         module = module._modules.get(part)
         if module is None:

@@ -18,7 +18,7 @@ from gatepack.gates import Gate
 from gatepack.in_place import folded_linear, linear, tokens_in_place
 from gatepack.paths import choose_path
 from gatepack.samples import Open
-from gatepack.sites import Site
+from gatepack.sites import Site, open_rows, row_gate
 
 
 @dataclass(frozen=True)
@@ -112,29 +112,34 @@ def operands_of(module: nn.Module) -> Operands | str:
     Reading .weight of a PEFT layer gives the base weight and drops the adapter, so every tuner
     layer is either understood here or refused with a reason.
     """
-    if hasattr(module, "base_layer"):
-        return _tuner_operands(module)
-    if not isinstance(module, nn.Linear) and not is_conv1d(module):
-        return f"{type(module).__name__} is not a linear that gatepack can take apart"
-    if type(module.weight) not in (nn.Parameter, torch.Tensor):
-        return f"its weight is a {type(module.weight).__name__}"
-    return Operands(weight_matrix(module), module.bias)
+    adapters = adapters_of(module)
+    if isinstance(adapters, str):
+        return adapters
+    base = base_linear(module)
+    if not isinstance(base, nn.Linear) and not is_conv1d(base):
+        return f"{type(base).__name__} is not a linear that gatepack can take apart"
+    if type(base.weight) not in (nn.Parameter, torch.Tensor):
+        return f"its weight is a {type(base.weight).__name__}"
+    return Operands(weight_matrix(base), base.bias, adapters)
 
 
-def _tuner_operands(module: nn.Module) -> Operands | str:
+def adapters_of(module: nn.Module) -> tuple[Adapter, ...] | str:
+    """The active LoRA adapters around a linear, innermost first, or why there is more to it."""
+    if not hasattr(module, "base_layer"):
+        return ()
     # AdaLoRA has a lora_A too, of parameters.
     if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
         names = (f"{cls.__module__}.{cls.__name__}" for cls in type(module).__mro__)
         tuner = next((name for name in names if name.startswith("peft.")), type(module).__name__)
         return f"adapter type {tuner} is not LoRA"
-    base = operands_of(module.base_layer)
-    if isinstance(base, str):
-        return base
+    inner = adapters_of(module.base_layer)
+    if isinstance(inner, str):
+        return inner
     if module.disable_adapters or module.merged:
         if module.disable_adapters and module.merged:
             return "a merged adapter is disabled"
-        return base
-    adapters = list(base.adapters)
+        return inner
+    adapters = list(inner)
     for name in module.active_adapters:
         if name not in module.lora_A:
             continue
@@ -143,7 +148,7 @@ def _tuner_operands(module: nn.Module) -> Operands | str:
             return reason
         a, b = module.lora_A[name].weight, module.lora_B[name].weight
         adapters.append(Adapter(a, b, module.scaling[name], module.lora_dropout[name]))
-    return replace(base, adapters=tuple(adapters))
+    return tuple(adapters)
 
 
 def _why_opaque(module: nn.Module, name: str) -> str:
@@ -160,30 +165,6 @@ def why_not_sliced(module: nn.Module) -> str:
         return operands
     reasons = (_why_opaque(tuner, name) for tuner in tuners_of(module) for name in tuner.lora_A)
     return next(filter(None, reasons), "")
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Open rows of one call (None: all), and how shared blocks spread over units (None: evenly)."""
-
-    index: torch.Tensor | None
-    spread: torch.Tensor | None = None
-
-
-def _open_rows(site: Site, out_open: Open | None) -> _Rows:
-    if out_open is not None:
-        return _Rows(out_open.lanes)
-    if site.rows_gate is None:
-        return _Rows(None)
-    current = site.rows_gate.open()
-    spread = current.shared_of_unit if site.row_blocks[0].shared else None
-    parts = []
-    for block in site.row_blocks:
-        lanes = current.shared_lanes if block.shared else current.lanes
-        if lanes is None:
-            return _Rows(None, spread)
-        parts.append(lanes + block.offset if block.offset else lanes)
-    return _Rows(parts[0] if len(parts) == 1 else torch.cat(parts), spread)
 
 
 def gated_forward(
@@ -203,7 +184,7 @@ def gated_forward(
         return _full_width(site, operands, dense_forward, x)
     in_open = None if site.in_gate is None else site.in_gate.open()
     out_open = None if site.out_gate is None else site.out_gate.open()
-    rows = _open_rows(site, out_open)
+    rows = open_rows(site, out_open)
     cols = None if in_open is None else in_open.lanes
     if isinstance(operands, str):
         if cols is not None and x.shape[-1] != full_in:
@@ -254,7 +235,7 @@ def _masked(site: Site, dense_forward, x: torch.Tensor) -> torch.Tensor:
 
 def _without_closed_rows(site: Site, y: torch.Tensor) -> torch.Tensor:
     """y with 0 in the rows that go with closed units of another gate."""
-    return y if site.rows_gate is None else gate_lanes(y, *_row_gate(site))
+    return y if site.rows_gate is None else gate_lanes(y, *row_gate(site))
 
 
 def multipliers(current: Open | None) -> torch.Tensor | None:
@@ -284,23 +265,11 @@ def _adapted(y: torch.Tensor, x: torch.Tensor, adapters: tuple[Adapter, ...], *w
     return y
 
 
-def _row_gate(site: Site) -> tuple[torch.Tensor | None, int]:
-    """What multiplies the rows at full width, and lanes per unit: the out-gate's values, or 0 and 1
-    for rows that go with the units of another gate."""
-    if site.out_gate is not None:
-        return site.out_gate.values(), site.out_gate.lanes
-    if site.rows_gate is None:
-        return None, 1
-    gate = site.rows_gate
-    parts = [gate.shared_running() if b.shared else gate.running() for b in site.row_blocks]
-    return parts[0] if len(parts) == 1 else torch.cat(parts), gate.lanes
-
-
 def _full_width(site, operands, dense_forward, x) -> torch.Tensor:
     """x and y hold all lanes, closed ones 0; gates are applied inside the Triton op."""
     if isinstance(operands, str):
         return _without_closed_rows(site, _masked(site, dense_forward, x))
-    return _triton(site, operands, x, *_row_gate(site))
+    return _triton(site, operands, x, *row_gate(site))
 
 
 def _triton(site, operands, x, z_out, group_out):

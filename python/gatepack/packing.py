@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from gatepack.adopt import adopt
-from gatepack.attachment import set_head_counts
 from gatepack.gates import GateSpec
+from gatepack.head_counts import set_head_counts
 from gatepack.hf import detach, gates_of
 from gatepack.layers import GATES_NAME, Layer, hf_model, layers_of
 from gatepack.masks import decode_mask, encode_mask, physical_mask
@@ -83,9 +83,9 @@ class _Fixed:
         self.name, self.spec, self.mask = name, spec, mask
         self.size, self.lanes, self.kind = spec.size, spec.lanes, spec.kind
 
-    def kept_lanes(self, shared: bool = False) -> torch.Tensor:
+    def kept_lanes(self, shared: bool = False, parts: int = 1) -> torch.Tensor:
         mask = self.mask.reshape(-1, self.spec.shared_size).any(1) if shared else self.mask
-        return lane_indices(mask.nonzero().squeeze(1), self.lanes)
+        return lane_indices(mask.nonzero().squeeze(1), self.lanes * parts)
 
 
 @torch.no_grad()
@@ -205,7 +205,8 @@ def _lane_indices(site, device) -> tuple[torch.Tensor | None, torch.Tensor | Non
     rows = cols = None
     if site.rows_gate is not None:
         parts = [
-            site.rows_gate.kept_lanes(block.shared) + block.offset for block in site.row_blocks
+            site.rows_gate.kept_lanes(block.shared, block.parts) + block.offset
+            for block in site.row_blocks
         ]
         rows = torch.cat(parts).to(device)
     if site.in_gate is not None:
@@ -457,11 +458,7 @@ def _specs_from_masks(layer: Layer, masks, config) -> dict[str, GateSpec]:
 def _dense_shape(linear: nn.Module, site) -> tuple[int, int]:
     out, inner = linear_shape(linear)
     if site.rows_gate is not None:
-        gate = site.rows_gate
-        out = sum(
-            gate.lanes * (gate.size // gate.spec.shared_size if block.shared else gate.size)
-            for block in site.row_blocks
-        )
+        out = sum(block.rows(site.rows_gate) for block in site.row_blocks)
     if site.in_gate is not None:
         inner = site.in_gate.size * site.in_gate.lanes
     return out, inner

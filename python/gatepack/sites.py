@@ -8,14 +8,27 @@ import torch
 
 from gatepack.families import Family
 from gatepack.gates import Gate
+from gatepack.samples import Open, lane_indices
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Rows of a linear that belong to a gate's units, or to their shared blocks, from offset on."""
+    """Rows of a linear that belong to a gate's units, or to their shared blocks, from offset on.
+
+    parts: how often a unit has its lanes, one part after the other.
+    """
 
     offset: int = 0
     shared: bool = False
+    parts: int = 1
+
+    def units(self, gate: Gate) -> int:
+        """How many units, or shared blocks, have rows here."""
+        return gate.size // gate.spec.shared_size if self.shared else gate.size
+
+    def rows(self, gate: Gate) -> int:
+        """How many rows these are."""
+        return self.units(gate) * gate.lanes * self.parts
 
 
 @dataclass(frozen=True)
@@ -58,9 +71,10 @@ def gated_sites(
     """(path in the layer, Site) of every linear that a layer's gates act on."""
     if heads is not None:
         if family.qkv:
-            lanes = heads.size * heads.lanes
-            blocks = tuple(RowBlock(offset) for offset in (0, lanes, 2 * lanes))
-            yield family.qkv, Site(rows_gate=heads, row_blocks=blocks, compact_out=True)
+            yield (
+                family.qkv,
+                Site(rows_gate=heads, row_blocks=_fused_blocks(family, heads), compact_out=True),
+            )
         else:
             yield family.q, Site(rows_gate=heads, compact_out=True)
             for path in family.kv:
@@ -74,3 +88,77 @@ def gated_sites(
         for path in family.up:
             yield path, Site(rows_gate=channels, row_blocks=blocks, compact_out=True)
         yield family.down, Site(in_gate=channels, compact_in=True)
+
+
+def _fused_blocks(family: Family, heads: Gate) -> tuple[RowBlock, ...]:
+    """Where in the fused linear the rows of q, k and v are."""
+    if family.by_head:
+        return (RowBlock(parts=3),)
+    queries, shared = RowBlock(), heads.spec.shared_size > 1
+    keys = RowBlock(queries.rows(heads), shared)
+    return queries, keys, RowBlock(keys.offset + keys.rows(heads), shared)
+
+
+@dataclass(frozen=True)
+class OpenRows:
+    """Open rows of one call (None: all), and how shared blocks spread over units (None: evenly)."""
+
+    index: torch.Tensor | None
+    spread: torch.Tensor | None = None
+
+
+def open_rows(site: Site, out_open: Open | None) -> OpenRows:
+    """The rows of a site that run, out_open being the open set of its out_gate."""
+    if out_open is not None:
+        return OpenRows(out_open.lanes)
+    if site.rows_gate is None:
+        return OpenRows(None)
+    gate, spread = site.rows_gate, _spread(site)
+    current = gate.open()
+    found = [_block_lanes(current, block) for block in site.row_blocks]
+    if all(lanes is None for lanes in found):
+        return OpenRows(None, spread)
+    parts = []
+    for block, lanes in zip(site.row_blocks, found, strict=True):
+        if lanes is None:
+            lanes = torch.arange(block.rows(gate), device=current.values.device)
+        parts.append(lanes + block.offset if block.offset else lanes)
+    return OpenRows(parts[0] if len(parts) == 1 else torch.cat(parts), spread)
+
+
+def _block_lanes(current: Open, block: RowBlock) -> torch.Tensor | None:
+    """Rows of a block's open units, from its offset on, or None for all."""
+    if block.parts == 1:
+        return current.shared_lanes if block.shared else current.lanes
+    units = current.shared if block.shared else current.units
+    return None if units is None else lane_indices(units, current.gate.lanes * block.parts)
+
+
+def _spread(site: Site) -> torch.Tensor | None:
+    """Which of the open units or shared blocks, in the order of their rows, each unit takes."""
+    current = site.rows_gate.open()
+    of_unit = current.shared_of_unit
+    if of_unit is None or not any(block.shared for block in site.row_blocks):
+        return None
+    parts, start = [], 0
+    for block in site.row_blocks:
+        own = torch.arange(current.count, device=of_unit.device)
+        parts.append(start + (of_unit if block.shared else own))
+        start += current.shared_count if block.shared else current.count
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def row_gate(site: Site) -> tuple[torch.Tensor | None, int]:
+    """What multiplies the rows at full width, and lanes per unit: the out-gate's values, or 0 and 1
+    for rows that go with the units of another gate."""
+    if site.out_gate is not None:
+        return site.out_gate.values(), site.out_gate.lanes
+    if site.rows_gate is None:
+        return None, 1
+    gate = site.rows_gate
+    parts = [gate.shared_running() if b.shared else gate.running() for b in site.row_blocks]
+    parts = [
+        part if block.parts == 1 else part.repeat_interleave(block.parts)
+        for part, block in zip(parts, site.row_blocks, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts), gate.lanes

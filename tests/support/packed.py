@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from tiny import set_gates, tiny_model
+from tiny import for_family, set_gates, tiny_model
 
 import gatepack as gp
 
@@ -17,13 +17,15 @@ CHANNELS = {"closed": ([], []), "widths": (24, 24)}
 def packed_model(model_type="llama", closed=((), ()), widths=(40, 40), **overrides):
     """A tiny_model in float32 and eval mode, packed to these sizes."""
     model = tiny_model(model_type, torch.float32, **overrides).eval()
-    gates = gp.attach(model, gp.GateConfig(noise=0.0, target=0.5, width_multiple=1))
+    gates = gp.attach(
+        model, for_family(model_type, gp.GateConfig(noise=0.0, target=0.5, width_multiple=1))
+    )
     set_gates(gates, "open")
     heads, channels = (
         [name for name, gate in gates.items() if gate.kind == kind]
         for kind in ("heads", "channels")
     )
-    for name, units in zip(heads, closed, strict=True):
+    for name, units in zip(heads, closed if heads else (), strict=True):
         gates.close(name, list(units))
     for name, width in zip(channels, widths, strict=True):
         gates.close(name, list(range(width, gates.gates[name].size)))

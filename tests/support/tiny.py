@@ -1,9 +1,12 @@
 """Tiny random models of every known family, and the masked computation they must equal."""
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 import transformers
 
+import gatepack as gp
 from gatepack.layers import layers_of
 from gatepack.modules import base_linear
 
@@ -50,6 +53,52 @@ _CLASSES = {
         "PhiForCausalLM",
         {"num_key_value_heads": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     ),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "olmo": ("OlmoConfig", "OlmoForCausalLM", {"num_key_value_heads": 2}),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {"num_key_value_heads": 2}),
+    "olmo3": ("Olmo3Config", "Olmo3ForCausalLM", {"num_key_value_heads": 2, "sliding_window": 4}),
+    "cohere": ("CohereConfig", "CohereForCausalLM", {"num_key_value_heads": 2}),
+    "cohere2": (
+        "Cohere2Config",
+        "Cohere2ForCausalLM",
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "stablelm": (
+        "StableLmConfig",
+        "StableLmForCausalLM",
+        {"num_key_value_heads": 2, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    ),
+    "nemotron": ("NemotronConfig", "NemotronForCausalLM", _GROUPED),
+    "arcee": ("ArceeConfig", "ArceeForCausalLM", _GROUPED),
+    "apertus": ("ApertusConfig", "ApertusForCausalLM", {"num_key_value_heads": 2}),
+    "seed_oss": (
+        "SeedOssConfig",
+        "SeedOssForCausalLM",
+        {**_GROUPED, "residual_dropout": 0.0, "attention_bias": True},
+    ),
+    "ministral": (
+        "MinistralConfig",
+        "MinistralForCausalLM",
+        {**_GROUPED, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "ministral3": ("Ministral3Config", "Ministral3ForCausalLM", _GROUPED),
+    "ernie4_5": ("Ernie4_5Config", "Ernie4_5ForCausalLM", _GROUPED),
+    "exaone4": (
+        "Exaone4Config",
+        "Exaone4ForCausalLM",
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "hunyuan_v1_dense": ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", _GROUPED),
+    "helium": ("HeliumConfig", "HeliumForCausalLM", _GROUPED),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
     "bert": ("BertConfig", "BertForSequenceClassification", {}),
     "roberta": ("RobertaConfig", "RobertaForSequenceClassification", _POSITIONS),
     "xlm-roberta": ("XLMRobertaConfig", "XLMRobertaForSequenceClassification", _POSITIONS),
@@ -64,6 +113,8 @@ _CLASSES = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"bos_token_id": 1, "eos_token_id": 2}),
     "opt": ("OPTConfig", "OPTForCausalLM", {"word_embed_proj_dim": 48}),
 }
+# Families whose q_norm takes the mean over all heads.
+CHANNELS_ONLY = ("olmo2", "olmo3")
 _SHAPE = {
     "hidden_size": 48,
     "intermediate_size": 40,
@@ -119,6 +170,13 @@ def tiny_model(model_type: str, dtype=torch.float64, seed: int = 0, **overrides)
     return model
 
 
+def for_family(model_type: str, config: gp.GateConfig) -> gp.GateConfig:
+    """config for a family, on channels only where its heads cannot be gated."""
+    if model_type not in CHANNELS_ONLY or "heads" not in config.units:
+        return config
+    return dataclasses.replace(config, units=("channels",), target=max(config.target, 0.6))
+
+
 def token_ids(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, length), generator=generator)
@@ -129,6 +187,16 @@ def padded(ids: torch.Tensor, count: int, side: str) -> dict[str, torch.Tensor]:
     width = (count, 0) if side == "left" else (0, count)
     mask = F.pad(torch.ones_like(ids), width)
     return {"input_ids": F.pad(ids, width, value=5), "attention_mask": mask}
+
+
+def fused_row(layer, block: int, head: int, lane: int) -> int:
+    """Row of a fused linear for a lane of a query head (block 0), its key (1) or value (2)."""
+    if layer.family.by_head:
+        return (3 * head + block) * layer.head_dim + lane
+    if block:
+        ratio = layer.queries // layer.kv_heads
+        head = layer.queries + (block - 1) * layer.kv_heads + head // ratio
+    return head * layer.head_dim + lane
 
 
 def mask_dense(model, values: dict[str, torch.Tensor]):

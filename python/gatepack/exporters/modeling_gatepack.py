@@ -54,8 +54,20 @@ def __getattr__(name):
     if not name.startswith("Packed") or not isinstance(stock, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     packed = type(name, (Packed, stock), {"__module__": __name__})
+    _convert_as(stock, name)
     globals()[name] = packed
     return packed
+
+
+def _convert_as(stock, name):
+    """Has transformers rename and stack a checkpoint's tensors for a class as for the stock one."""
+    from transformers import conversion_mapping as conversions
+
+    known = conversions.get_checkpoint_conversion_mapping
+    config_class = getattr(stock, "config_class", None)
+    found = known(stock.__name__) or known(getattr(config_class, "model_type", None))
+    if found:
+        conversions.register_checkpoint_conversion_mapping(name, found, overwrite=True)
 
 
 def _layers(model):
@@ -96,7 +108,7 @@ def _resize_layer(layer, config, index):
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     lanes = queries * head_dim
     if layout["qkv"]:
-        _resize(layer, layout["qkv"], rows=3 * lanes)
+        _resize(layer, layout["qkv"], rows=lanes + 2 * kv_heads * head_dim)
     else:
         _resize(layer, layout["q"], rows=lanes)
         for path in layout["kv"]:
@@ -107,10 +119,32 @@ def _resize_layer(layer, config, index):
         for path in layout["up"]:
             _resize(layer, path, rows=width * (1 + layout["fused_up"]))
         _resize(layer, layout["down"], columns=width)
-    counts = {"queries": queries, "groups": queries // kv_heads, "width": lanes}
+    counts = {
+        "queries": queries,
+        "kv_heads": kv_heads,
+        "groups": queries // kv_heads,
+        "width": lanes,
+    }
     attention = layer.get_submodule(layout["attention"])
     for attribute, what in layout["head_attributes"]:
-        setattr(attention, attribute, counts[what])
+        if attribute.startswith("config."):
+            name = attribute.removeprefix("config.")
+            attention.config = _LayerConfig(attention.config, {name: counts[what]})
+        else:
+            setattr(attention, attribute, counts[what])
+
+
+class _LayerConfig:
+    """A config that all layers share, with values of its own for one of them."""
+
+    def __init__(self, shared, own):
+        self.__dict__.update(own, _shared=shared)
+
+    def __getattr__(self, name):
+        # Not there yet while it is unpickled or copied, which asks for methods of their own.
+        if name == "_shared" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._shared, name)
 
 
 def _resize(layer, path, rows=None, columns=None):

@@ -19,15 +19,13 @@ _LLAMA_ONLY = ("model_type", "architectures", "attention_bias", "mlp_bias", "pre
 
 
 def refuse(source: Source) -> None:
-    """ValueError for a model whose layers differ, or whose config has no key for its heads."""
-    _stock_config(source)
+    """ValueError for a model whose layers differ, or whose config cannot say its sizes."""
+    _stock_model(source)
 
 
 def write(source: Source, folder: Path) -> list[str]:
     """Writes the checkpoint; returns what it does not carry."""
-    config, name, notes = _stock_config(source)
-    with torch.device("meta"):
-        stock = source.stock_class(name)(config)
+    stock, notes = _stock_model(source)
     stock.load_state_dict(source.model.state_dict(), assign=True)
     stock.tie_weights()
     if source.model.can_generate():
@@ -40,8 +38,33 @@ def check(source: Source, folder: Path, windows: torch.Tensor) -> dict:
     return check_reloaded(source, folder, windows)
 
 
+def _stock_model(source: Source):
+    """(model on meta, notes) of the stock architecture; ValueError where its sizes are others."""
+    config_class, values, name, notes = _stock_config(source)
+    sizes, problem = source.sizes[0], ""
+    try:
+        config = config_class.from_dict(values)
+        with torch.device("meta"):
+            stock = source.stock_class(name)(config)
+    except Exception as error:
+        problem = " ".join(str(error).split())
+    else:
+        own = source.model.state_dict()
+        for key, tensor in stock.state_dict().items():
+            if own[key].shape != tensor.shape:
+                problem = f"{key} would be {list(tensor.shape)}, and is {list(own[key].shape)}"
+                break
+    if problem:
+        raise ValueError(
+            f"format 'uniform' cannot write a {source.config.model_type} of {sizes.queries} heads "
+            f"of {source.head_dim} in {source.config.hidden_size}: {problem}. Gate its channels "
+            "only, or export with format='hf'"
+        )
+    return stock, notes
+
+
 def _stock_config(source: Source):
-    """(config, class name, notes) of the stock architecture."""
+    """(config class, its values, class name, notes) of the stock architecture."""
     queries = source.same(lambda sizes: sizes.queries, "query heads", "uniform")
     kv_heads = source.same(lambda sizes: sizes.kv_heads, "key/value heads", "uniform")
     width = source.same(lambda sizes: sizes.width, "MLP channels", "uniform")
@@ -56,7 +79,7 @@ def _stock_config(source: Source):
         values |= {"num_attention_heads": queries, **sizes}
     model_type, hidden = source.config.model_type, source.config.hidden_size
     if model_type not in _DIVIDING or hidden % queries == 0:
-        return type(source.config).from_dict(values), name, []
+        return type(source.config), values, name, []
     if model_type != "llama":
         raise ValueError(
             f"format 'uniform' cannot write a {model_type} of {queries} heads: its config wants a "
@@ -75,5 +98,5 @@ def _stock_config(source: Source):
         f"the name Llama: {queries} heads do not divide hidden_size, so it is written as Mistral, "
         "which computes the same"
     )
-    config = transformers.MistralConfig.from_dict({**values, "sliding_window": None})
-    return config, name.replace("Llama", "Mistral"), [note]
+    values["sliding_window"] = None
+    return transformers.MistralConfig, values, name.replace("Llama", "Mistral"), [note]

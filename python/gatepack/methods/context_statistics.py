@@ -145,8 +145,10 @@ def _quiet_head_lanes(
 
     Attention averages v, so a constant v gives a constant lane.
     """
-    family, size = layer.family, gate.size * gate.lanes
-    value = _quiet_rows(statistics, f"{layer.name}.{family.qkv or family.kv[1]}", tau)[-size:]
+    family = layer.family
+    value = _quiet_rows(statistics, f"{layer.name}.{family.qkv or family.kv[1]}", tau)
+    if family.qkv:
+        value = value[layer.fused_rows[2]]
     value = value.reshape(-1, gate.lanes)
     value = value.repeat_interleave(gate.size // len(value), 0).reshape(-1)
     return value | (statistics.inputs[statistics.readers[gate.name]] <= tau)
@@ -176,11 +178,11 @@ def _covered(
     if gate.kind == "channels":
         branches = lanes.repeat(len(family.branch_offsets(gate.size)))
         rows = {path: branches for path in family.up}
-    elif family.qkv:
-        rows = {family.qkv: lanes.repeat(3)}
     else:
         blocks = closed.reshape(-1, gate.spec.shared_size).all(1).repeat_interleave(gate.lanes)
         rows = {family.q: lanes, **{path: blocks for path in family.kv}}
+        if family.qkv:
+            rows = {family.qkv: layer.fused(lanes, blocks, blocks)}
     for path, gone in rows.items():
         count += int((gone & _quiet_rows(statistics, f"{layer.name}.{path}", tau)).sum())
     return count

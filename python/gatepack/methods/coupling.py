@@ -37,9 +37,8 @@ def unit_totals(
             gate, rows = site.rows_gate, matrix.sum(1)
             for block in site.row_blocks:
                 shared = gate.spec.shared_size if block.shared else 1
-                size = gate.size // shared * gate.lanes
-                part = rows[block.offset : block.offset + size]
-                add(gate.name, gate.lanes, part, shared)
+                part = rows[block.offset : block.offset + block.rows(gate)]
+                add(gate.name, gate.lanes * block.parts, part, shared)
     return {name: totals[name] for name in gates}
 
 

@@ -162,8 +162,9 @@ def layout_of(layers: Sequence[Layer], per_head: bool, tie_pairs: bool) -> Layou
         family, start = layer.family, number * sum(lengths)
         k, v = start + keys, start + lengths[0] + values
         channels = start + lengths[0] + lengths[1] + torch.arange(width)
-        rows = {family.qkv: torch.cat([to_queries(k), k, v])}
-        if not family.qkv:
+        if family.qkv:
+            rows = {family.qkv: layer.fused(to_queries(k), k, v)}
+        else:
             rows = dict(zip((family.q, *family.kv), (to_queries(k), k, v), strict=True))
         for path, index in rows.items():
             places.append(Place(f"{layer.name}.{path}", index, masks_output=True))
