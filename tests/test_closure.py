@@ -1,6 +1,7 @@
 """remove_closed: the same training as with the units masked, in less memory, and resumable."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,14 +9,16 @@ from latencies import config
 from tiny import tiny_model, token_ids
 
 import gatepack as gp
-from gatepack.masks import physical_mask
+from gatepack.layers import layers_of
+from gatepack.masks import encode_mask, physical_mask
+from gatepack.modules import linear_shape
 
 STEPS = 14
 
 
-def gated(family="llama", lora=False, noise=0.1, dtype=torch.float64):
+def gated(family="llama", lora=False, noise=0.1, dtype=torch.float64, sizes=None, **config):
     torch.manual_seed(0)
-    model = tiny_model(family, dtype).train()
+    model = tiny_model(family, dtype, **(sizes or {})).train()
     if lora:
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
@@ -24,7 +27,7 @@ def gated(family="llama", lora=False, noise=0.1, dtype=torch.float64):
                 if "lora_B" in name:
                     parameter.normal_(std=0.3)
     wanted = {"target": 0.5, "width_multiple": 1, "equal_layers": False, "seed": 3, "noise": noise}
-    gates = gp.attach(model, gp.GateConfig(**wanted))
+    gates = gp.attach(model, gp.GateConfig(**{**wanted, **config}))
     gates.unfreeze()
     return model, gates
 
@@ -109,6 +112,10 @@ def test_a_second_removal_and_pack():
         gp.remove_closed(model)
     assert gates[name].size == 31 and gates.costs.total == total
     assert gates.kept_fraction() == pytest.approx(1 - 9 * 3 * 48 / total)
+    masks = gates.open_masks()
+    other = "model.layers.1.mlp:channels"
+    rest = gates.costs.without([other])
+    assert rest.total == total and rest.kept_fraction(masks) == gates.kept_fraction()
     logits = model.eval()(input_ids=token_ids()).logits
     report = gp.pack(model)
     torch.testing.assert_close(model(input_ids=token_ids()).logits, logits)
@@ -141,6 +148,103 @@ def test_resumes_from_a_checkpoint_with_units_removed(tmp_path):
     assert gp.gates_of(again).kept_fraction() == gp.gates_of(model).kept_fraction()
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def widths(model):
+    """{(query heads, key/value heads, channels)} of the layers."""
+    layers = layers_of(model)
+    return {(x.queries, x.kv_heads, linear_shape(x.linear(x.family.down))[1]) for x in layers}
+
+
+@pytest.mark.parametrize("reloads", [False, True])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_equal_layers_end_equal_where_removals_were_not(reloads, uniform, tmp_path):
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model, gates = gated(
+        dtype=torch.float32, sizes={**sizes, "hidden_size": 64}, equal_layers=True,
+        width_multiple=4, q_per_kv_uniform=uniform,
+    )  # fmt: skip
+    training, optimizer = start(model)
+    step(model, training, optimizer, 0)
+    gates.close("model.layers.0.mlp:channels", range(11))  # 29 are left, of 40
+    gates.close("model.layers.1.mlp:channels", [7])
+    gates.close("model.layers.2.self_attn:heads", range(2))  # a key/value head
+    gates.close("model.layers.3.self_attn:heads", [0, 2, 4, 6])  # one query head of each
+    gp.remove_closed(model, optimizer, training)
+    assert len(widths(model)) == 4
+    if reloads:
+        gp.save_pretrained(model, tmp_path / "cut")
+        model = gp.from_pretrained(tmp_path / "cut").train()
+        training, optimizer = start(model)
+    for i in range(1, STEPS + 1):
+        step(model, training, optimizer, i)
+    assert abs(training.finish() - 0.5) <= 0.005
+    assert gp.pack(model).kept_fraction < 0.7  # what was removed before does not count in it
+    ((queries, kv_heads, channels),) = widths(model)
+    assert queries == kv_heads <= 3 and channels % 4 == 0 and channels <= 29
+
+
+def test_what_removal_leaves_no_equal_shape_for():
+    model, gates = gated(equal_layers=True, tp_divisor=2)
+    gates.close("model.layers.0.mlp:channels", range(1, 40))
+    training, optimizer = start(model)
+    before = {name: p.shape for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="model: without the units that are closed, tp_divisor=2"):
+        gp.remove_closed(model, optimizer, training)
+    gates.reopen("model.layers.0.mlp:channels", range(1, 3))
+    message = r"closed, target=0.5 cannot be met .* nearest reachable .* or reopen some of them"
+    with pytest.raises(ValueError, match=message):
+        gp.remove_closed(model, optimizer, training)
+    assert before == {name: p.shape for name, p in model.named_parameters()}
+    gates.freeze()  # rounded: nothing is planned any more
+    gp.remove_closed(model, optimizer, training)
+    assert gates["model.layers.0.mlp:channels"].size == 3
+    with pytest.raises(ValueError, match="target=0.5 cannot be met within"):
+        gates.check_target()
+
+
+def test_units_that_an_earlier_pack_took_are_not_missed(tmp_path):
+    """Gates of a packed model: equal, in multiples and with noise by the sizes that they began
+    with."""
+    model, gates = gated(dtype=torch.float32, noise=0.0)
+    gates.close("model.layers.0.mlp:channels", range(9))
+    gp.pack(model)
+    config = gp.GateConfig(target=0.6, width_multiple=1, equal_layers=False, seed=3)
+    gates = gp.attach(model.train(), config)
+    gates.close("model.layers.0.mlp:channels", range(0, 31, 4))
+    gates.close("model.layers.1.mlp:channels", range(0, 40, 4))
+    gp.remove_closed(model)
+    gp.save_pretrained(model, tmp_path / "cut")
+    again = gp.gates_of(gp.from_pretrained(tmp_path / "cut").train())
+    assert [gate.spec for gate in again.gates.values()] == [g.spec for g in gates.gates.values()]
+    assert gates["model.layers.0.mlp:channels"].spec.whole == (31, 1)
+    for _ in range(2):
+        assert torch.equal(gates.draw().flat, again.draw().flat)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (None, "attached"),
+        ({"shared_size": 0}, "expected 37 units left, and blocks of 0, of 40, got 37"),
+        (encode_mask(torch.arange(40) > 7), "expected 37 units left, and blocks of 1, of 40, got"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_itself_is_refused(record, words, tmp_path):
+    model, gates = gated(dtype=torch.float32)
+    name = "model.layers.0.mlp:channels"
+    gates.close(name, range(3))
+    gp.remove_closed(model)
+    gp.save_pretrained(model, tmp_path / "cut")
+    path = tmp_path / "cut" / "config.json"
+    config = json.loads(path.read_text())
+    if record is None:
+        del config["gatepack"]["attached"]
+    else:
+        config["gatepack"]["attached"][name] |= record
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json.*{words}"):
+        gp.from_pretrained(tmp_path / "cut")
 
 
 def test_the_latency_budget_stays_that_of_the_dense_model(tmp_path):

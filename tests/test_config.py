@@ -16,7 +16,10 @@ REFUSALS = [
     ({"units": ("heads", "lanes")}, ["units", "'lanes'", "heads", "channels"]),
     ({"estimator": "gumbel"}, ["estimator", "'gumbel'", "stg", "hard_concrete"]),
     ({"target_of": "bytes"}, ["target_of", "'bytes'", "params", "flops", "latency"]),
-    ({"target_of": "flops", "units": ("rows",)}, ["target_of", "'flops'", "'params'", "'rows'"]),
+    (
+        {"target_of": "latency", "units": ("rows",)},
+        ["target_of", "'latency'", "'params' or 'flops'", "'rows'", "gather and scatter"],
+    ),
     ({"target_of": "latency"}, ["latency_table", "NoneType", "'latency'"]),
     ({"latency_phase": "training"}, ["latency_phase", "'training'", "prefill", "decode"]),
     ({"latency_table": "t.json"}, ["latency_table", "str", "target_of='params'"]),

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import gatepack as gp
 from gatepack import latency_bench
 from gatepack.bench import BenchConfig
-from gatepack.budget import TOLERANCE
+from gatepack.budget import TOLERANCE, _choices
 from gatepack.cli import app
 from gatepack.latency import PHASES, LatencyCosts, LatencyTable
 from gatepack.layers import layers_of
@@ -201,6 +201,68 @@ def test_flops_of_layers_without_gates_are_fixed():
     heads = 2 * (2 * (48 * 48 * 2 + 48 * 16 * 2) + 6 * 2 * 8 * 100)
     assert gates.costs.fixed == heads
     assert gates.costs.total == heads + 2 * 2 * 3 * 48 * 40
+
+
+@pytest.mark.parametrize(
+    ("family", "seen"), [("llama", 0.5), ("gpt2", 0.5), ("opt", 0.5), ("bert", 1.0)]
+)
+@pytest.mark.parametrize("units", [("rows", "columns"), ("columns",)])
+def test_flops_of_rows_and_columns_are_those_of_the_packed_model(family, seen, units):
+    """2 per weight and token that stays; attention keeps its heads and lanes."""
+    dense = tiny_model(family)
+    heads = gp.attach(dense, gp.GateConfig(target_of="flops", sequence_length=100))
+    model = tiny_model(family, torch.float32).train()
+    layers, head_dim = layers_of(model), layers_of(model)[0].head_dim
+    attention = sum(layer.queries * 4 * head_dim * 100 * seen for layer in layers)
+    wanted = gp.GateConfig(
+        units=units, target=0.7, target_of="flops", sequence_length=100, width_multiple=1
+    )
+    gates = gp.attach(model, wanted)
+    assert gates.costs.total == heads.costs.total and gates.costs.fixed == attention
+    training = gp.GateTraining(model, 20)
+    for step in range(20):
+        ids = token_ids(2, 6, seed=step)
+        labels = ids if model.can_generate() else ids.sum(1) % 2
+        model(input_ids=ids, labels=labels).loss.backward()
+        training.step()
+        model.zero_grad()
+    kept = training.finish()
+    assert abs(kept - 0.7) <= TOLERANCE and kept == gates.kept_fraction()
+    assert float(gates._kept()) == pytest.approx(kept, rel=1e-6)
+    assert str(gates.summary()).endswith(f"kept FLOPs {kept:.1%}")
+    weights = gp.pack(model).block_params[1]
+    assert (2 * weights + attention) / gates.costs.total == pytest.approx(kept, rel=1e-9)
+
+
+def test_flops_of_linears_without_rows_and_columns_are_fixed():
+    wanted = gp.GateConfig(
+        units=("rows",), target=0.8, target_of="flops", sequence_length=10, targets=("*.gate_proj",)
+    )
+    with pytest.raises(ValueError, match=r"gated linears hold 15\.5% of the blocks' flops; gate"):
+        gp.attach(tiny_model("llama"), wanted)
+    gates = gp.attach(tiny_model("llama"), dataclasses.replace(wanted, target=0.95))
+    linears = 2 * (48 * 48 * 2 + 48 * 16 * 2 + 3 * 48 * 40)
+    assert gates.costs.total == 2 * linears + 2 * 6 * 2 * 8 * 10
+    assert gates.costs.fixed == gates.costs.total - 2 * 2 * 48 * 40
+    everything = torch.ones_like(gates.logits)
+    assert float(gates.costs.expected(everything)) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_what_shapes_cost_does_not_depend_on_worth():
+    """Heads count as they are packed, equally many per key/value head, so only such are planned."""
+    wanted = config(equal_layers=True, q_per_kv_uniform=False)
+    gates = gp.attach(tiny_model("llama"), wanted)
+    found = []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        scores = {n: torch.rand(gate.size, generator=generator) for n, gate in gates.items()}
+        heads, _ = _choices(gates.costs, scores, wanted, 4)
+        found.append(heads.costs.tolist())
+        for masks in heads.options:
+            for mask in masks.values():
+                blocks = mask.reshape(-1, 3).sum(1)
+                assert len(set(blocks[blocks > 0].tolist())) == 1
+    assert found == found[:1] * 4
 
 
 @pytest.mark.parametrize("model_type", ["llama", "bert", "gpt2"])

@@ -405,6 +405,15 @@ def test_unreachable_target_names_the_nearest():
         gates.plan({name: torch.arange(gate.size) for name, gate in gates.items()})
 
 
+@pytest.mark.parametrize("target", [0.3, 0.61, 0.9])
+def test_targets_are_met_before_scores_are_known(target):
+    model = tiny_model("llama", torch.float32)
+    gates = gp.attach(model, gp.GateConfig(units=("rows", "columns"), target=target))
+    assert abs(gates.check_target() - target) <= 0.005
+    with pytest.raises(ValueError, match="masks: expected None, because rows and columns"):
+        gates.check_target({})
+
+
 def test_every_linear_and_the_tied_head():
     config = gp.GateConfig(units=("rows", "columns"), noise=0.0, targets=("*",))
     untied = tiny_model("llama", torch.float32, tie_word_embeddings=False).eval()

@@ -1,9 +1,10 @@
 """Stage 1, gates: what open units cost, which to keep, and the controller that gets there."""
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -11,10 +12,13 @@ import torch
 from torch import nn
 
 from gatepack.config import GateConfig
+from gatepack.knapsack import Choice, solve
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.005
+# Sums of weights on the very edge of it stay on one side, however they round.
+_EDGE = TOLERANCE * (1 + 1e-9)
 
 Found = TypeVar("Found")
 
@@ -47,15 +51,24 @@ class Costs:
         spec = self.specs[name]
         return spec.unit_cost + spec.shared_cost / spec.shared_size
 
+    def cut(self, masks: Mapping[str, torch.Tensor]) -> "Costs":
+        """The same budget, where units that masks (name -> bool [size]) leave out are removed."""
+        other = copy.copy(self)
+        other.specs = {name: spec.cut(masks[name]) for name, spec in self.specs.items()}
+        other.refresh()
+        return other
+
     def refresh(self) -> None:
         """To be called where specs have changed."""
         self._tensors = {}
 
     def without(self, names: Collection[str]) -> "Costs":
         """The same cost, where the gates named lose nothing."""
-        fixed = sum(gate_cost(self.specs[name]) for name in names)
-        specs = {name: spec for name, spec in self.specs.items() if name not in names}
-        return Costs(specs, self.fixed + fixed)
+        other = copy.copy(self)
+        other.fixed += sum(self.price(s, all_units(s)) for n, s in self.specs.items() if n in names)
+        other.specs = {name: spec for name, spec in self.specs.items() if name not in names}
+        other.refresh()
+        return other
 
     def expected(self, probability: torch.Tensor) -> torch.Tensor:
         """Expected kept fraction, a differentiable scalar, without a host sync.
@@ -94,6 +107,15 @@ class Costs:
 def gate_cost(spec) -> int:
     """Cost of one gate vector with everything open."""
     return spec.unit_cost * spec.size + spec.shared_cost * (spec.size // spec.shared_size)
+
+
+def all_units(spec) -> torch.Tensor:
+    return torch.ones(spec.size, dtype=torch.bool, device="cpu")  # also where models are on meta
+
+
+def meets(kept: float, target: float) -> bool:
+    """Whether a kept fraction is within 0.5 % of the target."""
+    return abs(kept - target) <= _EDGE
 
 
 def moved_only(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
@@ -187,7 +209,7 @@ def in_multiples(
     nearest, multiple = None, width_multiple
     while multiple >= 1:
         result, kept = find(multiple)
-        if abs(kept - target) <= TOLERANCE:
+        if meets(kept, target):
             if multiple != width_multiple:
                 logger.warning(
                     "width_multiple %d cannot meet the target %.4f within %.1f %%; using %d",
@@ -209,22 +231,12 @@ def plan_in_multiples(
 ) -> Plan:
     """The plan of in_multiples; ValueError, with advice, where it is not within 0.5 % of target."""
     found = Plan(*in_multiples(find, target, width_multiple))
-    if abs(found.kept_fraction - target) > TOLERANCE:
+    if not meets(found.kept_fraction, target):
         raise ValueError(
             f"target={target} cannot be met within {TOLERANCE:.1%} of the {target_of}: the nearest "
             f"reachable kept fraction is {found.kept_fraction:.4f}. {advice}"
         )
     return found
-
-
-@dataclass
-class _Choice:
-    """Gates that share one shape decision, with the shapes they may take, dearest last."""
-
-    gates: list[str]
-    costs: np.ndarray
-    values: np.ndarray
-    masks: list = field(repr=False)
 
 
 def plan(
@@ -240,7 +252,8 @@ def plan(
     config.target by default. Solves the multiple-choice knapsack (one shape per gate, or one per
     group of equal gates with equal_layers) by bisection on the price of a parameter, then spends
     what is left greedily. width_multiple is halved until the result is within 0.5 % of the target;
-    raises ValueError if even 1 is too coarse.
+    raises ValueError if even 1 is too coarse. Whether a target can be met does not depend on the
+    scores.
     """
     for name, spec in costs.specs.items():
         if name not in scores:
@@ -255,25 +268,39 @@ def plan(
 
     def find(multiple: int) -> tuple[dict[str, torch.Tensor], float]:
         choices = _choices(costs, scores, config, multiple)
-        picks = _solve(choices, target * costs.total - costs.fixed, TOLERANCE * costs.total)
+        if not all(choice.options for choice in choices):
+            return {}, math.inf
+        picks = solve(choices, target * costs.total - costs.fixed, _EDGE * costs.total)
         masks = {}
         for choice, pick in zip(choices, picks, strict=True):
-            masks.update(choice.masks[pick])
+            masks.update(choice.options[pick])
         return masks, costs.kept_fraction(masks)
 
     advice = "Choose that, gate more units, or set equal_layers=False or tp_divisor=1"
     return plan_in_multiples(find, target, wanted, config.target_of, advice)
 
 
-def _choices(costs: Costs, scores, config: GateConfig, multiple: int) -> list[_Choice]:
+def _choices(costs: Costs, scores, config: GateConfig, multiple: int) -> list[Choice]:
+    # Gates that attach saw alike stay alike, whatever has been removed of them since.
     groups: dict[tuple, list[str]] = {}
     for name, spec in costs.specs.items():
-        key = (spec,) if config.equal_layers else (spec, name)
-        groups.setdefault(key, []).append(name)
+        key = (spec.kind, spec.lanes, *spec.whole)
+        groups.setdefault(key if config.equal_layers else (*key, name), []).append(name)
     choices = []
-    for (spec, *_), names in groups.items():
-        shapes = _head_shapes if spec.kind == "heads" else _channel_shapes
-        per_gate = [shapes(costs, spec, scores[name], config, multiple) for name in names]
+    for (kind, *_), names in groups.items():
+        specs = [costs.specs[name] for name in names]
+        shared = min(spec.shared_size for spec in specs)
+        left = min(spec.size // spec.shared_size for spec in specs), shared
+        shapes = _head_shapes if kind == "heads" else _channel_shapes
+        per_gate = [
+            shapes(costs, spec, scores[name], config, multiple, left)
+            for spec, name in zip(specs, names, strict=True)
+        ]
+        if not per_gate[0] and multiple == 1:
+            raise ValueError(
+                f"tp_divisor={config.tp_divisor} cannot be met by the units that are left of "
+                f"{names[0]!r}{' and gates like it' if len(names) > 1 else ''}: set tp_divisor=1"
+            )
         options = zip(*per_gate, strict=True)
         rows = [
             (
@@ -285,8 +312,7 @@ def _choices(costs: Costs, scores, config: GateConfig, multiple: int) -> list[_C
         ]
         rows.sort(key=lambda row: row[0])
         choices.append(
-            _Choice(
-                names,
+            Choice(
                 np.array([row[0] for row in rows], dtype=np.float64),
                 np.array([row[1] for row in rows], dtype=np.float64),
                 [row[2] for row in rows],
@@ -303,14 +329,15 @@ class _Shape:
 
 
 def _channel_shapes(
-    costs: Costs, spec, scores: torch.Tensor, config: GateConfig, multiple: int
+    costs: Costs, spec, scores: torch.Tensor, config: GateConfig, multiple: int, left: tuple
 ) -> list[_Shape]:
-    step = math.lcm(multiple, config.tp_divisor)
+    """A gate's shapes that all gates of its group have, of which (units, 1) are left."""
+    step, most = math.lcm(multiple, config.tp_divisor), left[0]
     order = torch.argsort(scores, descending=True, stable=True)
     prefix = torch.cumsum(scores[order].double(), 0)
-    widths = list(range(step, spec.size + 1, step))
-    if not widths or widths[-1] != spec.size:
-        widths.append(spec.size)
+    widths = list(range(step, most + 1, step))
+    if most == spec.whole[0] and most % step:
+        widths.append(most)
     shapes = []
     for width in widths:
         mask = torch.zeros(spec.size, dtype=torch.bool)
@@ -320,36 +347,41 @@ def _channel_shapes(
 
 
 def _head_shapes(
-    costs: Costs, spec, scores: torch.Tensor, config: GateConfig, multiple: int
+    costs: Costs, spec, scores: torch.Tensor, config: GateConfig, multiple: int, left: tuple
 ) -> list[_Shape]:
-    blocks = spec.size // spec.shared_size
+    """A gate's shapes that all gates of its group have, of which (blocks, units of a block) are
+    left."""
+    blocks, whole_size, whole_shared = spec.size // spec.shared_size, *spec.whole
     grid = scores.double().reshape(blocks, spec.shared_size)
     order = torch.argsort(grid, dim=1, descending=True, stable=True)
     prefix = torch.cumsum(torch.gather(grid, 1, order), 1)
     shapes = []
-    for per_block in range(1, spec.shared_size + 1):
+    for per_block in range(1, left[1] + 1):
         worth = prefix[:, per_block - 1]
         best = torch.argsort(worth, descending=True, stable=True)
-        for kept in range(1, blocks + 1):
-            if kept % config.tp_divisor and kept != blocks:
+        for kept in range(1, left[0] + 1):
+            if kept % config.tp_divisor and kept != whole_size // whole_shared:
                 continue
             mask = torch.zeros_like(grid, dtype=torch.bool)
             for block in best[:kept].tolist():
                 mask[block, order[block, :per_block]] = True
             mask = mask.reshape(-1)
             shapes.append(_Shape(costs.price(spec, mask), float(worth[best[:kept]].sum()), mask))
-    if not config.q_per_kv_uniform and spec.shared_size > 1:
-        shapes += _ragged_head_shapes(costs, spec, grid, config.tp_divisor)
+    # Latency counts heads as they are packed, equally many per block.
+    if not config.q_per_kv_uniform and left[1] > 1 and config.target_of != "latency":
+        shapes += _ragged_head_shapes(costs, spec, grid, config.tp_divisor, left)
     return shapes
 
 
-def _ragged_head_shapes(costs: Costs, spec, grid: torch.Tensor, divisor: int) -> list[_Shape]:
+def _ragged_head_shapes(
+    costs: Costs, spec, grid: torch.Tensor, divisor: int, left: tuple
+) -> list[_Shape]:
     """Every count of key/value and query heads: the best of each kept block, then of the rest."""
-    blocks = spec.size // spec.shared_size
+    whole_size, whole_shared = spec.whole
     ranked = torch.argsort(grid.max(1).values, descending=True, stable=True)
     shapes = []
-    for kept in range(1, blocks + 1):
-        if kept % divisor and kept != blocks:
+    for kept in range(1, left[0] + 1):
+        if kept % divisor and kept != whole_size // whole_shared:
             continue
         worth = torch.full_like(grid, -math.inf)
         worth[ranked[:kept]] = grid[ranked[:kept]]
@@ -357,78 +389,10 @@ def _ragged_head_shapes(costs: Costs, spec, grid: torch.Tensor, divisor: int) ->
         worth[ranked[:kept], first] = math.inf
         order = torch.argsort(worth.reshape(-1), descending=True, stable=True)
         value = torch.cumsum(grid.reshape(-1)[order], 0)
-        for count in range(kept, kept * spec.shared_size + 1):
-            if count % divisor and count != spec.size:
+        for count in range(kept, kept * left[1] + 1):
+            if count % divisor and count != whole_size:
                 continue
             mask = torch.zeros(spec.size, dtype=torch.bool)
             mask[order[:count]] = True
             shapes.append(_Shape(costs.price(spec, mask), float(value[count - 1]), mask))
     return shapes
-
-
-def _solve(choices: list[_Choice], allowance: float, slack: float) -> list[int]:
-    """Picks one option per choice: total cost <= allowance if any fits, value nearly greatest.
-
-    If that leaves more than slack unspent, the best change of one or two picks that spends it, if
-    there is one.
-    """
-
-    def at_price(price: float) -> list[int]:
-        return [int(np.argmax(c.values - price * c.costs)) for c in choices]
-
-    def cost_of(picks) -> float:
-        return sum(c.costs[p] for c, p in zip(choices, picks, strict=True))
-
-    scale = max(float(np.abs(c.values).max()) / float(c.costs.max()) for c in choices) or 1.0
-    low, high = 0.0, 4 * scale
-    while cost_of(at_price(high)) > allowance and high < scale * 1e12:
-        high *= 4
-    for _ in range(60):
-        middle = (low + high) / 2
-        if cost_of(at_price(middle)) > allowance:
-            low = middle
-        else:
-            high = middle
-    picks = at_price(high)
-    spent = cost_of(picks)
-    while True:
-        best, gain = None, -math.inf
-        for i, c in enumerate(choices):
-            extra = c.costs - c.costs[picks[i]]
-            worth = c.values - c.values[picks[i]]
-            fits = (extra > 0) & (spent + extra <= allowance)
-            if fits.any():
-                rate = np.where(fits, worth / np.where(fits, extra, 1.0), -math.inf)
-                top = int(np.argmax(rate))
-                if rate[top] > gain:
-                    best, gain = (i, top), rate[top]
-        if best is None:
-            break
-        i, option = best
-        spent += choices[i].costs[option] - choices[i].costs[picks[i]]
-        picks[i] = option
-    return (
-        picks if allowance - spent <= slack else _repair(choices, picks, allowance - spent, slack)
-    )
-
-
-def _repair(choices: list[_Choice], picks: list[int], unspent: float, slack: float) -> list[int]:
-    """The dearest change in value of at most two picks whose cost is within slack below unspent;
-    picks if none is."""
-    extra = [c.costs - c.costs[p] for c, p in zip(choices, picks, strict=True)]
-    worth = [c.values - c.values[p] for c, p in zip(choices, picks, strict=True)]
-    best, gain = picks, -math.inf
-    for i in range(len(choices)):
-        for j in range(i, len(choices)):
-            if i == j:
-                cost, value = extra[i][:, None], worth[i][:, None]
-            else:
-                cost, value = extra[i][:, None] + extra[j], worth[i][:, None] + worth[j]
-            value = np.where((cost <= unspent) & (cost >= unspent - slack), value, -math.inf)
-            a, b = np.unravel_index(int(np.argmax(value)), value.shape)
-            if value[a, b] > gain:
-                gain, best = value[a, b], list(picks)
-                best[i] = int(a)
-                if i != j:
-                    best[j] = int(b)
-    return best

@@ -9,7 +9,7 @@ from torch import nn
 from gatepack.gate_training import GateTraining
 from gatepack.hf import gates_of
 from gatepack.layers import hf_model, layers_of
-from gatepack.masks import physical_mask
+from gatepack.masks import encode_mask, physical_mask
 from gatepack.packing import (
     Cut,
     PackReport,
@@ -34,8 +34,10 @@ def remove_closed(
     rounding, the same budget, of the dense model, and the same noise (drawn anew by kernels). What
     closes by its logit alone may reopen, so it stays: see GateSet.close. optimizer: of the weights,
     one or several. training: what steps the gates. Call it between steps. A saved model
-    (save_pretrained) comes back with the units that are left. Raises ValueError, before anything
-    has changed, for gates on rows and columns, adapters that cannot be sliced, or several ranks.
+    (save_pretrained) comes back with the units that are left. With equal_layers, layers that were
+    alike end alike: the widths of the narrowest are what the others can have. Raises ValueError,
+    before anything has changed, for gates on rows and columns, adapters that cannot be sliced,
+    several ranks, or if training could not round what is left to the target.
     """
     root = hf_model(model)
     gates = gates_of(root)
@@ -54,16 +56,24 @@ def remove_closed(
         name: physical_mask(gate.kind, gate.spec.shared_size, stays[name])
         for name, gate in gates.items()
     }
+    if training is not None:
+        training.check_left(masks)
     rows = [(n, gate.kind, gate.size, int(masks[n].sum())) for n, gate in gates.items()]
     padded = sum(int((masks[name] & ~stays[name]).sum()) for name in masks)
     before, total = sizes_of(root, layers, gates), gates.costs.total
     gates.attachment.release()
     specs = {name: gate.spec for name, gate in gates.items()}
     apply_masks(layers, specs, masks, None, lambda cut, new: _follow(cut, new, optimizers))
-    root.config.gatepack = {
-        **root.config.gatepack, **kept_record(root.config, masks), "total": total
-    }  # fmt: skip
     kept = gates.forget(masks)
+    root.config.gatepack = {
+        **root.config.gatepack,
+        **kept_record(root.config, masks),
+        "total": total,
+        "attached": {
+            name: {**encode_mask(mask), "shared_size": shared}
+            for name, (mask, shared) in gates.attached().items()
+        },
+    }
     gates.attachment.renew(layers)
     if training is not None:
         training.follow(kept)

@@ -29,6 +29,7 @@ class GateConfig:
     target: kept fraction, in (0, 1), of what target_of says: "params", the weights of the blocks'
         linears, gated or not; "flops", those of the blocks, attention included, for sequences of
         sequence_length; or "latency", the blocks' time in latency_phase, "prefill" or "decode".
+        Rows and columns are counted by "params" and "flops", where attention keeps its width.
     latency_table: of the device that the model is for: a gatepack.latency.LatencyTable as a dict,
         or the path of one, which `gatepack bench --latency-table` writes. latency_device: the
         device that it must be of; None: the one that the model is on.
@@ -118,9 +119,11 @@ class GateConfig:
         _check_choice("latency_phase", self.latency_phase, PHASES)
         if self.latency_device is not None and not isinstance(self.latency_device, str):
             raise ValueError(f"latency_device must be a name or None, got {self.latency_device!r}")
-        if self.target_of != "params" and self.of_linears:
+        if self.target_of == "latency" and self.of_linears:
             raise ValueError(
-                f"target_of must be 'params' with units {self.units!r}, got {self.target_of!r}"
+                f"target_of must be 'params' or 'flops' with units {self.units!r}, got 'latency': "
+                "tables hold the times of layers by their heads and channels, and those of linears "
+                "that gather and scatter do not follow from them"
             )
         if (self.target_of == "latency") != (self.latency_table is not None):
             raise ValueError(

@@ -1,5 +1,6 @@
 """Stage 1, gates: estimators, which map logits and noise to gate values with exact zeros."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -71,6 +72,13 @@ class HardConcrete:
     def logits_of(self, values: torch.Tensor) -> torch.Tensor:
         """Logits whose noiseless gate is values [N], before clamping, within (-0.1, 1.1)."""
         return torch.logit(((values - self.gamma) / (self.zeta - self.gamma)).clamp(1e-4, 1 - 1e-4))
+
+
+def mix(seed: int, draw: int) -> int:
+    """One 64-bit generator seed from both numbers; the CPU generator reads its low 32 bits only."""
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed}/{draw}".encode(), digest_size=8).digest(), "little"
+    )
 
 
 ESTIMATORS = {"stg": STG, "hard_concrete": HardConcrete}

@@ -1,7 +1,7 @@
 """Stage 4, methods: trains gates beside any optimizer of the weights, down to a budget."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gatepack.budget import TOLERANCE
+from gatepack.budget import meets
 from gatepack.config import GateConfig, is_number
 from gatepack.gates import GateSet
 from gatepack.hf import attach, gates_of
@@ -93,7 +93,7 @@ class GateTraining:
         self._logits = self.gates.logits
         self._check_logits()
         if self._rounds:
-            self._check_target()
+            self.gates.check_target()
         self.gates.unfreeze()
         controller = self.gates.controller
         controller.state.zero_()
@@ -123,12 +123,6 @@ class GateTraining:
                 "gatepack.remove_closed(model, optimizer, training=...), which then goes on with "
                 f"the units that are left; if FSDP put them there, {ignored}"
             )
-
-    def _check_target(self) -> None:
-        """ValueError now, not when gates freeze; what shapes cost hardly depends on the scores."""
-        generator = torch.Generator("cpu").manual_seed(0)
-        scores = torch.rand(len(self.gates.closed), generator=generator, device="cpu")
-        self.gates.plan(self.gates.split(scores))
 
     def _check_at_work(self) -> None:
         if self not in at_work(self._logits._post_accumulate_grad_hooks, GateTraining):
@@ -194,9 +188,22 @@ class GateTraining:
             self._check_at_work()
             self._round()
             self._freeze()
-        elif abs(self.gates.kept_fraction() - self.gates.config.target) > TOLERANCE:
+        elif not meets(self.gates.kept_fraction(), self.gates.config.target):
             self._round()
         return self.gates.kept_fraction()
+
+    def check_left(self, masks: Mapping[str, torch.Tensor]) -> None:
+        """ValueError if the units of masks (name -> bool [size]) cannot be rounded to the target
+        any more, where that is still to come."""
+        if not self._rounds or self.gates.frozen:
+            return
+        try:
+            self.gates.check_target(masks)
+        except ValueError as error:
+            raise ValueError(
+                f"model: without the units that are closed, {error}; or reopen some of them with "
+                "GateSet.reopen"
+            ) from error
 
     def follow(self, kept: torch.Tensor) -> None:
         """Goes on with the gates' new logits, those of before at kept, int64 (remove_closed)."""

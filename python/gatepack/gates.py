@@ -4,36 +4,18 @@ No module knows about estimators or budgets: it reads the current sample (gate v
 of its Gate.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from gatepack.budget import BudgetController, Costs, Plan, moved_only, plan
 from gatepack.config import GateConfig
-from gatepack.estimators import ESTIMATORS
-from gatepack.samples import Open, Sample
-
-
-@dataclass(frozen=True)
-class GateSpec:
-    """What one gate vector multiplies and what its units cost.
-
-    size: units G. lanes: width of a unit on the gated axis (head_dim for heads, 1 for channels).
-    unit_cost: parameters that go with one unit. shared_size units share shared_cost parameters,
-    which go when all of them are closed (the query heads of one key/value head). kind: "heads",
-    "channels", "rows" or "columns".
-    """
-
-    kind: str
-    size: int
-    lanes: int = 1
-    unit_cost: int = 1
-    shared_size: int = 1
-    shared_cost: int = 0
+from gatepack.estimators import ESTIMATORS, mix
+from gatepack.gate_specs import GateSpec, GateSummary
+from gatepack.samples import Open, Sample, ValueGradients
 
 
 class Gate:
@@ -99,6 +81,9 @@ class GateSet(nn.Module):
     gradient checkpointing runs it again, `width`, its residual width, `sampler`, which draws the
     values where kernels run (None: plain torch), and `attachment`, which keeps the model's modules
     in step with the gates (None: no model).
+
+    Noiseless values are kept from forward to forward; writes through `logits.data` (an average of
+    weights put in for evaluation) are seen after train() or eval(), or sync_from_buffers().
     """
 
     def __init__(self, config: GateConfig, specs: Mapping[str, GateSpec], fixed_cost: int = 0):
@@ -129,6 +114,12 @@ class GateSet(nn.Module):
         self._places: torch.Tensor | None = None  # of the units among those of before removals
         self._whole_size = start
         self._sample: Sample | None = None
+        self._value_grads = ValueGradients()
+
+    def train(self, mode: bool = True) -> "GateSet":
+        if self._sample is not None and self._sample.number is None:
+            self._sample = None
+        return super().train(mode)
 
     def _apply(self, fn, recurse=True):
         # Logits stay fp32, bit for bit, when a model is cast: bf16 loses updates just above 1.0.
@@ -139,7 +130,7 @@ class GateSet(nn.Module):
 
     def __getstate__(self):
         # A sample may carry an autograd graph, which neither deepcopy nor pickle can copy.
-        return {**self.__dict__, "_sample": None}
+        return {**self.__dict__, "_sample": None, "_value_grads": ValueGradients()}
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
@@ -238,7 +229,7 @@ class GateSet(nn.Module):
         else:
             flat = self.deterministic_values()
         if flat.requires_grad:
-            flat.retain_grad()
+            self._value_grads.watch(flat)
         self._sample = Sample(self, key, flat, number)
         return self._sample
 
@@ -254,8 +245,10 @@ class GateSet(nn.Module):
     def _key(self) -> tuple:
         """What a sample depends on, besides noise."""
         # Not by way of __getattr__: every read of a gate asks for this.
+        logits = self._parameters["logits"]
         return (
-            self._parameters["logits"]._version,
+            id(logits),  # torch.func.functional_call puts others there
+            logits._version,
             self._buffers["closed"]._version,
             self.training,
             self.frozen,
@@ -275,11 +268,11 @@ class GateSet(nn.Module):
         return self.draw() if self.logits.requires_grad else current
 
     def value_grads(self) -> torch.Tensor:
-        """dL/dz of the last backward, fp32 [N]; 0 for closed units, for which nothing ran."""
-        grad = None if self._sample is None else self._sample.flat.grad
-        if grad is None:
+        """dL/dz, fp32 [N], of the backward passes since the last training forward, summed over all
+        forwards that they reach; 0 for closed units, for which nothing ran."""
+        if self._value_grads.total is None:
             raise RuntimeError("no gate gradient yet: run a training forward and backward first")
-        return grad
+        return self._value_grads.total
 
     def offsets(self) -> torch.Tensor:
         """Where each gate begins in the flat vectors, and their end: int32, on their device."""
@@ -396,28 +389,60 @@ class GateSet(nn.Module):
         self.closed = self.closed[kept].clone()
         start = 0
         for name, gate in self.gates.items():
-            blocks = masks[name].reshape(-1, gate.spec.shared_size).sum(1)
-            shape = {"size": int(blocks.sum()), "shared_size": int(blocks.max())}
-            gate.spec, gate.start = replace(gate.spec, **shape), start
-            self.costs.specs[name] = replace(self.costs.specs[name], **shape)
+            gate.spec, gate.start = gate.spec.cut(masks[name]), start
             start += gate.size
+        self.costs = self.costs.cut(masks)
         self._remember(places, self._whole_size)
         return kept
 
-    def recall(self, masks: Iterable[torch.Tensor]) -> None:
-        """That these gates are what forget left: masks bool [size before] of each, in order."""
-        whole = torch.cat(list(masks))
-        self._remember(whole.nonzero().squeeze(1), len(whole))
+    def attached(self) -> dict[str, tuple[torch.Tensor, int]]:
+        """name -> (which units are left of those when attached, bool; shared_size then)."""
+        places = torch.arange(self._whole_size) if self._places is None else self._places.cpu()
+        left = torch.zeros(self._whole_size, dtype=torch.bool).index_fill_(0, places, True)
+        wholes = {name: gate.spec.whole for name, gate in self.gates.items()}
+        parts = left.split([size for size, _ in wholes.values()])
+        return {
+            name: (part, shared)
+            for (name, (_, shared)), part in zip(wholes.items(), parts, strict=True)
+        }
+
+    def recall(self, attached: Mapping[str, tuple[torch.Tensor, int]]) -> None:
+        """That these gates are what forget left of others: their attached()."""
+        for name, gate in self.gates.items():
+            mask, shared = attached[name]
+            if int(mask.sum()) != gate.size or shared < 1 or len(mask) % shared:
+                raise ValueError(
+                    f"attached[{name!r}]: expected {gate.size} units left, and blocks of "
+                    f"{shared}, of {len(mask)}, got {int(mask.sum())}"
+                )
+            whole = (len(mask), shared)
+            gate.spec = replace(gate.spec, attached=whole)
+            self.costs.specs[name] = replace(self.costs.specs[name], attached=whole)
+        left = torch.cat([attached[name][0] for name in self])
+        self._remember(left.nonzero().squeeze(1), len(left))
 
     def _remember(self, places: torch.Tensor, whole_size: int) -> None:
         self._places, self._whole_size = places, whole_size
         self._offsets = self._sample = None
+        self._value_grads = ValueGradients()
         self.costs.refresh()
 
     def plan(self, scores: Mapping[str, torch.Tensor]) -> Plan:
         """The units to keep for config.target; scores as in snap. Closes nothing."""
         self.check_device()
         return plan(self.costs, {name: s.float().cpu() for name, s in scores.items()}, self.config)
+
+    def check_target(self, masks: Mapping[str, torch.Tensor] | None = None) -> float:
+        """A kept fraction that meets config.target, whatever units turn out to be worth.
+
+        masks: name -> bool [size], where only those units are left. Raises ValueError where no plan
+        meets it, whichever scores it is given.
+        """
+        self.check_device()
+        costs = self.costs if masks is None else self.costs.cut(masks)
+        # Scores decide which units stay, not how many can.
+        ones = {name: torch.ones(spec.size, device="cpu") for name, spec in costs.specs.items()}
+        return plan(costs, ones, self.config).kept_fraction
 
     @torch.no_grad()
     def snap(self, scores: Mapping[str, torch.Tensor] | None = None) -> float:
@@ -443,13 +468,19 @@ class GateSet(nn.Module):
         """Makes the gates deterministic and stops training them."""
         self.frozen = True
         self.logits.requires_grad_(False)
+        self._record()
 
     def unfreeze(self) -> None:
         """Undoes freeze, and undoes what get_peft_model does to parameters that are not its own."""
         self.frozen = False
         self.logits.requires_grad_(True)
+        self._record()
 
-    def summary(self) -> "GateSummary":
+    def _record(self) -> None:
+        if self.attachment is not None:
+            self.attachment.record()
+
+    def summary(self) -> GateSummary:
         """Per gate: kind, size, open and fractional units without noise; prints as a table."""
         with torch.no_grad():
             values = self.split(self.deterministic_values().cpu())
@@ -463,29 +494,5 @@ class GateSet(nn.Module):
             )
             for name, gate in self.gates.items()
         ]
-        return GateSummary(tuple(rows), self.open_fraction(), self.kept_fraction())
-
-
-@dataclass(frozen=True)
-class GateSummary:
-    """rows: (name, kind, size, open, fractional) per gate; fractions over all gates."""
-
-    rows: tuple[tuple[str, str, int, int, int], ...]
-    open_fraction: float
-    kept_fraction: float
-
-    def __str__(self):
-        width = max(len(row[0]) for row in self.rows)
-        lines = [f"{'gate':<{width}}  {'kind':<8}  {'size':>6}  {'open':>6}  {'fractional':>10}"]
-        lines += [f"{n:<{width}}  {k:<8}  {s:>6}  {o:>6}  {f:>10}" for n, k, s, o, f in self.rows]
-        lines.append(
-            f"open units {self.open_fraction:.1%}, kept parameters {self.kept_fraction:.1%}"
-        )
-        return "\n".join(lines)
-
-
-def mix(seed: int, draw: int) -> int:
-    """One 64-bit generator seed from both numbers; the CPU generator reads its low 32 bits only."""
-    return int.from_bytes(
-        hashlib.blake2b(f"{seed}/{draw}".encode(), digest_size=8).digest(), "little"
-    )
+        fractions = self.open_fraction(), self.kept_fraction()
+        return GateSummary(tuple(rows), *fractions, self.config.target_of)

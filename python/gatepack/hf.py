@@ -12,7 +12,7 @@ from gatepack.budget import Costs, gate_cost
 from gatepack.config import GateConfig
 from gatepack.gates import GateSet, GateSpec
 from gatepack.latency import LatencyCosts, LatencyTable
-from gatepack.layers import GATES_NAME, Layer, hf_model, layers_of
+from gatepack.layers import GATES_NAME, Layer, has_path, hf_model, layers_of
 from gatepack.masks import decode_mask
 from gatepack.modules import linear_shape
 from gatepack.sharding import refuse_sharded
@@ -40,6 +40,11 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
         raise ValueError(
             "model is packed by rows and columns; put it back with gatepack.unpack(model) first"
         )
+    if getattr(root.config, "clip_qkv", None) is not None:
+        raise ValueError(
+            f"clip_qkv={root.config.clip_qkv}: expected None, because it overwrites what gated "
+            "linears give, which their gradients need"
+        )
     if config.of_linears:
         from gatepack.row_column import attach_rows_columns
 
@@ -55,7 +60,8 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     if "total" in record:
         # Units were removed while these gates trained: budget and noise are those of before.
         gates.costs.total = record["total"]
-        gates.recall([decode_mask(record["kept"][name]) for name in specs])
+        attached = {n: record["attached"][n] for n in specs}
+        gates.recall({n: (decode_mask(r), int(r["shared_size"])) for n, r in attached.items()})
     fixed = gates.costs.fixed / gates.costs.total
     if config.target <= fixed:
         raise ValueError(
@@ -85,7 +91,8 @@ def detach(model: nn.Module) -> None:
     delattr(root, GATES_NAME)
     record = dict(root.config.gatepack)
     del record["gates"]
-    record.pop("total", None)
+    for removed in ("frozen", "total", "attached"):
+        record.pop(removed, None)
     if record:
         root.config.gatepack = record
     else:
@@ -117,6 +124,7 @@ def _gated_names(layer: Layer, config: GateConfig) -> list[str]:
 def _specs(layer: Layer, config: GateConfig) -> Iterator[tuple[str, GateSpec]]:
     family, dim = layer.family, layer.head_dim
     if "heads" in config.units and matches(layer.heads_name, config):
+        _refuse_mixed_heads(layer)
         hidden_out = linear_shape(layer.linear(family.out))[0]
         hidden_in = linear_shape(layer.linear(family.qkv or family.q))[1]
         ratio = layer.queries // layer.kv_heads
@@ -134,6 +142,18 @@ def _specs(layer: Layer, config: GateConfig) -> Iterator[tuple[str, GateSpec]]:
         yield f"{layer.channels_name}:channels", GateSpec("channels", width, 1, unit)
 
 
+def _refuse_mixed_heads(layer: Layer) -> None:
+    """ValueError for a layer whose heads do not stand for themselves."""
+    for path in layer.family.across_heads:
+        if has_path(layer.module, path):
+            raise ValueError(
+                f"units: the heads of {layer.heads_name} cannot be gated, because {path} has "
+                "weights or means over several of them; gate channels only, with "
+                'GateConfig(units=("channels",)), or single rows and columns, with '
+                'GateConfig(units=("rows", "columns"))'
+            )
+
+
 def _costs(
     root: nn.Module, layers: list[Layer], specs: dict[str, GateSpec], config: GateConfig
 ) -> Costs:
@@ -149,11 +169,7 @@ def _costs(
     if config.target_of == "params":
         return Costs(specs, fixed)
     # Multiplications and additions per token; a head also meets the keys and values it attends to.
-    meets = {}
-    for layer in layers:
-        attention = layer.module.get_submodule(layer.family.attention)
-        seen = 0.5 if getattr(attention, "is_causal", root.can_generate()) else 1.0
-        meets[layer.heads_name] = round(seen * 4 * layer.head_dim * config.sequence_length)
+    meets = {layer.heads_name: head_flops(root, layer, config) for layer in layers}
     counted = {}
     for name, spec in specs.items():
         own = meets[name.rpartition(":")[0]] if spec.kind == "heads" else 0
@@ -165,3 +181,10 @@ def _costs(
         layer.queries * meets[layer.heads_name] for layer in layers if layer.heads_name not in gated
     )
     return Costs(counted, 2 * fixed + rest)
+
+
+def head_flops(root: nn.Module, layer: Layer, config: GateConfig) -> int:
+    """What a query head multiplies and adds per token to meet the keys and values that it sees."""
+    attention = layer.module.get_submodule(layer.family.attention)
+    seen = 0.5 if getattr(attention, "is_causal", root.can_generate()) else 1.0
+    return round(seen * 4 * layer.head_dim * config.sequence_length)

@@ -1,17 +1,16 @@
 """Stage 1, gates: how long layers of each shape take on a device, as a table and as a budget."""
 
-import copy
 import json
 import os
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from gatepack.budget import Costs
+from gatepack.budget import Costs, all_units
 
 TABLE_VERSION = 1
 PHASES = ("prefill", "decode")
@@ -166,14 +165,7 @@ class LatencyCosts(Costs):
     def unit_price(self, name: str) -> float:
         """Seconds of one unit of a gate, on average over them."""
         spec = self.specs[name]
-        return self.price(spec, _all(spec)) / spec.size
-
-    def without(self, names: Collection[str]) -> "LatencyCosts":
-        other = copy.copy(self)
-        other.fixed += sum(self.price(self.specs[n], _all(self.specs[n])) for n in names)
-        other.specs = {name: spec for name, spec in self.specs.items() if name not in names}
-        other.refresh()
-        return other
+        return self.price(spec, all_units(spec)) / spec.size
 
     def expected(self, probability: torch.Tensor) -> torch.Tensor:
         """Expected kept fraction, a differentiable scalar, without a host sync; fp32 [N].
@@ -229,10 +221,6 @@ class LatencyCosts(Costs):
                 "with gatepack bench MODEL --latency-table FILE, or, to train here for that "
                 f"device, set latency_device={self.table.device!r}"
             )
-
-
-def _all(spec) -> torch.Tensor:
-    return torch.ones(spec.size, dtype=torch.bool, device="cpu")  # also where models are on meta
 
 
 def _on_line(x: torch.Tensor, points: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -272,14 +272,13 @@ def open_state(config: RecipeConfig | PackConfig, documents: list[str], **inputs
 
 
 def kept_by_plan(model: nn.Module, config: RecipeConfig) -> float:
-    """The kept fraction of a plan for config.target, with units of equal worth.
+    """The kept fraction of a plan for config.target, whatever its units are worth.
 
     Raises ValueError where no shape of the model meets it. The model stays as it is.
     """
     gates = attach(model, config.gates())
     try:
-        worth = {name: torch.ones(gate.size) for name, gate in gates.items()}
-        return gates.plan(worth).kept_fraction
+        return gates.check_target()
     finally:
         detach(model)
 

@@ -13,7 +13,7 @@ from gatepack.attachment import Attachment
 from gatepack.budget import Plan, plan_in_multiples
 from gatepack.config import GateConfig
 from gatepack.gates import Gate, GateSet, GateSpec
-from gatepack.hf import check_targets, matches
+from gatepack.hf import check_targets, head_flops, matches
 from gatepack.layers import Layer, layers_of
 from gatepack.modules import base_linear, is_conv1d, linear_shape
 from gatepack.samples import Sample
@@ -21,7 +21,10 @@ from gatepack.sites import Site
 
 # How q and k lanes meet, by model_type: lane by lane, or rotated in pairs (j, j + head_dim / 2).
 _LANES = "bert roberta xlm-roberta camembert electra distilbert gpt2 opt"
-_PAIRS = "llama mistral qwen2 gemma gemma2 granite smollm3 starcoder2 modernbert"
+_PAIRS = (
+    "llama mistral ministral ministral3 qwen2 gemma gemma2 granite smollm3 starcoder2 modernbert "
+    "olmo seed_oss arcee"
+)
 QUERY_KEY = {
     **dict.fromkeys(_LANES.split(), "lanes"),
     **dict.fromkeys(_PAIRS.split(), "pairs"),
@@ -54,10 +57,11 @@ class Coupling:
 
 
 class RowColumnCosts:
-    """Weights of linears whose rows and columns have gates: rows kept x columns kept each.
+    """Cost of linears whose rows and columns have gates: rows kept x columns kept each.
 
     shapes: linear name -> (N, K). gates: "<linear>:rows" and "<linear>:columns" -> Gate; a side
-    without gates keeps everything. fixed: weights counted in the budget that no gate removes.
+    without gates keeps everything. fixed: what the budget counts and no gate removes. weight_cost:
+    of one weight; 1 counts weights, 2 FLOPs per token.
     """
 
     def __init__(
@@ -65,12 +69,13 @@ class RowColumnCosts:
         shapes: Mapping[str, tuple[int, int]],
         gates: Mapping[str, Gate],
         fixed: int,
+        weight_cost: int = 1,
     ):
-        self.shapes, self.fixed = dict(shapes), fixed
+        self.shapes, self.fixed, self.weight_cost = dict(shapes), fixed, weight_cost
         self.sides = [
             tuple(gates.get(f"{name}:{side}") for side in ("rows", "columns")) for name in shapes
         ]
-        self.total = fixed + sum(n * k for n, k in self.shapes.values())
+        self.total = fixed + weight_cost * sum(n * k for n, k in self.shapes.values())
         self._sizes = torch.tensor([gate.size for gate in gates.values()], device="cpu")
         # Where to read what a side keeps: sums by gate, or its size where it has no gate.
         place = {name: i for i, name in enumerate(gates)}
@@ -83,15 +88,15 @@ class RowColumnCosts:
         self._read = torch.tensor(read, dtype=torch.int64, device="cpu").reshape(-1, 2)
 
     def kept_fraction(self, masks: Mapping[str, torch.Tensor]) -> float:
-        """Kept fraction of all counted weights for open masks (name -> bool [size])."""
-        kept = self.fixed
+        """Kept fraction of all that is counted for open masks (name -> bool [size])."""
+        kept = 0
         for shape, sides in zip(self.shapes.values(), self.sides, strict=True):
             n, k = (
                 size if gate is None else int(masks[gate.name].sum())
                 for size, gate in zip(shape, sides, strict=True)
             )
             kept += n * k
-        return kept / self.total
+        return (self.fixed + self.weight_cost * kept) / self.total
 
     def expected(self, probability: torch.Tensor) -> torch.Tensor:
         """Expected kept fraction, a differentiable scalar, without a host sync; fp32 [N]."""
@@ -100,15 +105,16 @@ class RowColumnCosts:
                 setattr(self, name, getattr(self, name).to(probability.device))
         sums = torch.segment_reduce(probability, "sum", lengths=self._sizes)
         sides = torch.cat([sums, self._whole.to(sums.dtype)])[self._read]
-        return ((sides[:, 0] * sides[:, 1]).sum() + self.fixed) / self.total
+        return (self.weight_cost * (sides[:, 0] * sides[:, 1]).sum() + self.fixed) / self.total
 
 
 class RowColumnGateSet(GateSet):
     """The GateSet of units "rows" and "columns": y = z_rows * (W (z_columns * x) + b) per linear.
 
     A unit that nothing reads, or that gets nothing but zeros, is 0 too (Coupling): that changes
-    neither outputs nor gradients, and is what packing removes. Budgets count weights on exact
-    zeros, rows kept x columns kept of each linear.
+    neither outputs nor gradients, and is what packing removes. Budgets count weights, or their
+    FLOPs per token, on exact zeros: rows kept x columns kept of each linear. fixed_cost: as
+    config.target_of counts.
     """
 
     def __init__(self, config: GateConfig, shapes: Mapping[str, tuple[int, int]], fixed_cost: int):
@@ -119,7 +125,8 @@ class RowColumnGateSet(GateSet):
             if "columns" in config.units:
                 specs[f"{name}:columns"] = GateSpec("columns", k)
         super().__init__(config, specs)
-        self.costs = RowColumnCosts(shapes, self.gates, fixed_cost)
+        weight_cost = 2 if config.target_of == "flops" else 1
+        self.costs = RowColumnCosts(shapes, self.gates, fixed_cost, weight_cost)
         self._couplings: list[Coupling] = []
         self._coupled: Sample | None = None
 
@@ -155,13 +162,11 @@ class RowColumnGateSet(GateSet):
         drawn = super()._drawn(number)
         if drawn is not self._coupled:
             flat = torch.where(self.couple(drawn.flat.detach() > 0), drawn.flat, 0.0)
-            if flat.requires_grad:
-                flat.retain_grad()
             self._coupled = self._sample = Sample(self, drawn.key, flat, number)
         return self._coupled
 
     def plan(self, scores: Mapping[str, torch.Tensor]) -> Plan:
-        """The units above one threshold on scores that keep config.target of the weights.
+        """The units above one threshold on scores that keep config.target of the cost.
 
         Rows that stay in part of a linear are then fewer by the worst ones, down to a multiple of
         width_multiple or of its largest half, quarter, ... with which the target can be met;
@@ -186,6 +191,18 @@ class RowColumnGateSet(GateSet):
             config.target_of,
             "Choose that or gate more linears",
         )
+
+    def check_target(self, masks: Mapping[str, torch.Tensor] | None = None) -> float:
+        """The kept fraction where all linears close at the same pace.
+
+        attach has refused targets below what no gate removes. Above that a single unit is too small
+        to miss one, but in models of a few units, of which only a plan with scores can tell.
+        """
+        if masks is not None:
+            raise ValueError("masks: expected None, because rows and columns are not removed")
+        sizes = [gate.size for gate in self.gates.values()]
+        pace = torch.cat([1.0 - torch.arange(size, device="cpu") / size for size in sizes])
+        return self._threshold(pace, self.config.target, 1)[1]
 
     def _threshold(
         self, flat: torch.Tensor, target: float, multiple: int
@@ -238,12 +255,15 @@ def attach_rows_columns(root: nn.Module, config: GateConfig) -> RowColumnGateSet
         for name in counted
         if name not in shapes
     )
+    if config.target_of == "flops":
+        # Rows and columns are gathered and scattered around attention, which keeps its width.
+        fixed = 2 * fixed + sum(x.queries * head_flops(root, x, config) for x in layers)
     gates = RowColumnGateSet(config, shapes, fixed)
     if config.target <= gates.costs.fixed / gates.costs.total:
         raise ValueError(
             f"target={config.target} cannot be reached: the gated linears hold "
-            f"{1 - gates.costs.fixed / gates.costs.total:.1%} of the blocks' weights; gate more of "
-            "them or raise the target"
+            f"{1 - gates.costs.fixed / gates.costs.total:.1%} of the blocks' {config.target_of}; "
+            "gate more of them or raise the target"
         )
     gates.couple_all(c for layer in layers for c in _couplings(root, layer, gates))
     gates.width = linear_shape(layers[0].linear(layers[0].family.out))[0]
@@ -313,9 +333,9 @@ def _couplings(root: nn.Module, layer: Layer, gates: GateSet) -> Iterator[Coupli
     channels = [p for p in (*channels, side(family.down, "columns")) if p is not None]
     if len(channels) > 1 and _zero_stays_zero(root.config):
         yield Coupling(torch.stack(channels, 1)[..., None], shared=False)
-    lanes = queries * dim
     if family.qkv:
-        q, k, v = (side(family.qkv, "rows", i * lanes, lanes) for i in range(3))
+        rows = side(family.qkv, "rows")
+        q, k, v = (None if rows is None else rows[part] for part in layer.fused_rows)
     else:
         q, k, v = (side(path, "rows") for path in (family.q, *family.kv))
     out = side(family.out, "columns")
