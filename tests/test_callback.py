@@ -1,5 +1,7 @@
 """GateCallback in transformers.Trainer: no subclass, accumulation, evaluation, resume."""
 
+import copy
+
 import pytest
 import torch
 from interrupted import NoFinish, StopAt
@@ -108,25 +110,67 @@ def test_lora_beside_gates(tmp_path):
     assert up.lora_B["default"].weight.abs().max() > 0
 
 
-def test_sft_trainer(tmp_path):
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_dict({"input_ids": token_ids(24, 6).tolist()})
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=2, report_to=[],
-        use_cpu=True, save_strategy="no", disable_tqdm=True, bf16=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )  # fmt: skip
+class TestTRL:
+    """TRL's trainers, on rows that each of them takes."""
 
-    tokenizer = letter_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    model = tiny_model("llama", torch.float32)
-    run = trl.SFTTrainer(
-        model, arguments, train_dataset=rows, callbacks=[GateCallback(CONFIG)],
-        processing_class=tokenizer,
-    )  # fmt: skip
-    run.train()
-    assert abs(gp.gates_of(model).kept_fraction() - 0.5) <= 0.005
+    @staticmethod
+    def check(name, model, folder, rows, batch=2, settings=(), **inputs):
+        trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+        tokenizer = letter_tokenizer()
+        tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+        arguments = getattr(trl, f"{name}Config")(
+            output_dir=str(folder), max_steps=8, per_device_train_batch_size=batch, report_to=[],
+            use_cpu=True, save_strategy="no", disable_tqdm=True, bf16=False, logging_steps=2,
+            **dict(settings),
+        )  # fmt: skip
+        callback = GateCallback(CONFIG)
+        run = getattr(trl, f"{name}Trainer")(
+            model=model, args=arguments, train_dataset=datasets.Dataset.from_dict(rows),
+            processing_class=tokenizer, callbacks=[callback], **inputs,
+        )  # fmt: skip
+        seen = []
+
+        class Gradients(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **_):
+                seen.append(gates.value_grads().abs().max() > 0)
+
+        run.add_callback(Gradients())
+        gates = gp.gates_of(model)
+        run.train()
+        assert len(seen) == callback.training.done == 8 and all(seen)
+        assert gates.frozen and abs(gates.kept_fraction() - 0.5) <= 0.005
+        logged = [entry for entry in run.state.log_history if "gates/kept_fraction" in entry]
+        assert logged[0]["gates/kept_fraction"] == 1 and logged[-1]["gates/kept_fraction"] < 0.6
+        with torch.no_grad():
+            expected = model.eval()(token_ids()).logits
+            gp.pack(model)
+            torch.testing.assert_close(model(token_ids()).logits, expected, rtol=1e-4, atol=1e-5)
+        return run
+
+    def test_sft(self, tmp_path):
+        skip = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        rows = {"input_ids": token_ids(24, 6).tolist()}
+        self.check("SFT", tiny_model("llama", torch.float32), tmp_path, rows, settings=skip)
+
+    def test_dpo(self, tmp_path):
+        model = tiny_model("llama", torch.float32)
+        rows = {"prompt": ["ab: "] * 16, "chosen": ["yes"] * 16, "rejected": ["nope!"] * 16}
+        reference = copy.deepcopy(model)
+        before = reference(token_ids()).logits.detach()
+        run = self.check("DPO", model, tmp_path, rows, ref_model=reference)
+        assert torch.equal(reference(token_ids()).logits, before)
+        margins = [e["rewards/margins"] for e in run.state.log_history if "rewards/margins" in e]
+        assert margins[-1] > margins[0]
+
+    def test_grpo(self, tmp_path):
+        def letters(completions, **_):
+            # Hardly ever equal: texts of one reward bring no gradient.
+            return [sum(map(ord, completion)) / 500 for completion in completions]
+
+        model = tiny_model("llama", torch.float32)
+        rows = {"prompt": [f"{letter}: " for letter in "abcdefghijklmnop"]}
+        settings = {"num_generations": 4, "max_completion_length": 6}
+        self.check("GRPO", model, tmp_path, rows, batch=4, settings=settings, reward_funcs=letters)
 
 
 def test_gates_that_are_there_are_kept_or_refused(tmp_path):

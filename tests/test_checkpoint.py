@@ -1,6 +1,7 @@
 """save_pretrained and from_pretrained: exact round trips, named refusals, and saves that happen
 whole or not at all."""
 
+import copy
 import errno
 import json
 import os
@@ -116,16 +117,19 @@ class TestRoundTrip:
         assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
         assert logits_of(loaded).dtype == dtype
 
+    @pytest.mark.parametrize(
+        "save", [gp.save_pretrained, lambda model, f: model.save_pretrained(f)]
+    )
     @pytest.mark.parametrize("units", [("heads", "channels"), ("rows", "columns")])
-    def test_frozen_gates_stay_frozen(self, tmp_path, units):
+    def test_frozen_gates_stay_frozen(self, tmp_path, units, save):
         model = tiny_model("llama", torch.float32)
         gates = gp.attach(model, replace(CONFIG, units=units, width_multiple=1))
-        gp.save_pretrained(model, tmp_path / "m")
+        save(model, tmp_path / "m")
         assert "frozen" not in read(tmp_path / "m")["gatepack"]
         assert not gp.gates_of(gp.from_pretrained(tmp_path / "m")).frozen
 
         gp.GateTraining(model, steps=4).finish()
-        gp.save_pretrained(model, tmp_path / "m")
+        save(model, tmp_path / "m")
         assert read(tmp_path / "m")["gatepack"]["frozen"] is True
         loaded = gp.from_pretrained(tmp_path / "m").train()
         restored = gp.gates_of(loaded)
@@ -133,8 +137,19 @@ class TestRoundTrip:
         assert torch.equal(loaded(token_ids()).logits, model.train()(token_ids()).logits)
         assert loaded.config.gatepack == model.config.gatepack
         gates.unfreeze()
-        gp.save_pretrained(model, tmp_path / "m")
+        save(model, tmp_path / "m")
         assert not gp.gates_of(gp.from_pretrained(tmp_path / "m")).frozen
+
+    def test_frozen_is_said_of_gates_that_are_there(self):
+        model, gates = gated()
+        twin = copy.deepcopy(model)
+        gates.freeze()
+        assert model.config.gatepack["frozen"] is True and "frozen" not in twin.config.gatepack
+        gp.detach(model)
+        assert not hasattr(model.config, "gatepack")
+        gp.gates_of(twin).freeze()
+        gp.pack(twin)
+        assert not {"frozen", "gates"} & twin.config.gatepack.keys()
 
     @pytest.mark.parametrize("kind", ["gated", "packed"])
     def test_transformers_own_save(self, tmp_path, kind):

@@ -2,10 +2,11 @@
 caches that were filled under noise, and caches that no gated forward filled."""
 
 import copy
+from operator import attrgetter
 
 import pytest
 import torch
-from tiny import mask_dense, set_gates, tiny_model, token_ids
+from tiny import for_family, mask_dense, set_gates, tiny_model, token_ids
 
 import gatepack as gp
 from gatepack.families import FAMILIES
@@ -19,7 +20,7 @@ BETWEEN = ["training", "reference", "evaluation", "all open", "another path"]
 def gated(model_type="llama", noise=0.2, units=UNITS[0], seed=0, **overrides):
     model = tiny_model(model_type, **overrides)
     config = gp.GateConfig(noise=noise, target=0.9, width_multiple=1, units=units, seed=seed)
-    gates = gp.attach(model, config)
+    gates = gp.attach(model, for_family(model_type, config))
     set_gates(gates, "mixed")
     return model.train(), gates
 
@@ -38,7 +39,7 @@ def weighted(logits, seed=0):
 
 def head_counts(gates):
     return [
-        getattr(attention, name)
+        attrgetter(name)(attention)
         for attention, family, _ in gates.attachment.attentions
         for name, _ in family.head_attributes
     ]
@@ -275,3 +276,51 @@ class TestForeignCache:
             patch.setenv("GATEPACK_BACKEND", "dense")
             expected = model(IDS[:, 5:], past_key_values=kept).logits
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+class TestValueGradients:
+    """value_grads: summed over the forwards that backward passes reach since the last of them."""
+
+    @pytest.fixture(params=UNITS, ids="-".join)
+    def trained(self, request, folded):
+        return gated(units=request.param)
+
+    @staticmethod
+    def forward(model, gates, seed=0):
+        """A loss and the values of its gates, whose gradient is kept."""
+        loss = weighted(model(token_ids(seed=seed)).logits, seed)
+        values = gates.sample().flat
+        values.retain_grad()
+        return loss, values
+
+    def test_two_forwards_and_one_backward(self, trained):
+        model, gates = trained
+        (first, a), (second, b) = (self.forward(model, gates, seed) for seed in (0, 1))
+        (first + second).backward()
+        assert not torch.equal(a, b) and a.grad.any() and b.grad.any()
+        torch.testing.assert_close(gates.value_grads(), a.grad + b.grad)
+
+    def test_each_forward_with_its_backward(self, trained):
+        model, gates = trained
+        for seed in (0, 1):
+            loss, values = self.forward(model, gates, seed)
+            loss.backward()
+            torch.testing.assert_close(gates.value_grads(), values.grad)
+
+    def test_a_forward_without_gradients_between(self, trained):
+        model, gates = trained
+        loss, values = self.forward(model, gates)
+        with torch.no_grad():
+            model.eval()(IDS)
+        with pytest.raises(RuntimeError, match="run a training forward and backward first"):
+            gates.value_grads()
+        loss.backward()
+        assert values.grad.any()
+        torch.testing.assert_close(gates.value_grads(), values.grad)
+
+    def test_checkpointed_layers(self, trained):
+        model, gates = trained
+        save_activations(model)
+        (first, a), (second, b) = (self.forward(model, gates, seed) for seed in (0, 1))
+        (first + second).backward()
+        torch.testing.assert_close(gates.value_grads(), a.grad + b.grad)

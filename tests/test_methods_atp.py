@@ -24,15 +24,19 @@ pytest.importorskip("peft")
 # GLM, GLM-4 and Phi turn neighbouring lanes, or the first of them only; the others have no RoPE.
 ROTATED_HALVES = set(
     "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text granite smollm3 starcoder2 "
-    "modernbert".split()
+    "modernbert olmo olmo2 olmo3 apertus arcee exaone4 hunyuan_v1_dense ministral ministral3 "
+    "seed_oss".split()
 )
+
+# Every order in which the linears of a layer hold their rows.
+LAYOUTS = ["llama", "glm", "phi3", "gpt_neox", "gpt2", "bert", "modernbert"]
 
 
 def float64(values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("family", ["llama", "glm", "gpt2", "bert", "modernbert"])
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_kept_fraction_counts_what_packing_keeps(family):
     model, training = started(family, torch.float32, final="sample")
     expected = float(training.decisions.layout.kept_fraction(training.decisions.hard.double()))
@@ -60,7 +64,7 @@ def literal_linear(module, place, x, m, tunes: bool):
     return torch.stack(rows, -1)
 
 
-@pytest.mark.parametrize("family", ["llama", "glm", "gpt2", "bert", "modernbert"])
+@pytest.mark.parametrize("family", LAYOUTS)
 @pytest.mark.parametrize("tunes", [True, False])
 def test_linears_are_the_published_formulas(family, tunes):
     model, training = started(family)
@@ -81,7 +85,7 @@ def test_linears_are_the_published_formulas(family, tunes):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("family", ["llama", "glm", "gpt2", "bert", "modernbert"])
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_soft_decisions_have_the_gradient_of_the_evaluation_formula(family):
     model, training = started(family)
     decisions = training.decisions

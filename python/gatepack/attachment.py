@@ -1,7 +1,7 @@
 """Stage 3, modules: what attach changed in a model, kept up to date while it runs."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from transformers import Cache
 from gatepack.families import Family
 from gatepack.functional import sampled_values
 from gatepack.gates import Gate, GateSet
+from gatepack.head_counts import head_counts, set_head_counts, write_head_counts
 from gatepack.layers import GATES_NAME, Layer
 from gatepack.mlp import GatedMLP, ungate_mlp
 from gatepack.modules import gate_linear, is_gated, most_in_place, ungate_linear
@@ -52,10 +53,19 @@ class Attachment:
         self.gated = {place[2].gate.name: place for place in self.sites}
         self.gates.attachment = self
         self.root.add_module(GATES_NAME, self.gates)
-        self.root.config.gatepack = {
+        self.record()
+
+    def record(self) -> None:
+        """Says in the model's config, of which save_pretrained makes config.json, what gates it has
+        and whether they are frozen, which no tensor of theirs says."""
+        record = {
             **(getattr(self.root.config, "gatepack", None) or {}),
             "gates": self.gates.config.to_dict(),
+            "frozen": True,
         }
+        if not self.gates.frozen:
+            del record["frozen"]
+        self.root.config.gatepack = record
 
     def add_site(self, layer: Layer, path: str, site: Site) -> None:
         parent_path, _, name = path.rpartition(".")
@@ -140,7 +150,7 @@ class Attachment:
         """checkpoint(layer, *args): the layer runs with the gates of this forward in backward too,
         where those of later forwards are current."""
         gates = self.gates
-        sample, paths, counts = gates.sample(), gates.paths, _head_counts(places)
+        sample, paths, counts = gates.sample(), gates.paths, head_counts(places)
         trains = torch.is_grad_enabled() and sample.flat.requires_grad
         if "folded" in paths.values():
             # Not in the layer that asks first: run again, it would save less than it did.
@@ -163,14 +173,14 @@ class Attachment:
     def _restored(self, sample: Sample, paths: dict[str, str], counts: list) -> Iterator[None]:
         """Inside, the gates and head counts of an earlier forward."""
         gates = self.gates
-        before, counts_before = (gates.pinned, gates.paths), _head_counts(counts)
+        before, counts_before = (gates.pinned, gates.paths), head_counts(counts)
         gates.pinned, gates.paths = sample, paths
-        _write_head_counts(counts)
+        write_head_counts(counts)
         try:
             yield
         finally:
             gates.pinned, gates.paths = before
-            _write_head_counts(counts_before)
+            write_head_counts(counts_before)
 
     def renew(self, layers: list[Layer]) -> None:
         """Gates the linears of the layers: at first, or after release with gates of other sizes."""
@@ -227,25 +237,6 @@ def _tokens(args, kwargs) -> int:
     if first is None:
         return 0
     return first.numel() // (first.shape[-1] if first.is_floating_point() else 1)
-
-
-def set_head_counts(
-    attention: nn.Module, family: Family, queries: int, kv_heads: int, head_dim: int
-) -> None:
-    """Writes head counts to the attributes that the family's attention reads."""
-    values = {"queries": queries, "groups": queries // kv_heads, "width": queries * head_dim}
-    _write_head_counts([(attention, name, values[what]) for name, what in family.head_attributes])
-
-
-def _head_counts(places: Iterable[tuple]) -> list[tuple[nn.Module, str, int]]:
-    """(attention, attribute, its value) at each place (attention, attribute, ...)."""
-    return [(attention, name, getattr(attention, name)) for attention, name, *_ in places]
-
-
-def _write_head_counts(counts: list[tuple[nn.Module, str, int]]) -> None:
-    for attention, name, count in counts:
-        if getattr(attention, name) != count:
-            setattr(attention, name, count)
 
 
 def _set_dense_head_counts(attention: nn.Module, family: Family, gate: Gate) -> None:

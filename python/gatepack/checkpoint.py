@@ -17,7 +17,7 @@ from torch import nn
 from gatepack.config import GateConfig
 from gatepack.errors import first_line
 from gatepack.files import left_aside, read_json, replaced_folder
-from gatepack.hf import attach, gates_of
+from gatepack.hf import attach
 from gatepack.layers import GATES_NAME, hf_model
 from gatepack.packing import FORMAT_VERSION, shrink
 from gatepack.row_column_packing import shrink_linears
@@ -67,19 +67,10 @@ def saving(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> It
     refuse_adapters(root)
     with replaced_folder(directory, SUPERSEDED) as folder:
         root.save_pretrained(folder)
-        if hasattr(root, GATES_NAME) and gates_of(root).frozen:
-            _record_frozen(folder / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_manifest(folder)
         yield folder
-
-
-def _record_frozen(path: Path) -> None:
-    """Says in a config.json that the gates are frozen, which no tensor of theirs does."""
-    config = read_json(path)
-    config["gatepack"]["frozen"] = True
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def refuse_adapters(root: nn.Module) -> None:
@@ -162,7 +153,8 @@ def from_pretrained(directory: str | os.PathLike, *, verify: bool = True, **kwar
             if "gates" in record:
                 attach(self, GateConfig.from_dict(record["gates"]))
 
-    Rebuilt.__name__ = dense_class.__name__
+    # transformers renames and stacks the tensors of a file by the class that it is for.
+    Rebuilt.__name__, Rebuilt.__module__ = dense_class.__name__, dense_class.__module__
     _refuse_misfits(_sketch(Rebuilt, config, directory), shapes, directory)
     try:
         # Sizes that differ are refused below, with the tensor's name, which transformers' own error

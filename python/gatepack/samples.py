@@ -154,6 +154,25 @@ class Sample:
         return self._shared_running[gate.name]
 
 
+class ValueGradients:
+    """total: dL/dz, fp32 [N], of all backward passes since the last forward that has gradients,
+    summed over the samples that they reach; None before the first."""
+
+    def __init__(self):
+        self.total: torch.Tensor | None = None
+        self._begins = False
+
+    def watch(self, flat: torch.Tensor) -> None:
+        """Adds up what backward passes bring to the values of a new sample [N]."""
+        # Not retain_grad: a sample that another forward has followed is not there any more.
+        flat.register_hook(self._add)
+        self._begins = True
+
+    def _add(self, grad: torch.Tensor) -> None:
+        begins, self._begins = self._begins or self.total is None, False
+        self.total = grad.detach().clone() if begins else self.total + grad.detach()
+
+
 def lane_indices(units: torch.Tensor, lanes: int) -> torch.Tensor:
     """Units [n] -> the lanes they cover, int64 [n * lanes]."""
     if lanes == 1:

@@ -27,6 +27,34 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def replicated(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor that is the same on every rank, as an operand beside one that may be sharded."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def sharding_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that fully_shard has changed, also while they hold whole parameters."""
+    if not dist.is_available() or not dist.is_initialized():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Gives back the whole parameters that a forward without a backward has left.
+
+    What is written to those is lost, and they do not say that a model is sharded.
+    """
+    for module in sharding_modules(model):
+        module.reshard()
+
+
 def refuse_sharded(model: nn.Module, what: str, remedy: str) -> None:
     """ValueError for a model with a sharded parameter: what cannot be done, and what to do."""
     name = next((name for name, p in model.named_parameters() if is_sharded(p)), None)

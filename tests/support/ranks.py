@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gatepack as gp
 from gatepack.layers import GATES_NAME
+from gatepack.modules import base_linear
 
 STEPS = 6
 WHOLE = StateDictOptions(full_state_dict=True)
@@ -43,20 +44,32 @@ def fine_gates(model):
     return method.start(model, STEPS)
 
 
-def atp(model):
-    method = gp.methods.ATP(lora_rank=2, lora_dropout=0.0, generator_rate=1e-2)
+def atp(model, **fields):
+    # Of a rank that two processes share unevenly.
+    method = gp.methods.ATP(lora_rank=3, lora_dropout=0.0, generator_rate=1e-2, **fields)
     return method.start(model, STEPS, [token_ids(2, 6, seed=50)])
 
 
-STARTS = {"gates": gates_training, "fine_gates": fine_gates, "atp": atp, "distilled": distilled}
+def proximal(model):
+    return atp(model, regulariser="proximal", proximal_rate=1e-5)
 
 
-def shard(model) -> None:
-    """FSDP2 on every layer and the rest, but the logits, which each rank needs."""
+STARTS = {
+    "gates": gates_training,
+    "fine_gates": fine_gates,
+    "atp": atp,
+    "atp_proximal": proximal,
+    "distilled": distilled,
+}
+
+
+def shard(model, by_layer: bool) -> None:
+    """FSDP2 on every layer and the rest, or on all at once; the logits each rank needs whole."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.model.layers:
+    for layer in model.model.layers if by_layer else ():
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params={gp.gates_of(model).logits})
+    gates = getattr(model, GATES_NAME, None)
+    fully_shard(model, mesh=mesh, ignored_params=set() if gates is None else {gates.logits})
 
 
 def accelerated(model, optimizer):
@@ -93,8 +106,8 @@ def run(
     model = tiny_model("llama", torch.float32).train()
     training = STARTS[name](model)
     wrapped = model
-    if ranks > 1 and wrap == "fsdp":
-        shard(model)
+    if ranks > 1 and wrap in ("fsdp", "fsdp_at_once"):
+        shard(model, by_layer=wrap == "fsdp")
     elif ranks > 1 and wrap == "ddp":
         wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(training.weights(), lr=0.05, momentum=0.5)
@@ -145,18 +158,27 @@ def worker(rank: int, name: str, port: int, folder: str, options: dict) -> None:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model, training = run(name, rank, 2, **options)
     state = {"model": get_model_state_dict(model, options=WHOLE), "training": training.state_dict()}
-    if options.get("wrap") in ("fsdp", "accelerate"):
-        local = model.model.layers[0].mlp.up_proj.weight.to_local()
+    if options.get("wrap") != "ddp":
+        local = base_linear(model.model.layers[0].mlp.up_proj).weight.to_local()
         state["local"] = torch.tensor(local.shape)
-        for refused in (lambda: gp.pack(model), lambda: gp.attach(model, gp.GateConfig())):
+        whole = [lambda: gp.attach(model, gp.GateConfig())]
+        if hasattr(model, GATES_NAME):
+            whole.append(lambda: gp.pack(model))
+        for refused in whole:
             try:
                 refused()
             except ValueError as error:
                 assert "is sharded over ranks, so" in str(error)
             else:
                 raise AssertionError("a sharded model was taken for a whole one")
+    state["logits"] = evaluated(model)
     torch.save(state, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+@torch.no_grad()
+def evaluated(model) -> torch.Tensor:
+    return model.eval()(token_ids(2, 6, seed=60), use_cache=False).logits
 
 
 def forgets_to_ignore(rank: int, port: int) -> None:
@@ -178,6 +200,22 @@ def forgets_to_ignore(rank: int, port: int) -> None:
             assert "pass ignored_params={gatepack.gates_of(model).logits}" in str(error)
         else:
             raise AssertionError("sharded logits were trained")
+    dist.destroy_process_group()
+
+
+def loads_before_sharding(rank: int, port: int) -> None:
+    """A projection that is owed to LoRA which fully_shard has gathered already is refused."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = tiny_model("llama", torch.float32).train()
+    training = proximal(model)
+    training.load_state_dict({**training.state_dict(), "owes_projection": torch.tensor(True)})
+    shard(model, by_layer=False)
+    try:
+        model(token_ids())
+    except RuntimeError as error:
+        assert "call load_state_dict of this training after fully_shard" in str(error)
+    else:
+        raise AssertionError("a projection was lost")
     dist.destroy_process_group()
 
 

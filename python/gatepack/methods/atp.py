@@ -25,14 +25,15 @@ from gatepack.methods.group_lasso import lasso, proximal
 from gatepack.methods.masked_lora import Decisions, mask_linears, merge_adapters, unmask_linears
 from gatepack.modules import linear_shape
 from gatepack.quality import input_device
-from gatepack.row_column import QUERY_KEY
-from gatepack.sharding import over_ranks, refuse_sharded
+from gatepack.row_column import QUERY_KEY, attach_rows_columns
+from gatepack.sharding import is_sharded, over_ranks, refuse_sharded, reshard, sharding_modules
 
 REGULARISERS = ("lasso", "proximal", "none")
 
-# RoPE turns lanes (j, j + head_dim / 2) in these families. In the two named here each head has a
-# norm before it, by which a lane that closes changes the others: QUERY_KEY leaves them out.
-ROTATED_HALVES = {"qwen3", "gemma3_text", *(f for f, how in QUERY_KEY.items() if how == "pairs")}
+# RoPE turns lanes (j, j + head_dim / 2) in these families. Those named here have a norm beside it,
+# by which a lane that closes changes the others: QUERY_KEY leaves them out.
+_NORMED = "qwen3 gemma3_text olmo2 olmo3 exaone4 hunyuan_v1_dense apertus".split()
+ROTATED_HALVES = {*_NORMED, *(f for f, how in QUERY_KEY.items() if how == "pairs")}
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class ATP:
         root = hf_model(model)
         if model is not root or _has_adapters(root):
             return
+        refuse_sharded(root, "LoRA cannot be put on it", "call prepare or start before fully_shard")
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
@@ -144,8 +146,9 @@ class ATPTraining:
         training.finish()
         gp.pack(model)
 
-    Noise comes from the method's seed and the step alone, so ranks decide alike. The generator is
-    not part of the model; state_dict holds it, its optimizer and the decisions. An earlier training
+    Noise comes from the method's seed and the step alone, so ranks decide alike, with
+    DistributedDataParallel and fully_shard (start before that). The generator is not part of the
+    model; state_dict holds it, its optimizer and the decisions. An earlier training
     of the same model, of a run that was interrupted, gives it up; LoRA goes on from where it is.
     """
 
@@ -178,7 +181,8 @@ class ATPTraining:
         self.owes_projection = False
         self._begun = False
         self.budget_loss = float("nan")
-        self._handle = self.root.register_forward_pre_hook(self._project)
+        self._handles: list = []
+        self._watch()
         self._draw()
 
     def weights(self) -> list[nn.Parameter]:
@@ -191,11 +195,6 @@ class ATPTraining:
         Called before the backward passes of an optimizer step, whose loss loss_scale multiplies.
         """
         self._check_at_work()
-        refuse_sharded(
-            self.root,
-            "LoRA has no whole rows and columns to push to 0",
-            "train ATP with DistributedDataParallel",
-        )
         if self.method.regulariser == "lasso":
             self._add_lasso(loss_scale)
         self._begun = True
@@ -216,8 +215,20 @@ class ATPTraining:
             if self.done >= math.ceil(self.method.freeze * self.steps):
                 self._freeze()
         self.owes_projection = self.method.regulariser == "proximal"
+        if sharding_modules(self.model):
+            self._watch()
+
+    def _watch(self) -> None:
+        """Before every forward, also of a PEFT model; and before fully_shard gathers parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [
+            module.register_forward_pre_hook(self._project, prepend=True)
+            for module in {self.root, self.model}
+        ]
 
     def _add_lasso(self, loss_scale: float) -> None:
+        reshard(self.model)
         weight = self.method.last_weight if self.frozen else self.method.lasso_weight
         factors = [p for name, p in self.root.named_parameters() if "lora_" in name]
         factors = [p for p in factors if p.requires_grad]
@@ -243,7 +254,7 @@ class ATPTraining:
             self.decisions.softened(soft),
             torch.autocast(self._device.type, lowered, enabled=lowered is not None),
         ):
-            loss = self.root(**inputs).loss
+            loss = self.model(**inputs).loss
         parameters = list(self.generator.parameters())
         found = torch.autograd.grad(loss + method.budget_weight * budget, parameters)
         for parameter, grad in zip(parameters, found, strict=True):
@@ -287,13 +298,27 @@ class ATPTraining:
         """The proximal step that the last optimizer step left to do, before anything runs."""
         if not self.owes_projection:
             return
+        reshard(self.model)
+        self._refuse_gathered()
         self.owes_projection = False
         rise = math.expm1(min(1.0, self.done / self.steps)) / math.expm1(1.0)
         proximal(self.root, self.decisions, 5e4 * rise * self.method.proximal_rate)
 
+    def _refuse_gathered(self) -> None:
+        """RuntimeError if fully_shard has gathered LoRA: what is written to it would be lost."""
+        gathered = [n for n, p in self.root.named_parameters() if not is_sharded(p)]
+        factor = next((name for name in gathered if "lora_" in name), None)
+        if factor is not None and sharding_modules(self.model):
+            raise RuntimeError(
+                f"{factor} is whole where the model is sharded, so that the proximal step that is "
+                "owed would be lost: call load_state_dict of this training after fully_shard, and "
+                "leave no LoRA out of that"
+            )
+
     def _release(self) -> None:
         """Decisions no longer act on the model; LoRA stays as it is."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         unmask_linears(self.root, self.decisions)
 
     def _check_at_work(self) -> None:
@@ -307,20 +332,25 @@ class ATPTraining:
         """Fixes the decisions and turns them into closed gates on rows and columns.
 
         The gates act on W + BA alike, so LoRA that is left on pruned units goes with them. Adapters
-        that ATP put on are merged; those of a PEFT model stay, inside the gates. Gives the kept
-        fraction; gatepack.pack(model) then removes what is closed.
+        that ATP put on are merged; those of a PEFT model stay, inside the gates, and so do those of
+        a model that fully_shard has changed, which cannot be packed: load its state and this
+        training's into one process, and finish there. Gives the kept fraction; gatepack.pack(model)
+        then removes what is closed.
         """
         if hasattr(self.root, GATES_NAME):
             return getattr(self.root, GATES_NAME).kept_fraction()
         self._check_at_work()
         if not self.frozen:
             self._freeze()
+        reshard(self.model)
         self._project()
         self._release()
-        if self.owns_adapters:
-            merge_adapters(self.root, self.decisions)
         config = GateConfig(units=("rows", "columns"), noise=0.0, target=self.method.target)
-        gates = attach(self.model, config)
+        sharded = bool(sharding_modules(self.model))
+        if self.owns_adapters and not sharded:
+            merge_adapters(self.root, self.decisions)
+        # fully_shard holds on to the linears, but not to the LoRA layers around them.
+        gates = attach_rows_columns(self.root, config) if sharded else attach(self.root, config)
         for place in self.decisions.layout.places:
             side = "columns" if place.rows is None else "rows"
             mask = self.decisions.hard[self.decisions.index[place.name]]
@@ -329,7 +359,10 @@ class ATPTraining:
         return gates.kept_fraction()
 
     def metrics(self) -> dict[str, float]:
-        """What a log should say: kept fraction of the present decisions, and both losses."""
+        """What a log should say: kept fraction of the present decisions, and both losses.
+
+        With LoRA sharded over ranks, every rank must ask.
+        """
         pushed = 0.0
         if not hasattr(self.root, GATES_NAME):
             with torch.no_grad():
@@ -362,6 +395,7 @@ class ATPTraining:
         self.budget_loss = float(state["budget_loss"])
         self.done = int(state["done"])
         self.frozen, self.owes_projection = bool(state["frozen"]), bool(state["owes_projection"])
+        self._watch()
 
 
 def _has_adapters(root: nn.Module) -> bool:

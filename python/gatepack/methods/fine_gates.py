@@ -1,5 +1,6 @@
 """Stage 4, methods: FineGates, gates on the rows and columns of linears, trained to a sparsity."""
 
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gatepack.calibration import Batch, token_mask, token_rows
 from gatepack.config import GateConfig
 from gatepack.functional import spread_lanes
 from gatepack.gate_training import GateSchedule, GateTraining
 from gatepack.gates import Gate
 from gatepack.hf import attach, gates_of
 from gatepack.layers import GATES_NAME, hf_model, layers_of
-from gatepack.methods.statistics import Batch
 from gatepack.modules import base_linear, weight_matrix
 from gatepack.sharding import over_ranks, whole
 
@@ -41,7 +42,7 @@ class FineGates:
     1 / (gates of its side), so that wide linears lag; "units" multiplies that by the gates of its
     side over the average; "kurtosis" replaces the mean by softmax(-sqrt(kurtosis) /
     kurtosis_temperature), of mean(x)_j W_ij along the other axis, over all gates, so that k does
-    not move as gates close, renewed every kurtosis_every steps.
+    not move as gates close, renewed every kurtosis_every steps, without padding (attention_mask).
 
     warmup, freeze: fractions of all steps before which the penalty is 0, and from which the gates
     stay as they are. learning_rate: of Adam on the logits, without weight decay, down a cosine to
@@ -198,7 +199,9 @@ class FineGatesTraining(GateTraining):
 
     def __init__(self, model: nn.Module, steps: int, method: FineGates):
         self.method = method
-        self._inputs: dict[str, list[torch.Tensor]] = {}
+        # Linear -> sum over tokens of what it was given [K], and how many; of these the mask.
+        self._inputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._token_mask: torch.Tensor | None = None
         super().__init__(model, steps, GateSchedule(method.learning_rate, 0.0, 0.0, method.freeze))
         device = self.gates.logits.device
         self.sizes = torch.tensor([gate.size for _, gate in self.gates.items()], device=device)
@@ -212,9 +215,14 @@ class FineGatesTraining(GateTraining):
         super()._watch()
         self._hooks = []
         if self.method.weighting == "kurtosis":
+            root = hf_model(self.model)
             self._hooks = [
                 parent._modules[name].register_forward_pre_hook(self._recorder(linear, columns))
                 for parent, name, linear, columns in self._linears()
+            ]
+            self._hooks += [
+                module.register_forward_pre_hook(self._read_mask, with_kwargs=True)
+                for module in {root, root.base_model}
             ]
 
     def _unwatch(self) -> None:
@@ -229,14 +237,24 @@ class FineGatesTraining(GateTraining):
             for parent, name, site in self.gates.attachment.sites
         ]
 
+    def _read_mask(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        named = dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
+        self._token_mask = token_mask({**named, **kwargs})
+
     def _recorder(self, linear: str, columns: Gate | None):
         def hook(module, args):
-            if module.training and self.done % self.method.kurtosis_every == 0:
-                x = args[0].detach().float()
-                mean = x.reshape(-1, x.shape[-1]).mean(0)
-                if columns is not None and len(mean) != columns.size:
-                    mean = spread_lanes(mean, columns.open().lanes, columns.size)
-                self._inputs.setdefault(linear, []).append(mean)
+            runs_again = torch._C._current_graph_task_id() != -1  # by gradient checkpointing
+            if not module.training or self.done % self.method.kurtosis_every or runs_again:
+                return
+            rows = counted_rows(args[0].detach(), self._token_mask, linear).float()
+            total = rows.sum(0)
+            if columns is not None and len(total) != columns.size:
+                total = spread_lanes(total, columns.open().lanes, columns.size)
+            count = total.new_tensor(len(rows))
+            if linear in self._inputs:
+                before, so_far = self._inputs[linear]
+                total, count = total + before, count + so_far
+            self._inputs[linear] = total, count
 
         return hook
 
@@ -270,7 +288,8 @@ class FineGatesTraining(GateTraining):
     def _renew_weights(self) -> None:
         parts = {}
         for parent, child, linear, _ in self._linears():
-            mean = over_ranks(torch.stack(self._inputs[linear]).mean(0))
+            total, count = (over_ranks(part) for part in self._inputs[linear])
+            mean = total / count.clamp(min=1e-9)
             reached = whole(weight_matrix(base_linear(parent._modules[child]))).float() * mean
             for side, axis in (("rows", 1), ("columns", 0)):
                 heavy = kurtosis(reached, axis).sqrt() / self.method.kurtosis_temperature
@@ -293,6 +312,27 @@ class FineGatesTraining(GateTraining):
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         super().load_state_dict(state)
         self.unit_weights = state["unit_weights"].to(self.gates.logits.device, copy=True)
+
+
+def counted_rows(x: torch.Tensor, mask: torch.Tensor | None, linear: str) -> torch.Tensor:
+    """Rows [T, C] of what a linear was given, x [*, C], without padding; mask: as of token_mask.
+
+    x holds all tokens of mask [B, S] or the last ones of each row, or, without padding already, one
+    row for each that is kept or for each text. ValueError for another shape.
+    """
+    if mask is None:
+        return token_rows(x, None)
+    n_rows = x.shape[:-1].numel()
+    if n_rows == mask.numel():
+        return token_rows(x, mask)
+    if x.dim() == 3 and len(x) == len(mask) and x.shape[1] < mask.shape[1]:
+        return token_rows(x, mask[:, -x.shape[1] :])
+    if n_rows in (len(mask), int(mask.sum())):
+        return token_rows(x, None)
+    raise ValueError(
+        f"attention_mask: {linear} is given {list(x.shape)}, of which a mask {list(mask.shape)} "
+        'does not say which rows are padding; use another weighting than "kurtosis"'
+    )
 
 
 def kurtosis(x: torch.Tensor, axis: int) -> torch.Tensor:

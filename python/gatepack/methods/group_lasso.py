@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from gatepack.methods.masked_lora import Decisions
-from gatepack.modules import operands_of
+from gatepack.modules import adapters_of
+from gatepack.sharding import replicated, whole
 
 EPSILON = 1e-8
 
@@ -14,9 +15,14 @@ EPSILON = 1e-8
 def _groups(root: nn.Module, decisions: Decisions) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(index into the decisions, factor [groups, r]): rows of B, or columns of A, of each LoRA."""
     for place in decisions.layout.places:
-        for adapter in operands_of(root.get_submodule(place.name)).adapters:
+        for adapter in adapters_of(root.get_submodule(place.name)):
             factor = adapter.a.t() if place.rows is None else adapter.b
             yield decisions.index[place.name], factor
+
+
+def _squares(factor: torch.Tensor) -> torch.Tensor:
+    """|w_j|^2 of each group of a factor, sharded over ranks or not: whole on each, in its dtype."""
+    return whole(factor.square().sum(1))
 
 
 def lasso(root: nn.Module, decisions: Decisions) -> torch.Tensor:
@@ -29,7 +35,7 @@ def lasso(root: nn.Module, decisions: Decisions) -> torch.Tensor:
     total = None
     for index, factor in _groups(root, decisions):
         pruned = (~decisions.hard)[index].to(factor.dtype)
-        square = (pruned[:, None] * factor).square().sum(1)
+        square = pruned * _squares(factor)
         norms = ((square + EPSILON).sqrt() - torch.full_like(square, EPSILON).sqrt()).sum()
         total = norms if total is None else total + norms
     return total / (3 * decisions.layout.layers)
@@ -46,8 +52,7 @@ def proximal(root: nn.Module, decisions: Decisions, strength: float) -> None:
     squares = torch.zeros(len(hard), dtype=torch.float32, device=hard.device)
     groups = list(_groups(root, decisions))
     for index, factor in groups:
-        norms = factor.float().square().sum(1)
-        squares = squares.index_put((index,), norms, accumulate=True)
+        squares = squares.index_put((index,), _squares(factor.float()), accumulate=True)
     pruned = (~hard).reshape(layout.layers, -1).float()
     shares = [part.sum(1, keepdim=True).expand_as(part) for part in pruned.split(layout.lengths, 1)]
     share = torch.cat(shares, 1).reshape(-1) / pruned.sum().clamp(min=1)
@@ -55,4 +60,4 @@ def proximal(root: nn.Module, decisions: Decisions, strength: float) -> None:
     shrunk = (norms - strength * share).clamp(min=0) / norms.clamp(min=1e-30)
     scale = torch.where(hard, 1.0, shrunk)
     for index, factor in groups:
-        factor *= scale[index][:, None].to(factor.dtype)
+        factor *= replicated(scale[index][:, None].to(factor.dtype), factor)
