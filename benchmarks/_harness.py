@@ -17,12 +17,17 @@ from pathlib import Path
 
 import torch
 
+from gatepack import _env
+
 ROOT = Path(__file__).resolve().parent.parent
 L2_BYTES = 256 << 20  # more than the L2 of any GPU at hand: 50 MB on H100, 126 MB on B200
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()
 
 
@@ -37,7 +42,8 @@ def _cpu() -> str:
 def environment(device: torch.device | str = "cpu") -> dict:
     """What a number depends on besides the code: commit, dirty, date, device, torch, triton.
 
-    dirty: whether anything but results has changed since the commit.
+    dirty: whether anything but results has changed since the commit. Of a copy of the sources that
+    is no checkout, GATEPACK_COMMIT is the commit, and what has changed since cannot be known.
     """
     device = torch.device(device)
     try:
@@ -48,7 +54,7 @@ def environment(device: torch.device | str = "cpu") -> dict:
         triton_version = None
     on_gpu = device.type == "cuda"
     return {
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": _git("rev-parse", "--short", "HEAD") or _env.commit(),
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu(),
@@ -126,7 +132,10 @@ def _capture(function):
     with torch.cuda.stream(stream):
         for _ in range(3):
             function()
+        waits = makes_the_host_wait(function)
     torch.cuda.current_stream().wait_stream(stream)
+    if waits:
+        return None
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -135,6 +144,23 @@ def _capture(function):
         torch.cuda.synchronize()
         return None
     return graph
+
+
+def makes_the_host_wait(function) -> bool:
+    """Whether a call of function on a GPU waits for it, or fails.
+
+    To be asked before a capture: one that fails leaves torch's generator of random numbers
+    unusable for the rest of the process.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
 
 
 def ceilings(device: torch.device | str, dtype: torch.dtype) -> dict:

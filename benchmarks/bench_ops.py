@@ -12,6 +12,7 @@ run, and only the others are timed.
 
 import argparse
 import itertools
+import sys
 
 import torch
 from _harness import append, ceilings, environment
@@ -41,19 +42,26 @@ def main() -> None:
         f"{stamp['device']}, torch {stamp['torch']}, {options.dtype}: matmul "
         f"{rates['flops'] / 1e12:.2f} TFLOP/s, copy {rates['copy'] / 1e9:.0f} GB/s; ms per step"
     )
+    failed = 0
     grid = itertools.product(options.models, options.tokens, options.open)
     for (model, tokens, kept), (op, module) in itertools.product(
         list(grid), modules(options.ops).items()
     ):
         torch.manual_seed(0)
         case = Case(model, tokens, kept, dtype, options.device)
-        work = module.work(case)
-        if work is None:
+        try:
+            work = module.work(case)
+            if work is None:
+                continue
+            rows = measure("op", op, case, work, rates, options.seconds, compiled=on_gpu)
+        except (SystemExit, Exception) as error:  # one case shall not end the others
+            failed += 1
+            print(f"FAILED {op} {model} T={tokens} {kept:.0%} open: {error}", flush=True)
             continue
-        rows = measure("op", op, case, work, rates, options.seconds, compiled=on_gpu)
         print(line(rows), flush=True)
         if options.json:
             append(options.json, [{**row, **stamp} for row in rows])
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Parts, in this order: goals (the cases that decide them, results checked first, 
 turn), packing (fold_pack and pack_tensors), startup, levels (each level once), ops, and curves (as
 gates close, as T and the batch grow). Each case is written to DIR as it ends; what does not fit
 into the budget is named and left out, and the same command goes on where the last one stopped, on
-the same commit and device. --again measures all anew; --table prints what DIR holds.
+the same commit and device. --again measures all anew; --table prints what DIR holds. An error ends
+its own case; after one that takes the GPU from the process, a new process goes on (--tried).
 
 The table: goal, what was reached, ours, every contender, the share of the roofline, and pass or
 short; for goals of a GPU that is not at hand, what benchmarks/_roofline.py predicts. Exit code 1
@@ -16,12 +17,14 @@ if a contender is wrong or fails.
 
 import argparse
 import json
+import os
 import platform
 import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import _roofline
@@ -96,6 +99,10 @@ def cases_of(part: str, device: str) -> list[tuple[str, str, dict]]:
     return list(unique.values())
 
 
+class DeviceLost(Exception):
+    """An error on a GPU that ends all use of it in this process."""
+
+
 class Bench:
     """One run: where results go, what is there already, and how much time is left."""
 
@@ -106,6 +113,7 @@ class Bench:
         self.stamp = environment(self.device)
         self.deadline = time.monotonic() + 60 * options.budget
         self.again = options.again
+        self.before, self.tried = frozenset(options.tried), list(options.tried)
         self.failed: list[str] = []
         self.left_out: list[str] = []
         self.rates = self._ceilings()
@@ -157,11 +165,12 @@ class Bench:
     def case(self, part: str, kind: str, name: str, fields: dict) -> None:
         case = Case(dtype=self.dtype, device=self.device, **fields)
         label = f"{name} {json.dumps(fields)}"
-        if self.known(kind, name, case):
+        if label in self.before or self.known(kind, name, case):
             return
         if self.left < 20:
             self.left_out.append(label)
             return
+        self.tried.append(label)
         torch.manual_seed(0)
         seconds = min(12.0 if part == "goals" else 5.0, self.left / 4)
         compiled = self.on_gpu or part == "goals" and name == "mlp"
@@ -174,15 +183,26 @@ class Bench:
                 if work is None:
                     return
                 rows = measure("op", name, case, work, self.rates, seconds, compiled=self.on_gpu)
-        except (SystemExit, RuntimeError, torch.OutOfMemoryError) as error:
+        except (SystemExit, Exception) as error:  # one case shall not end the others
             self.failed.append(f"{label}: {str(error).splitlines()[0] if str(error) else error!r}")
             print(f"FAILED {self.failed[-1]}", flush=True)
+            if not isinstance(error, SystemExit):
+                traceback.print_exception(error)
             return
         finally:
-            if self.on_gpu:
-                torch.cuda.empty_cache()
+            self._free()
         self.write("ops.jsonl" if kind == "op" else "levels.jsonl", rows)
         print(line(rows), flush=True)
+
+    def _free(self) -> None:
+        """Gives back a GPU's memory; DeviceLost where a kernel left it unusable."""
+        if not self.on_gpu:
+            return
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            raise DeviceLost from error
 
     def script(self, name: str, file: str, *arguments: str) -> None:
         """Another bench of this folder, which writes its own lines."""
@@ -299,6 +319,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--again", action="store_true", help="measure what is there, too")
+    parser.add_argument("--tried", nargs="*", default=[], help="cases to leave out, as printed")
     parser.add_argument("--table", action="store_true", help="print what DIR holds and stop")
     options = parser.parse_args()
     if options.device == "auto":
@@ -323,12 +344,16 @@ def main() -> None:
             bench.part(part)
     except KeyboardInterrupt:
         bench.failed.append("interrupted")
+    except DeviceLost:
+        print("the GPU is lost to this process, the other cases follow in a new one", flush=True)
+        rest = ["--budget", str(bench.left / 60), "--tried", *bench.tried]
+        os.execv(sys.executable, [sys.executable, *sys.argv, *rest])
     print(table(bench.results(), options.device, facts))
     for text in bench.left_out:
         print(f"LEFT OUT, no time: {text}")
     for text in bench.failed:
         print(f"FAILED {text}")
-    sys.exit(bool(bench.failed))
+    sys.exit(bool(bench.failed or options.tried))
 
 
 if __name__ == "__main__":

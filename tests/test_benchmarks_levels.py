@@ -50,6 +50,7 @@ def test_contenders_of_a_level_agree(level):
     steps, errors = _measure.prepare(work, case.dtype, compiled=False)
     assert {"ours", "masked"} <= set(errors) <= set(steps)
     assert "finegates" in steps if level in ("mlp", "finegates_step") else "dense" in steps
+    assert ("torch_pruning" in steps) == (level == "mlp")
     for step in steps.values():
         step()
 
@@ -90,12 +91,16 @@ def test_published_fine_gates_at_one_are_the_linear():
     assert gated.penalty(0.0) < 0.05
 
 
-def test_torch_pruning_cuts_to_our_widths():
-    pytest.importorskip("torch_pruning")
+def test_torch_pruning_cuts_what_a_mask_would_leave_out():
     mlp = build(tiny("mlp"), layers=1, vocabulary=16).model.layers[0].mlp
-    pruned = prune_mlp(mlp, torch.arange(0, 1536, 2), torch.randn(1, 3, 384))
+    x, z = torch.randn(1, 3, 384), torch.ones(1536)
+    z[::2] = 0
+    masked = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) * z)
+    pruned = prune_mlp(mlp, (z == 0).nonzero().squeeze(1), x)
     assert pruned.down_proj.weight.shape == (384, 768)
     assert pruned.gate_proj.weight.shape == pruned.up_proj.weight.shape == (768, 384)
+    assert not any(p.requires_grad for p in pruned.parameters())
+    torch.testing.assert_close(pruned(x), masked)
 
 
 def test_peak_memory_counts_what_is_held_at_once():
@@ -197,7 +202,7 @@ def bench(tmp_path, monkeypatch):
     tiny_case = {key: TINY[key] for key in ("model", "tokens", "kept")}
     monkeypatch.setattr(run, "cases_of", lambda *_: [("level", "mlp", tiny_case)])
     options = argparse.Namespace(
-        device="cpu", dtype=None, out=tmp_path, budget=1.0, again=False, parts=("levels",)
+        device="cpu", dtype=None, out=tmp_path, budget=1.0, again=False, parts=("levels",), tried=[]
     )
     return options, seen
 
@@ -380,6 +385,11 @@ def test_import_costs_little_beyond_torch(what):
 def test_import_goals_are_measured():
     named = [goal.name for goal in goals.GOALS if goal.name.startswith("import")]
     assert named and set(named) <= set(bench_startup.IMPORTS)
+
+
+def test_startup_is_timed_with_bytecode(monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert bench_startup.seconds("import sys; print(float(sys.dont_write_bytecode))") == 0.0
 
 
 def test_a_startup_probe_that_fails_says_so():

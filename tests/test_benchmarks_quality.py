@@ -216,8 +216,8 @@ def test_page_gives_the_spread_over_seeds(tmp_path, monkeypatch):
     assert f"| FineGates | {spread} | {step} | 3 |" in page
     assert "over seeds. Gates of FineGates close between 25% and 75% of the steps. Speed" in page
     assert "| full fine-tuning | 0 % | 90.0% | 1 |  |  |  | 1 |" in page
-    lost = "| qnli, 20% removed by FineGates: accuracy below full fine-tuning | at most 0.5% | 10.0% | short |"
-    assert lost in page
+    goal = "qnli, 20% removed by FineGates: accuracy below full fine-tuning"
+    assert f"| {goal} | at most 0.5% | 10.0% | short |" in page
 
 
 def test_batches_of_like_length_hold_all_examples():

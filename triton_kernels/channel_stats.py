@@ -146,7 +146,7 @@ def _channel_stats_fwd_kernel(
     count, center, rest, total = _merge(n[:, None], origin, mean, deviation)
     if tile == 0:
         tl.store(count_ptr + split + tl.arange(0, 1), count)
-    plane = splits.to(tl.int64) * C
+    plane = tl.cast(splits, tl.int64) * C
     out = partial_ptr + split * C + c
     tl.store(out, center, mask=in_c)
     tl.store(out + plane, rest, mask=in_c)
@@ -168,7 +168,7 @@ def _channel_stats_fwd_merge_kernel(
 ):
     c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     in_c = c < C
-    plane = splits.to(tl.int64) * C
+    plane = tl.cast(splits, tl.int64) * C
     total = tl.zeros([1], tl.int64)
     n = tl.zeros([1], tl.float32)
     mean = tl.zeros([BLOCK_C], tl.float32)
@@ -202,7 +202,7 @@ def _channel_stats_fwd_merge_kernel(
     # max drops a NaN; the sum keeps it.
     max_abs = tl.where(abs_sum == abs_sum, max_abs, abs_sum)
     mean += rest
-    plane = C.to(tl.int64)
+    plane = tl.cast(C, tl.int64)
     tl.store(stats_ptr + c, mean * n, mask=in_c)
     tl.store(stats_ptr + plane + c, abs_sum, mask=in_c)
     tl.store(stats_ptr + 2 * plane + c, deviation + mean * mean * n, mask=in_c)

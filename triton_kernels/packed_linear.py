@@ -134,7 +134,7 @@ def _packed_linear_fwd_kernel(
     t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     in_rows, in_tokens = r < R, t < T
     # C and the row stride come in units of VEC, so that the compiler sees how wide loads can be.
-    C = vectors.to(tl.int64) * VEC
+    C = tl.cast(vectors, tl.int64) * VEC
     w_rows = w_ptr + (r.to(tl.int64) * vectors_wr)[:, None] * VEC
     x_rows = x_ptr + t.to(tl.int64) * stride_xm
 

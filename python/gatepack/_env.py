@@ -7,6 +7,7 @@ GATEPACK_SIMD=avx512|avx2|scalar
                               cap the CPU instruction set of gatepack._C (default: the best present)
 GATEPACK_BACKEND=folded|triton|dense
                               force the path of gated modules (default: by shape and device)
+GATEPACK_COMMIT=SHA           what benchmarks write as the commit where the sources are no checkout
 """
 
 import os
@@ -26,6 +27,10 @@ def cache_dir() -> Path:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "gatepack"
+
+
+def commit() -> str:
+    return os.environ.get("GATEPACK_COMMIT", "")
 
 
 def _one_of(variable: str, *choices: str) -> str | None:
