@@ -6,10 +6,10 @@ python benchmarks/quality_encoder.py --model FOLDER --task qnli --train qnli_dev
 The .jsonl files hold one {"text", "text2" (optional), "label"} per line. A new classification head
 and the pooler below it are trained with each method on the same batches, of examples of like
 length. FineGates then packs, and its training step is set beside a masked one (_step_cost.py); the
-recipe is LoRA that stops once, at --close, for heads and channels to close and the rest to be
-repaired. Attention has no dropout, for torch's fused attention on a CPU has none. One JSON file per
-run in --out; runs that stand there with the same settings are left out, so a call that was cut off
-goes on when it is given once more.
+recipe is LoRA, or full fine-tuning, that stops once, at --close, for heads and channels to close
+and the rest to be repaired. Attention has no dropout, for torch's fused attention on a CPU has
+none. One JSON file per run in --out; runs that stand there with the same settings are left out, so
+a call that was cut off goes on when it is given once more.
 """
 
 import argparse
@@ -35,7 +35,9 @@ from gatepack.scoring import wilson_interval
 from gatepack.timing import measure
 from gatepack.training import TrainConfig, add_lora, close_to_budget, tune_last_layers
 
-METHODS = ("full", "lora", "last_layers", "fine_gates", "fine_gates_lora", "recipe")
+METHODS = (
+    "full", "lora", "last_layers", "fine_gates", "fine_gates_lora", "recipe", "recipe_full",
+)  # fmt: skip
 RATES = {
     "full": 2e-4,
     "lora": 1e-3,
@@ -43,6 +45,7 @@ RATES = {
     "fine_gates": 3e-3,
     "fine_gates_lora": 1e-3,
     "recipe": 1e-3,
+    "recipe_full": 2e-4,
 }
 PRICED, REPAIRED = 16, 32  # batches
 HEAD = {"classifier", "pooler"}  # what follows the encoder, and was not trained with it
@@ -129,7 +132,7 @@ def prepared(cell: Cell, model, train: TrainConfig):
     if cell.method.startswith("fine_gates"):
         method = fine_gates(cell.kept, train.steps, cell.seed, cell.freeze, cell.warmup)
         beside = method.start(model, train.steps)
-    if cell.method == "recipe":
+    if cell.method.startswith("recipe"):
         config = GateConfig(target=cell.kept, noise=0.0, width_multiple=32, equal_layers=False)
         attach(model, config).freeze()
     for parameter in head_of(model):
@@ -162,7 +165,7 @@ def trained(cell: Cell, model, examples: Examples, log: Log) -> tuple[torch.nn.M
     model.train()
     with log.bar(cell.name, "step", steps) as tell:
         for rows in order:
-            if cell.method == "recipe" and len(losses) == round(cell.freeze * steps):
+            if cell.method.startswith("recipe") and len(losses) == round(cell.freeze * steps):
                 some = examples.order(cell.batch_size, REPAIRED, cell.seed + 1)
                 close_to_budget(model, [examples.batch(rows) for rows in some], train)
             rate = train.learning_rate_at(len(losses))
@@ -236,11 +239,11 @@ def cells(options) -> list[Cell]:
     model = Path(options.model).name
     for seed in options.seeds:
         for method in options.methods:
-            removes = method == "recipe" or method.startswith("fine_gates")
+            removes = method.startswith(("recipe", "fine_gates"))
             for kept in options.kept if removes else [1.0]:
                 size = (options.epochs, options.batch_size, options.length)
                 closing = (options.warmup, options.freeze) if kept < 1 else (0.0, 1.0)
-                if method == "recipe":
+                if method.startswith("recipe"):
                     closing = (options.close, options.close)
                 settings = (*size, RATES[method], *closing)
                 found.append(Cell(model, options.task, method, kept, seed, *settings))

@@ -28,6 +28,7 @@ ENCODER_METHODS = {
     "fine_gates": "FineGates",
     "fine_gates_lora": "FineGates, LoRA inside",
     "recipe": "gatepack's recipe",
+    "recipe_full": "gatepack's recipe, all weights",
 }
 
 
@@ -159,7 +160,7 @@ def _closing(rows: list[dict]) -> str:
     said = ""
     for method, text in (
         ("fine_gates", "Gates of FineGates close between {} of the steps. "),
-        ("recipe", "The recipe closes once, after {} of them, and LoRA goes on. "),
+        ("recipe", "The recipe closes once, after {} of them, and tuning goes on. "),
     ):
         gated = [row for row in rows if row["method"].startswith(method)]
         if gated and all("warmup" in row for row in gated):
@@ -242,7 +243,7 @@ def _language_goals(domain: str, rows: list[dict]) -> list[list[str]]:
 
 
 def _encoder_goals(task: str, rows: list[dict]) -> list[list[str]]:
-    """Of FineGates with or without LoRA inside, whichever is more accurate, and of the recipe."""
+    """Of FineGates and of the recipe, each with or without LoRA, whichever is more accurate."""
 
     def accuracy(runs: list[dict]) -> float:
         return mean(row["accuracy"] for row in runs)
@@ -250,7 +251,7 @@ def _encoder_goals(task: str, rows: list[dict]) -> list[list[str]]:
     full, lines = [row for row in rows if row["method"] == "full"], []
     for title, methods in (
         ("FineGates", ("fine_gates", "fine_gates_lora")),
-        ("the recipe", ("recipe",)),
+        ("the recipe", ("recipe", "recipe_full")),
     ):
         for kept, drop in BELOW_FULL.items():
             pairs = [

@@ -175,7 +175,7 @@ def test_encoder(tmp_path):
     rows = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*-0.json")}
     assert set(rows) == {
         *(f"tiny-{method}-1.0-0" for method in ("full", "lora", "last_layers")),
-        *(f"tiny-{method}-0.7-0" for method in ("fine_gates", "fine_gates_lora", "recipe")),
+        *(f"tiny-{method}-0.7-0" for method in quality_encoder.METHODS[3:]),
     }
     for name, row in rows.items():
         assert len(row["losses"]) == 8 and row["tested"] == 16
@@ -251,7 +251,8 @@ def test_the_pooler_trains_with_the_head(method):
     adapted = "lora" in method or method == "recipe"
     assert any(n.endswith("_A.default.weight") for n in names) == adapted
     # The tiny model has no more layers than "last_layers" trains.
-    assert any(n.endswith("query.weight") for n in names) == (method in ("full", "last_layers"))
+    whole = method in ("full", "last_layers", "recipe_full")
+    assert any(n.endswith("query.weight") for n in names) == whole
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch):
