@@ -184,14 +184,10 @@ def test_identity_of_dense_gated_and_packed_models():
 
 
 def test_model_of_a_family_without_a_row_has_no_widths():
-    config = transformers.GPTNeoXConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=8,
-        vocab_size=VOCAB,
+    config = transformers.GPTJConfig(
+        n_embd=16, n_layer=1, n_head=2, n_inner=8, rotary_dim=4, vocab_size=VOCAB
     )
-    found = identify(transformers.GPTNeoXForCausalLM(config))
+    found = identify(transformers.GPTJForCausalLM(config))
     assert (found["widths"], found["state"]) == (None, "dense")
 
 
