@@ -201,21 +201,23 @@ def test_page_gives_the_spread_over_seeds(tmp_path, monkeypatch):
     shared |= {"epochs": 2, "batch_size": 4, "length": 16, "tested": 9, "kept": 0.8}
     (tmp_path / "quality").mkdir()
     for seed, accuracy in enumerate((0.7, 0.8, 0.9)):
-        row = {**shared, "method": "fine_gates", "accuracy": accuracy, "removed": 0.2}
+        row = {**shared, "method": "fine_gates", "accuracy": accuracy, "removed": 0.2, "seed": seed}
         row |= {"warmup": 0.25, "freeze": 0.75}
         row["speed"] = {"ratios": {"prefill": 1.1}}
         cost = {"ratio": 1.5, "ours_bytes": 3, "masked_bytes": 4}
         row["step"] = {"trained": cost, "frozen": {**cost, "ratio": 1.6 + seed}}
         jsonl(tmp_path / "quality" / f"{seed}.json", [row])
-    full = {**shared, "method": "full", "kept": 1.0, "accuracy": 0.9, "removed": None}
-    jsonl(tmp_path / "quality" / "full.json", [{**full, "speed": None, "step": None}])
+    full = {**shared, "method": "full", "kept": 1.0, "removed": None, "speed": None, "step": None}
+    for seed, accuracy in enumerate((0.95, 0.9, 0.85, 0.1)):
+        row = {**full, "accuracy": accuracy, "seed": seed}
+        jsonl(tmp_path / "quality" / f"full-{seed}.json", [row])
     monkeypatch.setattr(report_quality, "RESULTS", tmp_path)
     page = report_quality.quality_page()
     spread = "20.0% | 80.0% (70.0%-90.0%) | 1.10"
     step = "1.50 | 2.60 (1.60-3.60) | 75%"
     assert f"| FineGates | {spread} | {step} | 3 |" in page
     assert "over seeds. Gates of FineGates close between 25% and 75% of the steps. Speed" in page
-    assert "| full fine-tuning | 0 % | 90.0% | 1 |  |  |  | 1 |" in page
+    assert "| full fine-tuning | 0 % | 70.0% (10.0%-95.0%) | 1 |  |  |  | 4 |" in page
     goal = "qnli, 20% removed by FineGates: accuracy below full fine-tuning"
     assert f"| {goal} | at most 0.5% | 10.0% | short |" in page
 
