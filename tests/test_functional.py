@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gatepack import functional
+from gatepack._ext import fold_pack
 from gatepack.functional import (
     FoldedLinear,
     add_low_rank,
@@ -325,3 +327,20 @@ def test_lanes_move_bit_for_bit_however_they_lie(dtype):
         full = spread_lanes(taken, at, 9)
         expected = torch.zeros_like(x).index_copy(1, at, x[:, at])
         torch.testing.assert_close(full, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("limit, past", [(0, True), (1 << 40, False)])
+def test_large_weights_alone_are_packed_past_the_caches(monkeypatch, limit, past):
+    asked = []
+
+    def pack(*arguments, stream):
+        asked.append(stream)
+        return fold_pack(*arguments, stream=stream)
+
+    monkeypatch.setattr(functional, "PAST_CACHES", limit)
+    monkeypatch.setattr(functional, "fold_pack", pack)
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(6, 8)
+    rows, z = torch.tensor([0, 2, 5]), torch.tensor([0.5, 1.0, 0.25])
+    y = FoldedLinear.apply(x, w, None, None, z, rows, None, 1, 1)
+    torch.testing.assert_close(y, x @ (w[rows] * z[:, None]).t())
+    assert asked == [past]

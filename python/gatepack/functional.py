@@ -15,6 +15,11 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 _PRODUCTS = (torch.float32, torch.bfloat16)
 _ops = torch.ops.gatepack
 
+# From so many bytes on, weights are packed past the caches; below, the product finds them in those
+# of a core. A step of an MLP of 576 x 1536 with 60 % open and 1,024 tokens, on 2 threads of an AMD
+# EPYC, past them and not: bf16 (1.1 MB a weight) 13.1 and 12.6 ms, fp32 (2.1 MB) 40.5 and 41.1 ms.
+PAST_CACHES = 2_000_000
+
 # Few tokens feel each look-up: a layer asks several times whether gatepack._C computes.
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch.jit.is_tracing
@@ -181,7 +186,7 @@ class FoldedLinear(torch.autograd.Function):
     def forward(ctx, x, w, bias, z_in, z_out, rows, cols, in_lanes, out_lanes):
         lane_in = lane_values(z_in, in_lanes)
         lane_out = lane_values(z_out, out_lanes)
-        packed = fold_pack(w, rows, cols, lane_out, lane_in, x.dtype, stream=True)
+        packed = _packed_weight(w, rows, cols, lane_out, lane_in, x.dtype)
         tokens = x.numel() // max(x.shape[-1], 1)
         kept = packed.numel() / max(w.numel(), 1)
         ctx.again = packs_again(tokens, w.shape, x.device, kept)
@@ -218,7 +223,7 @@ class FoldedLinear(torch.autograd.Function):
         dx = dw = db = dz_in = dz_out = None
         if needs_x or (needs_z_in and z_in is not None):
             if ctx.again:
-                packed = fold_pack(packed, rows, cols, lane_out, lane_in, dy.dtype, stream=True)
+                packed = _packed_weight(packed, rows, cols, lane_out, lane_in, dy.dtype)
             dx2 = dy2 @ packed
             dx = dx2.reshape(*dy.shape[:-1], dx2.shape[-1]) if needs_x else None
             if needs_z_in and z_in is not None:
@@ -232,6 +237,16 @@ class FoldedLinear(torch.autograd.Function):
         if needs_b:
             db = bias_gradient(dy2, lane_out, rows, ctx.shape[0], ctx.bias_dtype)
         return dx, dw, db, dz_in, dz_out, None, None, None, None
+
+
+def _packed_weight(w, rows, cols, lane_out, lane_in, dtype: torch.dtype) -> torch.Tensor:
+    """fold_pack of a weight for the product of one pass."""
+    kept = [
+        size if index is None else len(index)
+        for size, index in zip(w.shape, (rows, cols), strict=True)
+    ]
+    past = math.prod(kept) * dtype.itemsize >= PAST_CACHES
+    return fold_pack(w, rows, cols, lane_out, lane_in, dtype, stream=past)
 
 
 def tokens_of(x: torch.Tensor) -> torch.Tensor:
