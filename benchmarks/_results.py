@@ -224,7 +224,7 @@ def losses() -> list[str]:
         rows = [row for row in level_rows() if row["device"] == device]
         for level in sorted({row["level"] for row in rows}):
             cells = cells_of([row for row in rows if row["level"] == level])
-            for (model, batch, tokens, lora, _, kept), cell in sorted(cells.items()):
+            for (model, batch, tokens, lora, dtype, kept), cell in sorted(cells.items()):
                 ours = cell.get("ours")
                 if ours is None or "ms" not in ours:
                     continue
@@ -235,7 +235,7 @@ def losses() -> list[str]:
                 }
                 faster = [f"{name} {x:.2f}x" for name, x in sorted(shares.items()) if 1.03 * x < 1]
                 if faster:
-                    where = f"{level}, {model}, {batch} x {tokens}, {kept:.0%} open"
+                    where = f"{level}, {model}, {batch} x {tokens}, {dtype}, {kept:.0%} open"
                     where += f", LoRA {lora}" if lora else ""
                     found.append(f"{where}: {', '.join(faster)}")
     return found
@@ -256,11 +256,13 @@ def loss_section() -> str:
 
 
 def figures() -> dict[str, str]:
-    """File name -> SVG, of what there are results for."""
+    """File name -> SVG, of what there are results for, in the dtype that most of them are in."""
     made = {}
     rows = level_rows()
     for device in devices():
         own = [r for r in rows if r["device"] == device and "ms" in r]
+        dtype = statistics.mode(r["dtype"] for r in own)
+        own = [r for r in own if r["dtype"] == dtype]
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         note = conditions(own[-1])
         if curve := _speedups(own):
