@@ -58,13 +58,11 @@ class Attachment:
     def record(self) -> None:
         """Says in the model's config, of which save_pretrained makes config.json, what gates it has
         and whether they are frozen, which no tensor of theirs says."""
-        record = {
-            **(getattr(self.root.config, "gatepack", None) or {}),
-            "gates": self.gates.config.to_dict(),
-            "frozen": True,
-        }
-        if not self.gates.frozen:
-            del record["frozen"]
+        record = dict(getattr(self.root.config, "gatepack", None) or {})
+        record.pop("frozen", None)
+        record["gates"] = self.gates.config.to_dict()
+        if self.gates.frozen:
+            record["frozen"] = True
         self.root.config.gatepack = record
 
     def add_site(self, layer: Layer, path: str, site: Site) -> None:

@@ -22,13 +22,10 @@ class RowBlock:
     shared: bool = False
     parts: int = 1
 
-    def units(self, gate: Gate) -> int:
-        """How many units, or shared blocks, have rows here."""
-        return gate.size // gate.spec.shared_size if self.shared else gate.size
-
     def rows(self, gate: Gate) -> int:
         """How many rows these are."""
-        return self.units(gate) * gate.lanes * self.parts
+        units = gate.size // gate.spec.shared_size if self.shared else gate.size
+        return units * gate.lanes * self.parts
 
 
 @dataclass(frozen=True)
@@ -140,12 +137,14 @@ def _spread(site: Site) -> torch.Tensor | None:
     of_unit = current.shared_of_unit
     if of_unit is None or not any(block.shared for block in site.row_blocks):
         return None
+    if len(site.row_blocks) == 1:
+        return of_unit
     parts, start = [], 0
     for block in site.row_blocks:
-        own = torch.arange(current.count, device=of_unit.device)
-        parts.append(start + (of_unit if block.shared else own))
+        own = of_unit if block.shared else torch.arange(current.count, device=of_unit.device)
+        parts.append(own + start)
         start += current.shared_count if block.shared else current.count
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat(parts)
 
 
 def row_gate(site: Site) -> tuple[torch.Tensor | None, int]:
