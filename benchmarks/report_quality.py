@@ -1,5 +1,6 @@
 """The quality page of the documentation, from benchmarks/results/quality (docs/hooks.py)."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -30,8 +31,10 @@ ENCODER_METHODS = {
     "recipe": "gatepack's recipe",
     "recipe_full": "gatepack's recipe, all weights",
 }
-
-
+ENCODER_GOALS = {
+    "FineGates": ("fine_gates", "fine_gates_lora"),
+    "the recipe": ("recipe", "recipe_full"),
+}
 ENCODER_HEADER = (
     "method", "removed", "accuracy", "inference, x", "step, x", "step, frozen, x", "step, memory",
 )  # fmt: skip
@@ -251,33 +254,32 @@ def _encoder_goals(task: str, rows: list[dict]) -> list[list[str]]:
     def accuracy(runs: list[dict]) -> float:
         return mean(row["accuracy"] for row in runs)
 
-    full, lines = [row for row in rows if row["method"] == "full"], []
-    for title, methods in (
-        ("FineGates", ("fine_gates", "fine_gates_lora")),
-        ("the recipe", ("recipe", "recipe_full")),
-    ):
-        for kept, drop in BELOW_FULL.items():
-            pairs = [
-                [row for row in rows if (row["method"], row["kept"]) == (method, kept)]
-                for method in methods
-            ]
-            ours = max(filter(None, pairs), key=accuracy, default=[])
-            seeds = {row["seed"] for row in ours}
-            same = [row for row in full if row["seed"] in seeds]
-            if not same:
-                continue
-            what = f"{task}, {1 - kept:.0%} removed by {title}"
-            lost = accuracy(same) - accuracy(ours)
-            text = f"{what}: accuracy below full fine-tuning"
-            lines.append(_goal(text, drop, lost, "{:.1%}", at_most=True))
-            if kept == 0.6:
-                speed = mean(row["speed"]["ratios"]["prefill"] for row in ours)
-                lines.append(_goal(f"{what}: inference, x dense", INFERENCE_AT_40, speed, "{:.2f}"))
-                steps = [row["step"]["frozen"]["ratio"] for row in ours if row.get("step")]
-                if steps:
-                    lines.append(
-                        _goal(f"{what}: step, x masked", STEP_AT_40, mean(steps), "{:.2f}")
-                    )
+    lines = []
+    for (title, methods), kept in itertools.product(ENCODER_GOALS.items(), BELOW_FULL):
+        runs = [
+            [row for row in rows if (row["method"], row["kept"]) == (method, kept)]
+            for method in methods
+        ]
+        ours = max(filter(None, runs), key=accuracy, default=[])
+        seeds = {row["seed"] for row in ours}
+        full = [row for row in rows if row["method"] == "full" and row["seed"] in seeds]
+        if not full:
+            continue
+        what = f"{task}, {1 - kept:.0%} removed by {title}"
+        text, lost = f"{what}: accuracy below full fine-tuning", accuracy(full) - accuracy(ours)
+        lines.append(_goal(text, BELOW_FULL[kept], lost, "{:.1%}", at_most=True))
+        if kept == 0.6:
+            lines += _encoder_speeds(what, ours)
+    return lines
+
+
+def _encoder_speeds(what: str, runs: list[dict]) -> list[list[str]]:
+    """Of what runs have packed; the training step where they measured it."""
+    speed = mean(row["speed"]["ratios"]["prefill"] for row in runs)
+    lines = [_goal(f"{what}: inference, x dense", INFERENCE_AT_40, speed, "{:.2f}")]
+    steps = [row["step"]["frozen"]["ratio"] for row in runs if row.get("step")]
+    if steps:
+        lines.append(_goal(f"{what}: step, x masked", STEP_AT_40, mean(steps), "{:.2f}"))
     return lines
 
 
