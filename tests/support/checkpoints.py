@@ -1,11 +1,15 @@
-"""A tiny model with its tokenizer on disk, and a text to train it on."""
+"""Tiny models to save, gated or with a tokenizer, and a text to train one on."""
 
 import json
 from pathlib import Path
 
 import torch
 from letters import letter_tokenizer
-from tiny import tiny_model
+from tiny import set_gates, tiny_model, token_ids
+
+import gatepack as gp
+
+GATED = gp.GateConfig(noise=0.1, target=0.5, width_multiple=4, seed=3)
 
 
 def save_tiny(folder: Path) -> Path:
@@ -22,3 +26,20 @@ def write_documents(path: Path) -> Path:
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def gated(model_type="llama", pattern="mixed", dtype=torch.float32, **overrides):
+    """(a tiny model, its gates)."""
+    model = tiny_model(model_type, dtype, **overrides)
+    gates = gp.attach(model, GATED)
+    set_gates(gates, pattern)
+    return model, gates
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model.eval()(token_ids()).logits
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())

@@ -25,9 +25,9 @@ TESTS = (
     "api budget callback channel_stats checkpoint closed_gradients closure column_dot "
     "compensation doctor ext families fold_pack forwards_that_meet functional gate_penalty "
     "gated_attention gated_linear gated_matmul gated_mlp gated_swiglu gates gather_norm "
-    "head_counts hf kernels_common launches linear_cross_entropy mlp modules open_set_ops "
-    "open_sets pack_tensors packed_linear packing repack row_column sample_gates samples "
-    "scatter_add sites training"
+    "head_counts hf interrupted_save kernels_common launches linear_cross_entropy mlp modules "
+    "open_set_ops open_sets pack_tensors packed_linear packing repack row_column sample_gates "
+    "samples scatter_add sites training"
 ).split()
 _TOOLS = ("pytest", "hypothesis", "ninja")
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import transformers
 
 import gatepack as gp
+from gatepack.gates import GateSet, GateSpec
 from gatepack.layers import layers_of
 from gatepack.modules import base_linear
 
@@ -227,6 +228,16 @@ def dense_gradients(model) -> dict[str, torch.Tensor]:
 
 def base_weight(model, path: str) -> torch.Tensor:
     return base_linear(model.get_submodule(path)).weight
+
+
+def make_gates(fixed_cost=500, **config):
+    """Gates of a head and a channel group without a model."""
+    config = {"noise": 0.2, "target": 0.5, "width_multiple": 1, **config}
+    specs = {
+        "a:heads": GateSpec("heads", 6, lanes=4, unit_cost=100, shared_size=3, shared_cost=70),
+        "b:channels": GateSpec("channels", 16, unit_cost=11),
+    }
+    return GateSet(gp.GateConfig(**config), specs, fixed_cost)
 
 
 def set_gates(gates, pattern: str, seed: int = 0) -> None:
