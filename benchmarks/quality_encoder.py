@@ -27,13 +27,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from gatepack.config import GateConfig
 from gatepack.data import batches, json_lines, read_text
 from gatepack.files import plain, write_json
-from gatepack.hf import attach
+from gatepack.methods import CloseAndRepair
 from gatepack.packing import pack
 from gatepack.progress import Log
 from gatepack.quality import evaluating
 from gatepack.scoring import wilson_interval
 from gatepack.timing import measure
-from gatepack.training import TrainConfig, add_lora, close_to_budget, tune_last_layers
+from gatepack.training import TrainConfig, add_lora, tune_last_layers
 
 METHODS = (
     "full", "lora", "last_layers", "fine_gates", "fine_gates_lora", "recipe", "recipe_full",
@@ -122,7 +122,7 @@ def encoder(name: str, labels: int) -> torch.nn.Module:
     )
 
 
-def prepared(cell: Cell, model, train: TrainConfig):
+def prepared(cell: Cell, model, train: TrainConfig, examples: Examples):
     """(model with what the method trains left trainable, what steps beside its optimizer)."""
     if cell.method in ("lora", "fine_gates_lora", "recipe"):
         model = add_lora(model, train)
@@ -133,8 +133,10 @@ def prepared(cell: Cell, model, train: TrainConfig):
         method = fine_gates(cell.kept, train.steps, cell.seed, cell.freeze, cell.warmup)
         beside = method.start(model, train.steps)
     if cell.method.startswith("recipe"):
-        config = GateConfig(target=cell.kept, noise=0.0, width_multiple=32, equal_layers=False)
-        attach(model, config).freeze()
+        gates = GateConfig(target=cell.kept, noise=0.0, width_multiple=32, equal_layers=False)
+        method = CloseAndRepair(gates, close=cell.freeze, calibration_batches=PRICED)
+        some = examples.order(cell.batch_size, REPAIRED, cell.seed + 1)
+        beside = method.start(model, train.steps, [examples.batch(rows) for rows in some])
     for parameter in head_of(model):
         parameter.requires_grad_(True)
     return model, beside
@@ -150,10 +152,10 @@ def trained(cell: Cell, model, examples: Examples, log: Log) -> tuple[torch.nn.M
     steps = round(cell.epochs * (len(examples.labels) // cell.batch_size))
     train = TrainConfig(
         steps=steps, warmup_steps=round(0.06 * steps), learning_rate=cell.rate,
-        lora_rank=RANK, seed=cell.seed, calibration_batches=PRICED, repair_batches=REPAIRED,
+        lora_rank=RANK, seed=cell.seed,
     )  # fmt: skip
     order = examples.order(cell.batch_size, steps, cell.seed)
-    model, beside = prepared(cell, model, train)
+    model, beside = prepared(cell, model, train, examples)
     weights = model.parameters() if beside is None else beside.weights()
     weights = [p for p in weights if p.requires_grad]
     head = {id(p) for p in head_of(model)}
@@ -165,9 +167,6 @@ def trained(cell: Cell, model, examples: Examples, log: Log) -> tuple[torch.nn.M
     model.train()
     with log.bar(cell.name, "step", steps) as tell:
         for rows in order:
-            if cell.method.startswith("recipe") and len(losses) == round(cell.freeze * steps):
-                some = examples.order(cell.batch_size, REPAIRED, cell.seed + 1)
-                close_to_budget(model, [examples.batch(rows) for rows in some], train)
             rate = train.learning_rate_at(len(losses))
             optimizer.param_groups[0]["lr"] = rate
             optimizer.param_groups[-1]["lr"] = rate * max(1.0, HEAD_RATE / cell.rate)

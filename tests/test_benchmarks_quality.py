@@ -1,6 +1,7 @@
 """The quality benchmarks on tiny models: what they remove, score, write, and do not do twice."""
 
 import json
+from types import SimpleNamespace
 
 import _step_cost
 import pytest
@@ -10,7 +11,7 @@ import report
 import report_quality
 import torch
 from letters import letter_tokenizer
-from tiny import tiny_model
+from tiny import tiny_model, token_ids
 
 from gatepack.methods import FineGates
 from gatepack.training import TrainConfig
@@ -243,7 +244,10 @@ def test_the_pooler_trains_with_the_head(method):
     cell = quality_encoder.Cell("mini", "tiny", method, 0.7, 0, 1, 4, 16, 1e-3, 0.2, 0.7)
     model = tiny_model("bert", torch.float32)
     train = TrainConfig(steps=4, lora_rank=2)
-    model, beside = quality_encoder.prepared(cell, model, train)
+    tensors = SimpleNamespace(pad=lambda lists, **_: {k: torch.tensor(v) for k, v in lists.items()})
+    encoded = {"input_ids": token_ids(40, 8).tolist()}
+    examples = quality_encoder.Examples(encoded, torch.zeros(40, dtype=torch.int64), tensors)
+    model, beside = quality_encoder.prepared(cell, model, train, examples)
     weights = model.parameters() if beside is None else beside.weights()
     trained = {id(p) for p in weights if p.requires_grad}
     head = [p for n, p in model.named_parameters() if "pooler" in n or "classifier" in n]

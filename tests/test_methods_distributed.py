@@ -15,6 +15,7 @@ slow = pytest.mark.slow
 
 CASES = [
     ("ddp", "atp"),
+    ("ddp", "close_and_repair"),
     ("fsdp", "gates"),
     ("fsdp", "atp"),
     ("accelerate", "fine_gates"),
@@ -82,7 +83,10 @@ def test_ranks_agree_with_one_process_on_the_whole_batch(wrap, name, tmp_path):
 
 
 @slow
-@pytest.mark.parametrize(("wrap", "name"), [("ddp", "atp"), ("fsdp", "gates"), ("fsdp", "atp")])
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [("ddp", "atp"), ("ddp", "close_and_repair"), ("fsdp", "gates"), ("fsdp", "atp")],
+)
 def test_a_checkpoint_of_two_goes_on_with_one_and_back(wrap, name, tmp_path):
     whole = on_two(name, tmp_path / "whole", wrap=wrap)
     stored = str(tmp_path / "of_two")

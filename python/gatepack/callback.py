@@ -7,7 +7,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gatepack.config import GateConfig
-from gatepack.distillation import Distillation
+from gatepack.distillation import Distillation, trained
 from gatepack.files import read_safetensors, write_safetensors
 from gatepack.gate_training import GateRecipe, GateSchedule
 from gatepack.layers import GATES_NAME, hf_model
@@ -62,7 +62,14 @@ class GateCallback(TrainerCallback):
         self.method.prepare(model, self.batches)
         self._prepared = hf_model(model)
         if self.distillation is not None:
-            self.distilling = self.distillation.start(model)
+            self.distilling = self.distillation.start(model, self._rewritten(model))
+
+    def _rewritten(self, model: nn.Module) -> list[nn.Parameter] | None:
+        """What the teacher needs copies of: None, or what trains and what the method rewrites."""
+        if not hasattr(self.method, "rewrites"):
+            return None
+        found = [*trained(hf_model(model)), *self.method.rewrites(model)]
+        return list({id(parameter): parameter for parameter in found}.values())
 
     def on_train_begin(self, args, state, control, model: nn.Module, optimizer=None, **_):
         if self._prepared is not None and not any(m is self._prepared for m in model.modules()):

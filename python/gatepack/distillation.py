@@ -92,7 +92,7 @@ class Distilling:
         self._losses: dict[str, torch.Tensor] = {}
         self._handles: list = []
         if method.teacher is None:
-            keep = _trained(self.root) if keep is None else list(keep)
+            keep = trained(self.root) if keep is None else list(keep)
             self._kept = [(parameter, _copy_of(parameter)) for parameter in keep]
         elif method.hidden_weight:
             self._check_layers(hf_model(method.teacher))
@@ -334,7 +334,7 @@ def _decisions_of(root: nn.Module) -> list:
     return list({id(decisions): decisions for decisions in found if decisions is not None}.values())
 
 
-def _trained(root: nn.Module) -> list[nn.Parameter]:
+def trained(root: nn.Module) -> list[nn.Parameter]:
     """The trainable parameters that are neither an adapter's nor the gates' logits."""
     left_out = {id(p) for p in getattr(root, GATES_NAME, nn.Module()).parameters()}
     for tuner, wrapped in _tuner_parts(root):

@@ -1,5 +1,7 @@
 """Stage 1, gates: what several ranks share, and which tensors FSDP2 has sharded over them."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -11,6 +13,13 @@ def over_ranks(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     dist.all_reduce(tensor)
     return tensor / dist.get_world_size()
+
+
+def from_first_rank(tensors: Iterable[torch.Tensor]) -> None:
+    """Writes what the first rank has over the tensors of all; nothing without torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

@@ -306,7 +306,7 @@ def next_token_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def save_gated_base(gates: GateSet, folder: Path) -> None:
     """Saves what close_to_budget changed: the gates' buffers and the repaired weights."""
-    write_safetensors(folder / "closed.safetensors", _gated_base(gates), {})
+    write_safetensors(folder / "closed.safetensors", gated_base(gates), {})
 
 
 def load_gated_base(gates: GateSet, folder: Path) -> bool:
@@ -315,7 +315,7 @@ def load_gated_base(gates: GateSet, folder: Path) -> bool:
     if not path.is_file():
         return False
     tensors, _ = read_safetensors(path)
-    expected = _gated_base(gates)
+    expected = gated_base(gates)
     for name, tensor in expected.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             raise ValueError(
@@ -329,7 +329,8 @@ def load_gated_base(gates: GateSet, folder: Path) -> bool:
     return True
 
 
-def _gated_base(gates: GateSet) -> dict[str, torch.Tensor]:
+def gated_base(gates: GateSet) -> dict[str, torch.Tensor]:
+    """What close_to_budget changes, by name; the tensors themselves."""
     weights = repaired_weights(gates.attachment.root)
     return {
         "gates.logits": gates.logits.data,

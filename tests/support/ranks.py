@@ -50,6 +50,14 @@ def atp(model, **fields):
     return method.start(model, STEPS, [token_ids(2, 6, seed=50)])
 
 
+def close_and_repair(model):
+    # Of other batches on each rank, of which the first decides.
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    gates = gp.GateConfig(target=0.6, noise=0.0, width_multiple=4, equal_layers=False)
+    method = gp.methods.CloseAndRepair(gates, close=0.5, bars=False)
+    return method.start(model, STEPS, [token_ids(4, 6, seed=50 + rank)])
+
+
 def proximal(model):
     return atp(model, regulariser="proximal", proximal_rate=1e-5)
 
@@ -58,6 +66,7 @@ STARTS = {
     "gates": gates_training,
     "fine_gates": fine_gates,
     "atp": atp,
+    "close_and_repair": close_and_repair,
     "atp_proximal": proximal,
     "distilled": distilled,
 }
@@ -161,7 +170,11 @@ def worker(rank: int, name: str, port: int, folder: str, options: dict) -> None:
     if options.get("wrap") != "ddp":
         local = base_linear(model.model.layers[0].mlp.up_proj).weight.to_local()
         state["local"] = torch.tensor(local.shape)
-        whole = [lambda: gp.attach(model, gp.GateConfig())]
+        closing = gp.methods.CloseAndRepair()
+        whole = [
+            lambda: gp.attach(model, gp.GateConfig()),
+            lambda: closing.start(model, STEPS, [token_ids(2, 6)]),
+        ]
         if hasattr(model, GATES_NAME):
             whole.append(lambda: gp.pack(model))
         for refused in whole:

@@ -3,12 +3,14 @@
 method = gatepack.methods.FLAP(gates=gatepack.GateConfig(target=0.8, noise=0.0))
 report = method.prune(model, batches)     # score, close, compensate, pack
 result = method.run(model, windows)       # the same, then LoRA on what is left
+training = gatepack.methods.FineGates(budget=0.8).start(model, steps)   # beside an optimizer
 """
 
 import importlib
 
 _EXPORTS = {
     "ATP": "atp",
+    "CloseAndRepair": "close_and_repair",
     "ContextPruning": "context_pruning",
     "FLAP": "flap",
     "FineGates": "fine_gates",

@@ -113,6 +113,16 @@ class OneShot:
         gates.set_open(masks)
 
 
+def check_units(gates: GateSet, who: str) -> None:
+    """ValueError for gates on rows and columns, which `who` does not close."""
+    if gates.config.of_linears:
+        raise ValueError(
+            f"units: expected 'heads' and 'channels', or one of them, for {who}, got "
+            f"{gates.config.units}: change them in its gates, or detach those that the model has; "
+            "FineGates trains gates on rows and columns"
+        )
+
+
 def plan_masks(
     gates: GateSet,
     scores: Mapping[str, torch.Tensor],
@@ -148,8 +158,9 @@ def run_beside_lora(
 ) -> MethodRun:
     """Trains a causal language model's gates by method, with LoRA inside them; merges and packs.
 
-    method: what GateCallback takes besides a one-shot method (FineGates, ATP, GateRecipe); it gets
-    the batches that one-shot methods calibrate on. windows, folder, on_step: as in OneShot.run.
+    method: what GateCallback takes besides a one-shot method (FineGates, ATP, CloseAndRepair,
+    GateRecipe); it gets the batches that one-shot methods calibrate on. windows, folder, on_step:
+    as in OneShot.run.
     """
     train = TrainConfig() if train is None else train
     calibration = calibration_batches(windows, train)
@@ -183,12 +194,7 @@ def fine_tune(
 def open_gates(model: nn.Module) -> GateSet:
     """The gates of a model that is scored as it stands: all exactly 1, and no adapters."""
     gates = gates_of(model)
-    if gates.config.of_linears:
-        raise ValueError(
-            "units: expected 'heads' and 'channels', or one of them, for a one-shot method, got "
-            f"{gates.config.units}: change them in its gates, or detach those that the model has; "
-            "FineGates trains gates on rows and columns"
-        )
+    check_units(gates, "a one-shot method")
     if not bool((gates.deterministic_values() == 1).all()):
         raise ValueError("one-shot methods need every gate open and exactly 1; reopen them first")
     for parent, name, _ in gates.attachment.sites:
