@@ -58,7 +58,7 @@ class Device {
  public:
   explicit Device(int32_t index) : guard_(index) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
     stream = static_cast<cudaStream_t>(current);
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index);
   }

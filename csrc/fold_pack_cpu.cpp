@@ -359,10 +359,10 @@ std::optional<Tensor> pack_plain_rows(const Tensor& w, const Tensor& rows) {
   static const int32_t supported[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
                                       aoti_torch_dtype_float16(), aoti_torch_dtype_float64()};
   int32_t device, rows_device, type, rows_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(w.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(rows.get(), &rows_device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(w.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(rows.get(), &rows_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(w.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(rows.get(), &rows_device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(w.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(rows.get(), &rows_type));
   if (device != cpu || rows_device != cpu || rows_type != int64 || w.dim() != 2 ||
       rows.dim() != 1 || std::find(supported, std::end(supported), type) == std::end(supported)) {
     return {};
@@ -377,7 +377,7 @@ std::optional<Tensor> pack_plain_rows(const Tensor& w, const Tensor& rows) {
   }
   const int64_t sizes[] = {kept, n}, strides[] = {n, 1};
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(2, sizes, strides, type, device, -1, &handle));
   Tensor out(handle);
   prefer_huge_pages(out.mutable_data_ptr(), kept * n * size);

@@ -308,9 +308,9 @@ inline Tensor result(const Where& where, const Call& call, const Tensor& like, i
                              by_rows ? 1 : std::max<int64_t>(m, 1)};
   if (!given) {
     int32_t device = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
         2, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
         device, like.get_device_index(), &handle));
     return Tensor(handle);

@@ -1,16 +1,18 @@
-"""Runs a selection of the tests at both ends of what pyproject.toml admits: `make test-ranges`.
+"""Runs a selection of the tests at the ends of what pyproject.toml admits: `make test-ranges`.
 
-python tests/support/ranges.py [oldest] [newest]
+python tests/support/ranges.py [oldest] [compiled] [newest]
 
 Each end has an environment in build/ranges, made once and brought up to date by later runs:
-"oldest" has exactly the lower bounds, "newest" the newest releases. gatepack is installed there as
-a wheel, with the extension where that torch can have it, and it is the installed package that the
-tests import. PyPI's torch for Linux brings CUDA, some 7 GB for each end; for the builds without:
+"oldest" has exactly the lower bounds, "compiled" the oldest torch that the extension is built for,
+"newest" the newest releases. gatepack is installed there as a wheel, with the extension but for
+"oldest", and it is the installed package that the tests import. PyPI's torch for Linux brings CUDA,
+some 7 GB for each end; for the builds without:
 PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-ranges
 """
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -18,7 +20,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ENDS = ("oldest", "newest")
+BUILD = ROOT / "python" / "gatepack" / "_build.py"
+ENDS = ("oldest", "compiled", "newest")
 # Gates, modules, packing, checkpoints, PEFT, the Trainer, the extension, the interpreter, the
 # command line.
 TESTS = (
@@ -52,7 +55,8 @@ def check(end: str) -> int:
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([interpreter(end, text), "-m", "venv", str(folder)], check=True)
-    exact = floors(text) if end == "oldest" else {}
+    oldest = ".".join(map(str, runpy.run_path(str(BUILD))["OLDEST_TORCH"]))
+    exact = {"oldest": floors(text), "compiled": {"torch": f"{oldest}.0"}}.get(end, {})
     bounds = folder / "constraints.txt"
     bounds.write_text("".join(f"{name}=={version}\n" for name, version in exact.items()))
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-c", str(bounds)]
@@ -66,6 +70,9 @@ def check(end: str) -> int:
     command = [str(python), "-m", "pytest", "-o", "pythonpath=tests/support", *files]
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run([str(folder / "bin" / "gatepack"), "doctor"], env=variables, check=True)
+    if end != "oldest":  # pip installs without the extension if that cannot be built
+        built = "from gatepack._ext import backend; exit(backend().name == 'torch')"
+        subprocess.run([str(python), "-c", built], cwd=folder, env=variables, check=True)
     return subprocess.run(command, cwd=ROOT, env=variables).returncode
 
 
