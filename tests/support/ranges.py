@@ -56,7 +56,10 @@ def check(end: str) -> int:
     if not python.exists():
         subprocess.run([interpreter(end, text), "-m", "venv", str(folder)], check=True)
     oldest = ".".join(map(str, runpy.run_path(str(BUILD))["OLDEST_TORCH"]))
-    exact = {"oldest": floors(text), "compiled": {"torch": f"{oldest}.0"}}.get(end, {})
+    least = floors(text)
+    # The interpreter of its Triton does not run with every newer NumPy.
+    compiled = {"torch": f"{oldest}.0", "numpy": least["numpy"]}
+    exact = {"oldest": least, "compiled": compiled}.get(end, {})
     bounds = folder / "constraints.txt"
     bounds.write_text("".join(f"{name}=={version}\n" for name, version in exact.items()))
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-c", str(bounds)]
