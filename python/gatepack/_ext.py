@@ -391,14 +391,15 @@ def fold_pack(
     Differentiable in w; refused: gates that require grad, other dtypes, strides, index orders. On
     CUDA the indices are not read by the host: out of range traps on the device, order is trusted.
     """
-    if _backend is None:
+    tracing = _is_dynamo_compiling()
+    if tracing or _backend is None:  # torch 2.9 has no guard for what _load sets
         _load()
     # Rows alone, without a gradient, have an op of their own with less to hand over: 1.7 us a call
     # instead of 2.7 us. Tracers, fakes and other modes see fold_pack.
     if (
         cols is z_out is z_in is dtype is None
         and rows is not None
-        and not (stream or _is_dynamo_compiling() or _count_modes())
+        and not (stream or tracing or _count_modes())
         and not (_has_torch_function(w, rows) or (w.requires_grad and _is_grad_enabled()))
     ):
         try:
@@ -442,7 +443,7 @@ def fold_pack_adjoint(
     The adjoint of fold_pack in w, and with no gates its inverse on what was kept. g [|R|, |C|];
     everything else as in fold_pack, but on CUDA what an index has out of range is left out.
     """
-    if _backend is None:
+    if _is_dynamo_compiling() or _backend is None:
         _load()
     if z_out is not None or z_in is not None:
         _refuse_gate_gradient("fold_pack_adjoint", z_out, z_in)
