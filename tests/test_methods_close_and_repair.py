@@ -257,8 +257,11 @@ class TestRefusals:
 
     def test_a_target_out_of_reach(self):
         config = gp.GateConfig(target=0.001, noise=0.0, units=("heads",))
+        model = tiny_model("bert", torch.float32)
         with pytest.raises(ValueError, match="target"):
-            CloseAndRepair(config).start(tiny_model("bert", torch.float32), STEPS, labelled(1))
+            CloseAndRepair(config).start(model, STEPS, labelled(1))
+        assert not hasattr(model.config, "gatepack")
+        gp.attach(model, GATES)  # which a model with gates would refuse
 
     def test_gates_that_are_partly_closed(self):
         model = tiny_model("bert", torch.float32)

@@ -12,7 +12,7 @@ from gatepack.calibration import Batch, require_batches
 from gatepack.config import GateConfig, is_number
 from gatepack.gate_training import check_steps, under
 from gatepack.gates import GateSet
-from gatepack.hf import attach, gates_of
+from gatepack.hf import attach, detach, gates_of
 from gatepack.hooks import at_work
 from gatepack.layers import GATES_NAME, hf_model
 from gatepack.methods.one_shot import UNEVEN, check_units
@@ -65,16 +65,20 @@ class CloseAndRepair:
         """Attaches the gates, open and frozen, unless the model has some.
 
         Raises ValueError without a batch, for gates on rows and columns, for a sharded model, and
-        for a target that no shape of the model meets.
+        for a target that no shape of the model meets; then the model is as it was.
         """
         root = hf_model(model)
         require_batches(len(list(batches)))
         refuse_sharded(root, *_SHARDED)
-        if not hasattr(root, GATES_NAME):
-            attach(model, self.gates)
-        gates = gates_of(model)
-        check_units(gates, "CloseAndRepair")
-        gates.check_target()
+        given = hasattr(root, GATES_NAME)
+        gates = gates_of(model) if given else attach(model, self.gates)
+        try:
+            check_units(gates, "CloseAndRepair")
+            gates.check_target()
+        except ValueError:
+            if not given:
+                detach(model)
+            raise
         gates.freeze()
 
     def start(self, model: nn.Module, steps: int, batches: Iterable[Batch] = ()) -> "Closing":
