@@ -82,6 +82,18 @@ def test_only_a_training_forward_closes_and_only_once(monkeypatch):
     assert abs(training.finish() - 0.6) <= 0.005
 
 
+def test_the_autocast_of_the_training_forward_is_not_that_of_the_closing():
+    found = []
+    for enabled in (False, True):
+        model = tiny_model("llama", torch.float32)
+        CloseAndRepair(GATES, bars=False).start(model, STEPS, texts(3))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model.train()(token_ids())
+        found.append(model.state_dict())
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor), name
+
+
 def test_a_training_that_ends_early_is_closed_by_finish():
     model = tiny_model("bert", torch.float32)
     training = METHOD.start(model, STEPS, labelled(3))

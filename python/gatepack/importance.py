@@ -138,7 +138,8 @@ def unit_scores(
     for done, (gate, linear) in enumerate(gated_inputs(gates), 1):
         weight = weight_matrix(base_linear(linear)).detach()
         weight = weight.to(moments[gate.name].inputs.dtype)
-        scores[gate.name] = _greedy(weight, moments[gate.name], gate.lanes, block, damping)
+        with without_autocast(weight):
+            scores[gate.name] = _greedy(weight, moments[gate.name], gate.lanes, block, damping)
         if progress is not None:
             progress(done)
     return scores
