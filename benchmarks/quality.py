@@ -6,7 +6,8 @@ python benchmarks/quality.py --domain medical --train medquad_train.jsonl \\
 Runs that stand in --out with the same settings are left out, and models that stand in --work are
 not trained again, so a call that was cut off goes on when it is given once more. Methods: dense
 (LoRA and nothing removed), recipe (gatepack's default one), distilled (the same with the dense
-model as its teacher), and those of gatepack.methods.
+model as its teacher), recipe_midway (LoRA from the start, closed at MIDWAY of the steps), and those
+of gatepack.methods.
 """
 
 import argparse
@@ -35,7 +36,8 @@ from gatepack.timing import measure
 from gatepack.training import TrainConfig, close_to_budget, repaired_weights
 
 ONE_SHOT = ("Magnitude", "WandaSP", "FLAP", "Taylor", "ContextPruning")
-METHODS = ("dense", "recipe", "distilled", *ONE_SHOT, "FineGates", "ATP")
+METHODS = ("dense", "recipe", "recipe_midway", "distilled", *ONE_SHOT, "FineGates", "ATP")
+MIDWAY = 0.4
 TRAVEL = 4.0  # how far FineGates may move a logit until gates freeze; 1.55 down, it closes
 GENERATOR_RATE = 1e-2  # the published one is for thousands of steps
 DISTILLATION = Distillation(temperature=1.0, weight=0.5, task_weight=0.5)
@@ -96,9 +98,12 @@ def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict
             report = None if cell.method == "dense" else pack(merged)
         else:
             method = published(cell)
-            # OneShot's own run: ContextPruning.run scores and splits texts besides.
-            train_by = methods.OneShot.run if cell.method in ONE_SHOT else run_beside_lora
-            run = train_by(method, model, windows, train, None, on_step)
+            if cell.method in ONE_SHOT:
+                # OneShot's own run: ContextPruning.run scores and splits texts besides.
+                run = methods.OneShot.run(method, model, windows, train, None, on_step)
+            else:
+                read = train.repaired if cell.method == "recipe_midway" else None
+                run = run_beside_lora(method, model, windows, train, None, on_step, read)
             losses, merged, report = run.losses, run.model, run.report
             settings = asdict(method)
     return merged, {
@@ -111,6 +116,11 @@ def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict
 
 def published(cell: Cell):
     """The method of a cell, with its published values but for what a short run needs."""
+    if cell.method == "recipe_midway":
+        return methods.CloseAndRepair(
+            cell.gates(), close=MIDWAY, calibration_batches=cell.train.calibration_batches,
+            autocast=cell.train.autocast,
+        )  # fmt: skip
     if cell.method == "FineGates":
         return fine_gates(cell.kept, cell.train.steps, cell.train.seed, 0.5, trains="gates")
     if cell.method == "ATP":

@@ -13,6 +13,7 @@ from _results import RESULTS, conditions, spread, table
 LANGUAGE_METHODS = {
     "dense": "LoRA, nothing removed",
     "recipe": "gatepack's recipe",
+    "recipe_midway": "gatepack's recipe, closed midway",
     "distilled": "gatepack's recipe, distilled",
     "Magnitude": "magnitude",
     "WandaSP": "Wanda-sp",
@@ -22,6 +23,7 @@ LANGUAGE_METHODS = {
     "FineGates": "FineGates",
     "ATP": "ATP",
 }
+OURS = ("recipe", "recipe_midway", "distilled")
 ENCODER_METHODS = {
     "full": "full fine-tuning",
     "lora": "LoRA",
@@ -87,7 +89,7 @@ def _tokens_read(row: dict) -> tuple[int, int]:
     if row["method"] in ("dense", "Magnitude", "FineGates", "ATP"):
         return 0, 0
     scored = _tokens(row["train"], "calibration_batches")
-    if row["method"] not in ("recipe", "distilled"):
+    if row["method"] not in OURS:
         return scored, 0
     # calibration_batches said both before there was repair_batches.
     both = "repair_batches" not in row["train"]
@@ -228,7 +230,7 @@ def _language_goals(domain: str, rows: list[dict]) -> list[list[str]]:
         others = {
             LANGUAGE_METHODS[method]: _perplexity(runs)
             for method in LANGUAGE_METHODS
-            if method not in ("dense", "recipe", "distilled") and (runs := runs_of(method, kept))
+            if method not in ("dense", *OURS) and (runs := runs_of(method, kept))
         }
         if not (ours and dense):
             continue

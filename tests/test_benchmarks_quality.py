@@ -16,7 +16,7 @@ from tiny import tiny_model, token_ids
 from gatepack.methods import FineGates
 from gatepack.training import TrainConfig
 
-MADE = ("dense", "recipe", "distilled", "FLAP", "FineGates", "ATP")
+MADE = ("dense", "recipe", "recipe_midway", "distilled", "FLAP", "FineGates", "ATP")
 TEXT = "The gate that stays open is worth its cost; the others go. "
 
 
