@@ -93,17 +93,7 @@ class CloseAndRepair:
 
 
 class Closing:
-    """A CloseAndRepair at work beside an optimizer: step() once for each of its steps.
-
-        training = gp.methods.CloseAndRepair(gates).start(model, len(loader), batches)
-        optimizer = torch.optim.AdamW(training.weights(), lr=1e-4)
-        for batch in loader:
-            model(**batch).loss.backward()
-            training.step()
-            optimizer.step()
-            optimizer.zero_grad()
-        training.finish()
-        gp.pack(model)
+    """A CloseAndRepair at work beside an optimizer of weights(), in the loop of GateTraining.
 
     The closing itself is done by the first training forward after its step, or by begin_step. An
     earlier one at work on the model, of a run that was interrupted, stops. A model whose gates meet
