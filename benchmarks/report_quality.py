@@ -205,11 +205,11 @@ TRIED = (
     "dense model's by what the repair leaves, and the steps of LoRA that a CPU affords lower both "
     "alike: a run of five times the tokens narrows the gap, but slowly (medical-5x). Letting LoRA "
     "learn first, and pricing, closing and repairing at 40 % of the steps, narrows it too (closed "
-    "midway). For the encoders, gates must not close before the task is learned: in the runs of one "
-    "epoch of QNLI they do. On CUAD neither an earlier end of closing nor three epochs of FineGates reach the "
-    "goal, nor logits that start in the order of their squared gradients on the tuned model. To "
-    "close heads and channels once, in mid-training, and repair the rest costs next to nothing "
-    "there: what it loses is what LoRA loses to full fine-tuning in so few steps."
+    "midway). For the encoders, gates must not close before the task is learned: in the runs of one"
+    " epoch of QNLI they do. On CUAD neither an earlier end of closing nor three epochs of "
+    "FineGates reach the goal, nor logits that start in the order of their squared gradients on the"
+    " tuned model. To close heads and channels once, in mid-training, and repair the rest costs "
+    "next to nothing there: what it loses is what LoRA loses to full fine-tuning in so few steps."
 )
 
 
