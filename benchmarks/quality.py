@@ -13,7 +13,7 @@ of gatepack.methods.
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -98,12 +98,11 @@ def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict
             report = None if cell.method == "dense" else pack(merged)
         else:
             method = published(cell)
-            if cell.method in ONE_SHOT:
-                # OneShot's own run: ContextPruning.run scores and splits texts besides.
-                run = methods.OneShot.run(method, model, windows, train, None, on_step)
-            else:
-                read = train.repaired if cell.method == "recipe_midway" else None
-                run = run_beside_lora(method, model, windows, train, None, on_step, read)
+            if cell.method == "recipe_midway":  # which repairs on all batches that it is given
+                train = replace(train, calibration_batches=train.repaired)
+            # OneShot's own run: ContextPruning.run scores and splits texts besides.
+            train_by = methods.OneShot.run if cell.method in ONE_SHOT else run_beside_lora
+            run = train_by(method, model, windows, train, None, on_step)
             losses, merged, report = run.losses, run.model, run.report
             settings = asdict(method)
     return merged, {

@@ -142,13 +142,9 @@ def plan_masks(
     return {**masks, **chosen.masks}
 
 
-def calibration_batches(
-    windows: torch.Tensor, train: TrainConfig, count: int | None = None
-) -> list[torch.Tensor]:
-    """The batches of windows [n, length] that gatepack.training.close_to_budget reads: the first
-    count of them, or those that it calibrates on."""
-    count = train.calibration_batches if count is None else count
-    order = batch_order(windows, train.batch_size, count, train.seed + 1)
+def calibration_batches(windows: torch.Tensor, train: TrainConfig) -> list[torch.Tensor]:
+    """The batches of windows [n, length] that gatepack.training.close_to_budget calibrates on."""
+    order = batch_order(windows, train.batch_size, train.calibration_batches, train.seed + 1)
     return [windows[rows] for rows in order]
 
 
@@ -159,16 +155,15 @@ def run_beside_lora(
     train: TrainConfig | None = None,
     folder: str | os.PathLike | None = None,
     on_step: Callable[[FineTuning], None] | None = None,
-    batches: int | None = None,
 ) -> MethodRun:
     """Trains a causal language model's gates by method, with LoRA inside them; merges and packs.
 
     method: what GateCallback takes besides a one-shot method (FineGates, ATP, CloseAndRepair,
-    GateRecipe); it gets the batches that one-shot methods calibrate on, or so many of that order as
-    `batches` says (CloseAndRepair repairs on all). windows, folder, on_step: as in OneShot.run.
+    GateRecipe); it gets the batches that one-shot methods calibrate on. windows, folder, on_step:
+    as in OneShot.run.
     """
     train = TrainConfig() if train is None else train
-    calibration = calibration_batches(windows, train, batches)
+    calibration = calibration_batches(windows, train)
     wrapped = add_lora(model, train)
     method.prepare(wrapped, calibration)
     beside = method.start(wrapped, train.steps, calibration)
