@@ -19,6 +19,7 @@ from gatepack.packing import (
     report_of,
     sizes_of,
 )
+from gatepack.sharding import has_ranks
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def remove_closed(
     layers = layers_of(root)
     if gates.config.of_linears:
         raise ValueError("model: expected gates on heads and channels to remove units of")
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if has_ranks() and dist.get_world_size() > 1:
         raise ValueError(
             "model: expected one rank, because DistributedDataParallel and FSDP hold on to the "
             "weights as they were; save the model, remove and start anew"

@@ -63,11 +63,7 @@ def close_and_compensate(
     """
     root = hf_model(model)
     gates = gates_of(model)
-    if not bool((gates.deterministic_values() == 1).all()):
-        raise ValueError(
-            "close_and_compensate needs every gate open and exactly 1: put new gates on, with "
-            "gatepack.detach(model) and gatepack.attach(model, config)"
-        )
+    require_open(gates, "close_and_compensate")
     layers = layers_of(root)
     given = [inputs_of(batch, input_device(root)) for batch in batches]
     require_batches(len(given))
@@ -80,6 +76,15 @@ def close_and_compensate(
             dense = _compensate_layer(gates, layer, masks, dense, pruned, call, kept, damping)
             if progress is not None:
                 progress(index + 1)
+
+
+def require_open(gates: GateSet, who: str) -> None:
+    """ValueError unless every gate is exactly 1, without which `who` cannot close them."""
+    if not bool((gates.deterministic_values() == 1).all()):
+        raise ValueError(
+            f"{who} needs every gate open and exactly 1: put new gates on, with "
+            "gatepack.detach(model) and gatepack.attach(model, config)"
+        )
 
 
 def _first_inputs(root, layers: list[Layer], batches: list[dict[str, torch.Tensor]]):

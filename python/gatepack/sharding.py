@@ -7,9 +7,14 @@ import torch.distributed as dist
 from torch import nn
 
 
+def has_ranks() -> bool:
+    """Whether torch.distributed runs, be it with one rank."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor over all ranks; the tensor itself without torch.distributed."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not has_ranks():
         return tensor
     dist.all_reduce(tensor)
     return tensor / dist.get_world_size()
@@ -17,14 +22,14 @@ def over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 def from_first_rank(tensors: Iterable[torch.Tensor]) -> None:
     """Writes what the first rank has over the tensors of all; nothing without torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
+    if has_ranks():
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a rank holds only its part of a tensor (torch.distributed.fsdp.fully_shard)."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not has_ranks():
         return False
     from torch.distributed.tensor import DTensor
 
@@ -48,7 +53,7 @@ def replicated(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def sharding_modules(model: nn.Module) -> list[nn.Module]:
     """The modules that fully_shard has changed, also while they hold whole parameters."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not has_ranks():
         return []
     from torch.distributed.fsdp import FSDPModule
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from gatepack.budget import meets
 from gatepack.calibration import Batch, require_batches
+from gatepack.compensation import require_open
 from gatepack.config import GateConfig, is_number
 from gatepack.gate_training import check_steps, under
 from gatepack.gates import GateSet
@@ -17,7 +18,7 @@ from gatepack.hooks import at_work
 from gatepack.layers import GATES_NAME, hf_model
 from gatepack.methods.one_shot import UNEVEN, check_units
 from gatepack.progress import Log
-from gatepack.sharding import from_first_rank, refuse_sharded
+from gatepack.sharding import from_first_rank, has_ranks, refuse_sharded
 from gatepack.training import TrainConfig, close_to_budget, gated_base, repaired_weights
 
 _SHARDED = (
@@ -108,16 +109,10 @@ class Closing:
         self.due = round(method.close * steps)
         self.done = 0
         self.closed = meets(self.gates.kept_fraction(), self.gates.config.target)
-        if not self.closed and not bool((self.gates.deterministic_values() == 1).all()):
-            raise ValueError(
-                "CloseAndRepair needs every gate open and exactly 1: put new gates on, with "
-                "gatepack.detach(model) and gatepack.attach(model, config)"
-            )
+        if not self.closed:
+            require_open(self.gates, "CloseAndRepair")
         for earlier in at_work(self.root._forward_pre_hooks, Closing):
             earlier._hook.remove()
-        self._watch()
-
-    def _watch(self) -> None:
         self._hook = self.root.register_forward_pre_hook(self._before, prepend=True)
 
     def _before(self, module: nn.Module, args) -> None:
@@ -140,7 +135,7 @@ class Closing:
     def _close(self) -> None:
         refuse_sharded(self.root, *_SHARDED)
         self._hook.remove()
-        first = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+        first = not has_ranks() or dist.get_rank() == 0
         log = Log("text" if self.method.bars and first else "quiet")
         with log.phases() as progress:
             settings = self.method.settings(len(self.batches))
@@ -174,9 +169,10 @@ class Closing:
         return state
 
     def _fixed(self) -> dict[str, torch.Tensor]:
-        trained = {p.data_ptr() for p in self.weights()}
+        """Of what the closing changes, that which does not train."""
+        trained = {name for name, w in repaired_weights(self.root).items() if w.requires_grad}
         base = gated_base(self.gates)
-        return {name: tensor for name, tensor in base.items() if tensor.data_ptr() not in trained}
+        return {name: tensor for name, tensor in base.items() if name not in trained}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
