@@ -202,8 +202,10 @@ def test_the_teacher_stays_the_dense_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(distillation, "divergence", recorded)
     run = trainer(tmp_path, model, distil=gp.Distillation())
-    hook = lambda module, args, kwargs: given.append(kwargs) if module.training else None  # noqa: E731
-    model.get_base_model().register_forward_pre_hook(hook, with_kwargs=True)
+    model.get_base_model().register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs) if module.training else None,
+        with_kwargs=True,
+    )
     run.train()
     assert len(seen) == len(given) == 8
     for teacher, kwargs in zip(seen, given, strict=True):
