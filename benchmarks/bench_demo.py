@@ -26,6 +26,7 @@ def row_of(report: dict, seconds: float) -> dict:
         "kept": report["pack"]["kept_fraction"],
         "seed": report["settings"]["train"]["seed"],
         "train": report["settings"]["train"],
+        "close": report["settings"]["close"],
         "perplexity": report["perplexity"],
         "params": report["pack"]["params"],
         "bytes_on_disk": report["bytes_on_disk"],

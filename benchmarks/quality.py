@@ -5,9 +5,8 @@ python benchmarks/quality.py --domain medical --train medquad_train.jsonl \\
 
 Runs that stand in --out with the same settings are left out, and models that stand in --work are
 not trained again, so a call that was cut off goes on when it is given once more. Methods: dense
-(LoRA and nothing removed), recipe (gatepack's default one), distilled (the same with the dense
-model as its teacher), recipe_midway (LoRA from the start, closed at MIDWAY of the steps), and those
-of gatepack.methods.
+(LoRA and nothing removed), recipe (gatepack's default one, which closes at --close of the steps),
+distilled (the same with the dense model as its teacher), and those of gatepack.methods.
 """
 
 import argparse
@@ -26,18 +25,17 @@ from gatepack.data import load_documents, to_windows
 from gatepack.distillation import Distillation
 from gatepack.evaluation import EvalConfig, evaluate
 from gatepack.files import plain, write_json
-from gatepack.hf import attach
 from gatepack.methods.one_shot import fine_tune, run_beside_lora
 from gatepack.models import load_model, torch_device
-from gatepack.packing import pack
 from gatepack.progress import Log
 from gatepack.scoring import load_questions
 from gatepack.timing import measure
-from gatepack.training import TrainConfig, close_to_budget, repaired_weights
+from gatepack.training import TrainConfig
 
 ONE_SHOT = ("Magnitude", "WandaSP", "FLAP", "Taylor", "ContextPruning")
-METHODS = ("dense", "recipe", "recipe_midway", "distilled", *ONE_SHOT, "FineGates", "ATP")
-MIDWAY = 0.4
+OURS = ("recipe", "distilled")
+METHODS = ("dense", *OURS, *ONE_SHOT, "FineGates", "ATP")
+CLOSE = (0.2, 0.5)
 TRAVEL = 4.0  # how far FineGates may move a logit until gates freeze; 1.55 down, it closes
 GENERATOR_RATE = 1e-2  # the published one is for thousands of steps
 DISTILLATION = Distillation(temperature=1.0, weight=0.5, task_weight=0.5)
@@ -48,7 +46,10 @@ CALIBRATION, REPAIR = 16, 80
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a method, the fraction of the blocks' weights that it keeps, and a seed."""
+    """One run: a method, the fraction of the blocks' weights that it keeps, and a seed.
+
+    close: of the recipe, the fractions of the steps at which gates close.
+    """
 
     model: str
     domain: str
@@ -56,13 +57,16 @@ class Cell:
     kept: float
     width_multiple: int = 32
     train: TrainConfig = field(default_factory=TrainConfig)
+    close: tuple[float, ...] | None = None
 
     @property
     def name(self) -> str:
         scored, repaired = self.train.calibration_batches, self.train.repair_batches
         name = f"{self.domain}-{self.method}-{self.kept}-{self.train.seed}"
         name += "" if scored == CALIBRATION else f"-calibrated{scored}"
-        return name + ("" if repaired == REPAIR else f"-repaired{repaired}")
+        name += "" if repaired == REPAIR else f"-repaired{repaired}"
+        closed = "" if self.close in (None, CLOSE) else f"-closed{'-'.join(map(str, self.close))}"
+        return name + closed
 
     def gates(self) -> GateConfig:
         """For every method the same shapes, free from layer to layer."""
@@ -83,28 +87,23 @@ def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict
         def on_step(tuning) -> None:
             tell(tuning.step, loss=round(tuning.losses[-1], 3))
 
-        if cell.method in ("dense", "recipe", "distilled"):
-            distilling = None
-            if cell.method == "distilled":
-                distilling = DISTILLATION.start(model, keep=repaired_weights(model).values())
-            if cell.method != "dense":
-                attach(model, cell.gates())
-                close_to_budget(model, windows, train)
+        if cell.method == "dense":
             losses, merged = fine_tune(model, windows, train, None, on_step)
-            settings = {}
-            if distilling is not None:
-                distilling.stop()
-                settings = asdict(DISTILLATION)
-            report = None if cell.method == "dense" else pack(merged)
+            report, settings = None, {}
         else:
             method = published(cell)
-            if cell.method == "recipe_midway":  # which repairs on all batches that it is given
+            settings, distilling = asdict(method), None
+            if cell.method in OURS:  # which repairs on all batches that it is given
                 train = replace(train, calibration_batches=train.repaired)
+            if cell.method == "distilled":
+                settings["distillation"] = asdict(DISTILLATION)
+                distilling = DISTILLATION.start(model, keep=method.rewrites(model))
             # OneShot's own run: ContextPruning.run scores and splits texts besides.
             train_by = methods.OneShot.run if cell.method in ONE_SHOT else run_beside_lora
             run = train_by(method, model, windows, train, None, on_step)
             losses, merged, report = run.losses, run.model, run.report
-            settings = asdict(method)
+            if distilling is not None:
+                distilling.stop()
     return merged, {
         "losses": losses,
         "settings": settings,
@@ -115,9 +114,9 @@ def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict
 
 def published(cell: Cell):
     """The method of a cell, with its published values but for what a short run needs."""
-    if cell.method == "recipe_midway":
+    if cell.method in OURS:
         return methods.CloseAndRepair(
-            cell.gates(), close=MIDWAY, calibration_batches=cell.train.calibration_batches,
+            cell.gates(), cell.close, calibration_batches=cell.train.calibration_batches,
             autocast=cell.train.autocast,
         )  # fmt: skip
     if cell.method == "FineGates":
@@ -213,6 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--calibration-batches", type=int, default=CALIBRATION)
     parser.add_argument("--repair-batches", type=int, default=REPAIR)
+    parser.add_argument("--close", type=float, nargs="+", default=CLOSE, help="of the steps")
     parser.add_argument("--width-multiple", type=int, default=32)
     parser.add_argument("--windows", type=int, default=16, help="scored per text, of 512 tokens")
     parser.add_argument("--questions", type=int, default=60, help="of multiple choice, 0 for all")
@@ -259,7 +259,8 @@ def cells(options) -> list[Cell]:
             for method in options.methods:
                 left = 1.0 if method == "dense" else kept
                 shape = (options.domain, method, left, options.width_multiple)
-                found.append(Cell(model, *shape, train))
+                close = tuple(options.close) if method in OURS else None
+                found.append(Cell(model, *shape, train, close))
     return list(dict.fromkeys(found))
 
 

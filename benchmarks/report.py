@@ -42,7 +42,7 @@ def demo_section() -> str:
         return ""
 
     def settings(run: dict) -> dict:
-        return {**run["train"], "seed": None}
+        return {**run["train"], "seed": None, "close": run.get("close")}
 
     # Rows of other settings, earlier ones, are another recipe's.
     last = max(runs, key=lambda run: run["date"])

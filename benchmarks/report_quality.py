@@ -13,7 +13,6 @@ from _results import RESULTS, conditions, spread, table
 LANGUAGE_METHODS = {
     "dense": "LoRA, nothing removed",
     "recipe": "gatepack's recipe",
-    "recipe_midway": "gatepack's recipe, closed midway",
     "distilled": "gatepack's recipe, distilled",
     "Magnitude": "magnitude",
     "WandaSP": "Wanda-sp",
@@ -23,7 +22,7 @@ LANGUAGE_METHODS = {
     "FineGates": "FineGates",
     "ATP": "ATP",
 }
-OURS = ("recipe", "recipe_midway", "distilled")
+OURS = ("recipe", "distilled")
 ENCODER_METHODS = {
     "full": "full fine-tuning",
     "lora": "LoRA",
@@ -55,18 +54,22 @@ def language_section(domain: str, rows: list[dict]) -> str:
     for kept in sorted({row["kept"] for row in rows}, reverse=True):
         for method, title in LANGUAGE_METHODS.items():
             runs = [row for row in rows if (row["method"], row["kept"]) == (method, kept)]
-            for read in sorted({_tokens_read(row) for row in runs}):
-                same = [row for row in runs if _tokens_read(row) == read]
-                lines.append([title, *map("{:,}".format, read), *language_cells(same, dense)])
-    header = ["method", "scored on", "repaired on", "removed", "perplexity", "of dense"]
-    header += [*_choice_names(rows), "perplexity elsewhere", "prefill, x", "decode, x", "seeds"]
+            for settings in sorted({_settings(row) for row in runs}):
+                same = [row for row in runs if _settings(row) == settings]
+                close, *read = settings
+                said = [", ".join(map("{:.0%}".format, close)), *map("{:,}".format, read)]
+                lines.append([title, *said, *language_cells(same, dense)])
+    header = ["method", "closed at", "scored on", "repaired on", "removed"]
+    header += ["perplexity", "of dense", *_choice_names(rows), "perplexity elsewhere"]
+    header += ["prefill, x", "decode, x", "seeds"]
     train = rows[0]["train"]
     tokens = _tokens(train, "steps")
     return "\n\n".join(
         [
             f"## {Path(rows[0]['model']).name}, {domain}",
             f"{tokens:,} tokens of training for every row, in {train['steps']} steps; LoRA of rank "
-            f"{train['lora_rank']}. Scored on: tokens by which units are scored before training. "
+            f"{train['lora_rank']}. Closed at: after which part of the steps the recipe prices, "
+            "closes and repairs. Scored on: tokens by which units are scored before training. "
             "Repaired on: those of which the recipe's repair learns what the rest must give. "
             "Removed: of the blocks' weights, physically, by the same packer. Of dense: the "
             "perplexity of the first row over this one, that is how much is recovered. Multiple "
@@ -82,6 +85,16 @@ def language_section(domain: str, rows: list[dict]) -> str:
 
 def _tokens(train: dict, batches: str) -> int:
     return train[batches] * train["batch_size"] * train["window"]
+
+
+def _settings(row: dict) -> tuple:
+    """Of a row's method: (fractions of the steps at which it closes, *_tokens_read)."""
+    return _closed_at(row), *_tokens_read(row)
+
+
+def _closed_at(row: dict) -> tuple[float, ...]:
+    """Of the recipe, which closed before training before there was a choice."""
+    return tuple(row.get("close") or (0.0,)) if row["method"] in OURS else ()
 
 
 def _tokens_read(row: dict) -> tuple[int, int]:
@@ -223,7 +236,7 @@ def _language_goals(domain: str, rows: list[dict]) -> list[list[str]]:
     def runs_of(method: str, kept: float) -> list[dict]:
         found = [row for row in rows if (row["method"], row["kept"]) == (method, kept)]
         last = max(found, key=lambda row: row["date"], default=None)
-        return [row for row in found if _tokens_read(row) == _tokens_read(last)]
+        return [row for row in found if _settings(row) == _settings(last)]
 
     dense, lines = runs_of("dense", 1.0), []
     for kept in (0.8, 0.6):

@@ -16,7 +16,7 @@ from tiny import tiny_model, token_ids
 from gatepack.methods import FineGates
 from gatepack.training import TrainConfig
 
-MADE = ("dense", "recipe", "recipe_midway", "distilled", "FLAP", "FineGates", "ATP")
+MADE = ("dense", "recipe", "distilled", "FLAP", "FineGates", "ATP")
 TEXT = "The gate that stays open is worth its cost; the others go. "
 
 
@@ -85,9 +85,9 @@ def test_page_sets_methods_beside_the_dense_model(tmp_path, monkeypatch):
         ("dense", 1.0, 8.0, 9),
         ("FLAP", 0.6, 16.0, 9),
         ("recipe", 0.6, 10.0, 9),
-        ("recipe", 0.6, 12.5, 3),
+        ("recipe", 0.6, 12.5, 3, (0.2, 0.5)),
     )
-    for number, (method, kept, perplexity, repaired) in enumerate(cells):
+    for number, (method, kept, perplexity, repaired, *close) in enumerate(cells):
         ratios = {"ratios": {"prefill": 1.5, "decode": 1.25}}
         figures = {
             "text": {"t.jsonl": {"perplexity": perplexity}},
@@ -97,17 +97,21 @@ def test_page_sets_methods_beside_the_dense_model(tmp_path, monkeypatch):
         row = {**shared, "method": method, "kept": kept, "kept_fraction": kept, "figures": figures}
         row["speed"] = None if method == "dense" else ratios
         row["train"] = {**shared["train"], "repair_batches": repaired}
+        row |= {"close": close[0]} if close else {}
         jsonl(tmp_path / "quality" / f"{number}.json", [row])
     monkeypatch.setattr(report_quality, "RESULTS", tmp_path)
     page = report_quality.quality_page()
     assert "## tiny, law\n\n100 tokens of training for every row, in 10 steps" in page
     assert (
-        "| LoRA, nothing removed | 0 | 0 | 0 % | 8.00 | 100.0% | 50.0% | 30.00 | 1 | 1 | 1 |"
+        "| LoRA, nothing removed |  | 0 | 0 | 0 % | 8.00 | 100.0% | 50.0% | 30.00 | 1 | 1 | 1 |"
         in page
     )
-    assert "| FLAP | 40 | 0 | 40.0% | 16.00 | 50.0% | 50.0% | 30.00 | 1.50 | 1.25 | 1 |" in page
-    for tokens, of_dense in ((90, "10.00 | 80.0%"), (30, "12.50 | 64.0%")):
-        assert f"| gatepack's recipe | 40 | {tokens} | 40.0% | {of_dense} |" in page
+    assert "| FLAP |  | 40 | 0 | 40.0% | 16.00 | 50.0% | 50.0% | 30.00 | 1.50 | 1.25 | 1 |" in page
+    for cells in (
+        "0% | 40 | 90 | 40.0% | 10.00 | 80.0%",
+        "20%, 50% | 40 | 30 | 40.0% | 12.50 | 64.0%",
+    ):
+        assert f"| gatepack's recipe | {cells} |" in page
     assert "chip, 1 threads, torch 2.9, 2026-01-01, commit abc." in page
     assert (
         "| law, 40% removed: perplexity of FLAP over ours | at least 1.00 | 1.60 | pass |" in page
@@ -119,7 +123,13 @@ def test_page_sets_methods_beside_the_dense_model(tmp_path, monkeypatch):
 def test_demo_rows_of_earlier_settings_are_left_out(monkeypatch):
     stamp = {"bench": "demo", "device": "chip", "threads": 1, "torch": "2.9", "commit": "abc"}
     rows = []
-    for seed, steps, day, perplexity in ((0, 10, 2, 9.0), (1, 10, 3, 11.0), (2, 20, 1, 5.0)):
+    cells = (
+        (0, 10, 2, 9.0, [0.5]),
+        (1, 10, 3, 11.0, [0.5]),
+        (2, 20, 1, 5.0, [0.5]),
+        (3, 10, 1, 4.0, None),
+    )
+    for seed, steps, day, perplexity, close in cells:
         rows.append(
             {
                 **stamp,
@@ -128,6 +138,7 @@ def test_demo_rows_of_earlier_settings_are_left_out(monkeypatch):
                 "target": 0.8,
                 "seed": seed,
                 "train": {"steps": steps, "seed": seed},
+                **({"close": close} if close else {}),
                 "perplexity": {"base": 20.0, "lora": 8.0, "packed": perplexity},
                 "bytes_on_disk": {"base": 4, "packed": 3},
                 "speed": {"ratios": {"prefill": 1.5, "decode": 1.25}},

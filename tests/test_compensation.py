@@ -178,11 +178,33 @@ def test_refuses_gates_that_are_not_1_and_no_batch():
         close_and_compensate(model, masks, [])
     for pattern in ("single", "mixed"):
         set_gates(gates, pattern)
-        with pytest.raises(ValueError, match=r"exactly 1: put new gates on, with gatepack\.detach"):
+        with pytest.raises(ValueError, match=r"or none: put new gates on, with gatepack\.detach"):
             close_and_compensate(model, masks, [token_ids()])
         gp.detach(model)
         gates = gp.attach(model, CONFIG)
         close_and_compensate(model, masks, [token_ids()])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "bert"])
+def test_what_was_closed_stays_so_and_the_rest_is_repaired_as_if_it_had_been_removed(model_type):
+    model = tiny_model(model_type).eval()
+    batches = [token_ids(batch=8, length=16, seed=seed) for seed in range(2)]
+    gates = gp.attach(model, CONFIG)
+    first = {
+        name: list(range(gate.spec.shared_size)) if gate.kind == "heads" else [0, 5, 9]
+        for name, gate in gates.items()
+    }
+    gates.set_open(keep_all_but(gates, first))
+    removed = copy.deepcopy(model)
+    gp.pack(removed)
+    left = gp.attach(removed, CONFIG)
+    channels = {name: [3, 7] for name in gates if name.endswith(":channels")}
+    close_and_compensate(model, keep_all_but(gates, channels), batches)
+    shifted = {name: [2, 5] for name in channels}  # of those that are left
+    close_and_compensate(removed, keep_all_but(left, shifted), batches)
+    for name, mask in gates.open_masks().items():
+        assert not mask[first[name]].any() and not mask[channels.get(name, [])].any()
+    torch.testing.assert_close(model(batches[0]).logits, removed(batches[0]).logits)
 
 
 def test_submodules_keep_their_modes():

@@ -122,8 +122,8 @@ def test_plan_counts_both_fine_tunings(config):
     steps = config.train.steps
     assert found["tokens"] == 2 * steps * config.train.batch_size * config.train.window
     seconds = found["seconds"]
-    calibration = config.train.calibration_batches + config.train.repaired
-    least = (2 * steps + calibration) * seconds["step"]
+    closing = len(config.close) * (config.train.calibration_batches + config.train.repaired)
+    least = (2 * steps + closing) * seconds["step"]
     assert seconds["total"] == pytest.approx(least + 3 * seconds["scoring"])
     assert not config.out.exists()
 

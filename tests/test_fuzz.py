@@ -29,7 +29,7 @@ from gatepack.regression import FORMAT_VERSION, Bounds, compare, load_report
 from gatepack.repack import PackPlan, Part
 from gatepack.resume import State
 from gatepack.scoring import load_questions
-from gatepack.training import FineTuning, TrainConfig, add_lora, load_gated_base, save_gated_base
+from gatepack.training import FineTuning, TrainConfig, add_lora
 
 WEIGHTS = "model.safetensors"
 fuzz = settings(
@@ -315,11 +315,19 @@ def check_command(path, folder):
 TINY = TrainConfig(steps=3, batch_size=2, window=9, lora_rank=2, calibration_batches=2)
 
 
+def resumed(folder) -> FineTuning:
+    model = add_lora(tiny_model("llama", torch.float32), TINY)
+    gates = gp.GateConfig(noise=0.0, width_multiple=1)
+    method = gp.methods.CloseAndRepair(gates, close=0.5, bars=False)
+    closing = method.start(model, TINY.steps, [token_ids(4)])
+    return FineTuning(model, token_ids(4), TINY, folder, beside=closing)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(folder, the bytes of its run.safetensors)"""
     folder = tmp_path_factory.mktemp("run")
-    FineTuning(add_lora(tiny_model("llama", torch.float32), TINY), token_ids(4), TINY, folder).run()
+    resumed(folder).run()
     return folder, (folder / "run.safetensors").read_bytes()
 
 
@@ -337,20 +345,8 @@ def test_state_of_a_run(run, data):
         damaged = data.draw(damaged_bytes(whole, 8 + size))
     path = folder / "run.safetensors"
     path.write_bytes(damaged)
-    model = add_lora(tiny_model("llama", torch.float32), TINY)
-    refused(lambda: FineTuning(model, token_ids(4), TINY, folder), path)
+    refused(lambda: resumed(folder), path)
     assert path.read_bytes() == damaged
-
-
-@fuzz
-@given(st.data())
-def test_closed_gates_of_a_run(tmp_path, data):
-    model = tiny_model("llama", torch.float32)
-    gates = gp.attach(model, gp.GateConfig(noise=0.0, width_multiple=1))
-    save_gated_base(gates, tmp_path)
-    path = tmp_path / "closed.safetensors"
-    path.write_bytes(data.draw(damaged_bytes(path.read_bytes(), 2000)))
-    refused(lambda: load_gated_base(gates, tmp_path), path)
 
 
 @fuzz

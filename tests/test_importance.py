@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import padded, tiny_model, token_ids
+from tiny import make_gates, padded, tiny_model, token_ids
 
 import gatepack as gp
 from gatepack.importance import (
@@ -60,15 +60,16 @@ def test_greedy_scores_add_up_to_the_joint_damage():
 
 
 def test_moments_are_fp32_products_under_autocast():
+    gate = make_gates(noise=0.0)["b:channels"]
     moments = {}
     for enabled in (False, True):
         linear, inputs, gradients = torch.nn.Linear(8, 4), {}, {}
         linear.load_state_dict({"weight": torch.eye(8)[:4], "bias": torch.zeros(4)})
-        linear.register_forward_hook(_recorder("gate", None, inputs, gradients))
+        linear.register_forward_hook(_recorder(gate, None, inputs, gradients))
         x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             linear(x).backward(torch.ones(32, 4, dtype=torch.bfloat16 if enabled else None))
-        moments[enabled] = inputs["gate"], gradients["gate"]
+        moments[enabled] = inputs[gate.name], gradients[gate.name]
     for exact, under in zip(moments[False], moments[True], strict=True):
         torch.testing.assert_close(under, exact, rtol=1e-6, atol=1e-6)
 
@@ -188,11 +189,61 @@ def test_calibrate_leaves_the_model_as_it_was():
         assert torch.equal(parameter, before[name]), name
 
 
-def test_calibrate_refuses_closed_units():
+@pytest.mark.parametrize("path", ["folded", "dense"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_closed_units_are_as_if_they_had_been_removed(model_type, path, monkeypatch):
+    monkeypatch.setenv("GATEPACK_BACKEND", path)
+    model = tiny_model(model_type)
+    gates = gp.attach(model, CONFIG)
+    closed = {
+        name: list(range(gate.spec.shared_size)) if gate.kind == "heads" else [0, 3]
+        for name, gate in gates.items()
+    }
+    for name, units in closed.items():
+        gates.close(name, units)
+    ids = token_ids()
+    batch = {"input_ids": ids, "labels": ids}
+    moments = calibrate(model, [batch])
+    scores = unit_scores(gates, moments, block=8)
+    gp.pack(model)
+    packed = gp.attach(model, CONFIG)
+    expected = calibrate(model, [batch])
+    expected_scores = unit_scores(packed, expected, block=8)
+    for name, units in closed.items():
+        torch.testing.assert_close(moments[name].inputs, expected[name].inputs)
+        torch.testing.assert_close(moments[name].gradients, expected[name].gradients)
+        left = torch.ones(gates[name].size, dtype=torch.bool)
+        left[units] = False
+        assert bool((scores[name][~left] == 0).all())
+        torch.testing.assert_close(scores[name][left], expected_scores[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lora_is_priced_as_if_it_were_merged(dtype):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=12, init_lora_weights=False, target_modules="all-linear"
+    )
+    wrapped = peft.get_peft_model(tiny_model("llama", dtype), config)
+    gates, ids = gp.attach(wrapped, CONFIG), token_ids()
+    moments = calibrate(wrapped, [{"input_ids": ids, "labels": ids}])
+    found = unit_scores(gates, moments, block=8)
+    wrapped.merge_and_unload()
+    for name, expected in unit_scores(gates, moments, block=8).items():
+        torch.testing.assert_close(found[name], expected)
+
+
+@pytest.mark.parametrize("how", ["none is open", "one is a half"])
+def test_calibrate_refuses_gates_that_it_cannot_price(how):
     model = tiny_model("llama")
     gates = gp.attach(model, CONFIG)
-    name = next(name for name in gates if name.endswith(":channels"))
-    gates.close(name, [0, 3])
+    gate = next(gate for name, gate in gates.items() if name.endswith(":channels"))
+    if how == "none is open":
+        gates.close(gate.name, range(gate.size))
+    else:
+        with torch.no_grad():
+            gates.logits[gate.start] = gates.estimator.logits_of(torch.tensor(0.5))
     ids = token_ids()
-    with pytest.raises(ValueError, match="every unit open"):
+    with pytest.raises(ValueError, match=f"calibrate needs open units .* {gate.name!r} has others"):
         calibrate(model, [{"input_ids": ids, "labels": ids}])

@@ -1,6 +1,7 @@
 """CloseAndRepair: the recipe's closing at one step of any loop or Trainer, resumed, refused."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 import gatepack as gp
 from gatepack import distillation
-from gatepack.methods import CloseAndRepair
+from gatepack.methods import CloseAndRepair, close_and_repair
 from gatepack.methods.one_shot import run_beside_lora
 from gatepack.training import FineTuning, TrainConfig, close_to_budget
 
@@ -71,7 +72,7 @@ def test_is_close_to_budget_before_that_step(family, close, step):
 
 def test_only_a_training_forward_closes_and_only_once(monkeypatch):
     model = tiny_model("llama", torch.float32)
-    training = CloseAndRepair(GATES, bars=False).start(model, STEPS, texts(2))
+    training = CloseAndRepair(GATES, close=0.0, bars=False).start(model, STEPS, texts(2))
     model.eval()(token_ids())
     assert not training.closed and gp.gates_of(model).kept_fraction() == 1
     model.train()(token_ids())
@@ -82,11 +83,71 @@ def test_only_a_training_forward_closes_and_only_once(monkeypatch):
     assert abs(training.finish() - 0.6) <= 0.005
 
 
+def test_several_closings_remove_equal_parts():
+    model, kept = tiny_model("llama", torch.float32), []
+    method = dataclasses.replace(METHOD, close=(0.9, 0.0, 0.5))
+    training = method.start(model, STEPS, texts(3))
+    for _ in range(STEPS):
+        model.train()(**texts(1)[0])
+        training.step()
+        kept.append(gp.gates_of(model).kept_fraction())
+    parts = [1 - 0.4 / 3] * 3 + [1 - 0.8 / 3] * 2 + [0.6]
+    assert kept == pytest.approx(parts, abs=0.005)
+    assert training.closed and training.finish() == kept[-1]
+
+
+def test_closings_that_are_due_together_are_one(monkeypatch):
+    model, targets = tiny_model("llama", torch.float32), []
+    real = close_and_repair.close_to_budget
+
+    def recorded(model, batches, settings, progress, target):
+        targets.append(target)
+        return real(model, batches, settings, progress, target)
+
+    monkeypatch.setattr(close_and_repair, "close_to_budget", recorded)
+    method = dataclasses.replace(METHOD, close=(0.1, 0.2, 1.0))
+    training = method.start(model, 2, texts(3))
+    for _ in range(2):
+        model.train()(**texts(1)[0])
+        training.step()
+    assert training.finish() == pytest.approx(0.6, abs=0.005)
+    assert targets == [pytest.approx(1 - 0.8 / 3), None]
+
+
+def test_a_rerun_on_the_same_model_goes_on_from_its_closings():
+    model = tiny_model("bert", torch.float32)
+    method = dataclasses.replace(METHOD, close=(0.0, 0.5))
+    interrupted = method.start(model, STEPS, labelled(3))
+    train(model, interrupted, labelled(STEPS), until=2)
+    assert gp.gates_of(model).kept_fraction() == pytest.approx(0.8, abs=0.005)
+    state = copy.deepcopy(interrupted.state_dict())
+    training = method.start(model, STEPS, labelled(3))
+    assert training.closings == 1 and not training.closed
+    train(model, training, labelled(STEPS))
+    assert training.finish() == pytest.approx(0.6, abs=0.005)
+    training.load_state_dict(state)
+    assert training.closings == 1
+    assert gp.gates_of(model).kept_fraction() == pytest.approx(0.8, abs=0.005)
+
+
+def test_repairs_on_as_many_batches_as_asked(monkeypatch):
+    seen = []
+
+    def recorded(model, batches, settings, progress, target):
+        seen.append((settings.calibration_batches, settings.repaired))
+
+    monkeypatch.setattr(close_and_repair, "close_to_budget", recorded)
+    for repair in (None, 2):
+        method = dataclasses.replace(METHOD, close=0.0, repair_batches=repair)
+        method.start(tiny_model("llama", torch.float32), STEPS, texts(5)).begin_step()
+    assert seen == [(2, 5), (2, 2)]
+
+
 def test_the_autocast_of_the_training_forward_is_not_that_of_the_closing():
     found = []
     for enabled in (False, True):
         model = tiny_model("llama", torch.float32)
-        CloseAndRepair(GATES, bars=False).start(model, STEPS, texts(3))
+        CloseAndRepair(GATES, close=0.0, bars=False).start(model, STEPS, texts(3))
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             model.train()(token_ids())
         found.append(model.state_dict())
@@ -121,7 +182,9 @@ def test_a_rerun_takes_the_place_of_an_interrupted_one():
     assert training.closed and not interrupted.closed
 
 
-def trainer(folder, model=None, callback=None, callbacks=(), distil=None, **arguments):
+def trainer(
+    folder, model=None, callback=None, callbacks=(), distil=None, method=METHOD, **arguments
+):
     model = tiny_model("bert", torch.float32) if model is None else model
     of_one = [
         {name: tensor[row] for name, tensor in batch.items()}
@@ -134,7 +197,7 @@ def trainer(folder, model=None, callback=None, callbacks=(), distil=None, **argu
         "use_cpu": True, "disable_tqdm": True, "seed": 5,
     }  # fmt: skip
     kind = gp.GateCallback if callback is None else callback
-    callback = kind(METHOD, batches=labelled(3, seed=40), distillation=distil)
+    callback = kind(method, batches=labelled(3, seed=40), distillation=distil)
     return Trainer(
         model,
         TrainingArguments(**settings | arguments),
@@ -163,13 +226,14 @@ def test_in_a_trainer(accumulation, tmp_path):
     torch.testing.assert_close(run.model(**batch).logits, before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("cut", [2, 6])
+@pytest.mark.parametrize(("close", "cut"), [(0.5, 2), (0.5, 6), ((0.25, 0.75), 4)])
 @pytest.mark.parametrize("make", [lambda: None, with_lora], ids=["all", "lora"])
-def test_resume_is_bit_exact(make, cut, tmp_path):
-    whole = trainer(tmp_path / "whole", make())
+def test_resume_is_bit_exact(make, close, cut, tmp_path):
+    method = dataclasses.replace(METHOD, close=close)
+    whole = trainer(tmp_path / "whole", make(), method=method)
     whole.train()
-    trainer(tmp_path / "cut", make(), NoFinish, [StopAt(cut)]).train()
-    second = trainer(tmp_path / "cut", make())
+    trainer(tmp_path / "cut", make(), NoFinish, [StopAt(cut)], method=method).train()
+    second = trainer(tmp_path / "cut", make(), method=method)
     second.train(resume_from_checkpoint=True)
     ours, theirs = second.model.state_dict(), whole.model.state_dict()
     assert ours.keys() == theirs.keys()
@@ -184,10 +248,10 @@ def test_a_trainers_checkpoint_leaves_trained_weights_to_the_trainer(tmp_path):
         return next(filter(None, found)).state_dict()
 
     fixed = {"closed.gates.logits", "closed.gates.closed"}
-    assert set(state_of(trainer(tmp_path))) == {"done", *fixed}
+    assert set(state_of(trainer(tmp_path))) == {"done", "closings", *fixed}
     model = with_lora()
     state = state_of(trainer(tmp_path, model))
-    assert len(set(state) - {"done", *fixed}) == 2 * model.config.num_hidden_layers
+    assert len(set(state) - {"done", "closings", *fixed}) == 2 * model.config.num_hidden_layers
 
 
 def test_the_teacher_stays_the_dense_model(tmp_path, monkeypatch):
@@ -241,8 +305,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"close": 1.5}, r"close: expected a fraction of all steps, got 1.5"),
-            ({"close": "half"}, r"close: expected a fraction of all steps, got 'half'"),
+            ({"close": 1.5}, r"close: expected fractions of all steps, got 1.5"),
+            ({"close": "half"}, r"close: expected fractions of all steps, got 'half'"),
+            ({"close": (0.2, -0.1)}, r"close: expected fractions of all steps, got \(0.2, -0.1\)"),
+            ({"close": ()}, r"close: expected fractions of all steps, got \(\)"),
+            ({"repair_batches": 0}, "repair_batches must be >= 1, got 0"),
             ({"calibration_batches": 0}, "calibration_batches must be >= 1, got 0"),
             ({"autocast": "fp16"}, "autocast must be None or 'bfloat16', got 'fp16'"),
         ],
@@ -292,3 +359,27 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"state: is of before .*: load the model anew"):
             training.load_state_dict(before)
         assert training.closed and training.done == STEPS
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda s: s.pop("done"), r"state: done must be \[\], got None"),
+            (lambda s: s.update(closings=torch.tensor(2)), "closings must be 0 to 1, got 2"),
+            (lambda s: s.pop("closed.gates.logits"), r"closed\.gates\.logits must be .* got None"),
+            (
+                lambda s: s.update({"closed.gates.closed": torch.zeros(3)}),
+                r"closed\.gates\.closed must be \[\d+\], got \[3\]",
+            ),
+        ],
+    )
+    def test_a_state_that_is_damaged(self, damage, message):
+        model = tiny_model("bert", torch.float32)
+        training = METHOD.start(model, STEPS, labelled(3))
+        train(model, training, labelled(STEPS))
+        state = training.state_dict()
+        damage(state)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=message):
+            training.load_state_dict(state)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(before[name], tensor), name

@@ -217,7 +217,7 @@ def test_closing_on_batches_is_that_on_the_windows_they_are_of():
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
-def test_close_to_budget_meets_the_target_and_reloads(tmp_path):
+def test_close_to_budget_meets_the_target():
     windows = token_ids(batch=16, length=9)
     gate_config = gp.GateConfig(noise=0.0, target=0.75, width_multiple=8, equal_layers=False)
     model = tiny_model("llama", torch.float32)
@@ -227,13 +227,36 @@ def test_close_to_budget_meets_the_target_and_reloads(tmp_path):
     assert abs(kept - 0.75) <= 0.005
     assert kept == gates.kept_fraction()
     assert phases[-1] == ("closing and repairing", 2, 2)
-    training.save_gated_base(gates, tmp_path)
-    other = tiny_model("llama", torch.float32)
-    other_gates = gp.attach(other, gate_config)
-    assert not training.load_gated_base(other_gates, tmp_path / "nothing")
-    assert training.load_gated_base(other_gates, tmp_path)
-    ids = token_ids()
-    assert torch.equal(model.eval()(ids).logits, other.eval()(ids).logits)
+
+
+@pytest.mark.parametrize(("equal", "uniform"), [(False, True), (False, False), (True, True)])
+def test_a_target_on_the_way_leaves_what_it_closed_closed(equal, uniform):
+    model = tiny_model("llama", torch.float32)
+    config = gp.GateConfig(
+        noise=0.0, target=0.6, width_multiple=4, equal_layers=equal, q_per_kv_uniform=uniform
+    )
+    gates, windows = gp.attach(model, config), token_ids(batch=16, length=9)
+    assert close_to_budget(model, windows, CONFIG, target=0.8) == pytest.approx(0.8, abs=0.005)
+    between = gates.open_masks()
+    assert close_to_budget(model, windows, CONFIG) == pytest.approx(0.6, abs=0.005)
+    after = gates.open_masks()
+    for name, mask in after.items():
+        assert not (mask & ~between[name]).any(), name
+    assert any(not torch.equal(after[name], between[name]) for name in after)
+
+
+def test_a_target_on_the_way_that_no_shape_meets_closes_nothing(caplog):
+    model, windows = tiny_model("llama", torch.float32), token_ids(batch=16, length=9)
+    config = gp.GateConfig(noise=0.0, units=("heads",), targets=("*.0.*",))
+    gates = gp.attach(model, config)
+    (masks,) = ({name: torch.arange(gate.size) >= gate.size // 2} for name, gate in gates.items())
+    target = gates.costs.kept_fraction(masks)
+    gp.detach(model)
+    gp.attach(model, dataclasses.replace(config, target=target))
+    between = 1 - (1 - target) / 4
+    assert close_to_budget(model, windows, CONFIG, target=between) == 1
+    assert f"closing nothing at a kept fraction of {between:.4f}: target=" in caplog.text
+    assert close_to_budget(model, windows, CONFIG) == pytest.approx(target)
 
 
 @pytest.mark.parametrize(

@@ -245,15 +245,17 @@ def plan(
     config: GateConfig,
     target: float | None = None,
     width_multiple: int | None = None,
+    within: Mapping[str, torch.Tensor] | None = None,
 ) -> Plan:
     """The most valuable units that cost target of the budget, in shapes that engines load.
 
     scores: name -> fp [size], additive over the units of all gates. target: kept fraction,
-    config.target by default. Solves the multiple-choice knapsack (one shape per gate, or one per
+    config.target by default. within: name -> bool [size] on the CPU, of which no other unit is
+    kept. Solves the multiple-choice knapsack (one shape per gate, or one per
     group of equal gates with equal_layers) by bisection on the price of a parameter, then spends
     what is left greedily. width_multiple is halved until the result is within 0.5 % of the target;
     raises ValueError if even 1 is too coarse. Whether a target can be met does not depend on the
-    scores.
+    scores, unless there is `within`.
     """
     for name, spec in costs.specs.items():
         if name not in scores:
@@ -263,11 +265,15 @@ def plan(
                 f"scores[{name!r}] must be finite [{spec.size}], got {list(scores[name].shape)}"
                 f"{'' if scores[name].isfinite().all() else ' with infinite or NaN values'}"
             )
+    if within is not None:
+        scores = {name: _last(score, ~within[name]) for name, score in scores.items()}
     target = config.target if target is None else target
     wanted = config.width_multiple if width_multiple is None else width_multiple
 
     def find(multiple: int) -> tuple[dict[str, torch.Tensor], float]:
         choices = _choices(costs, scores, config, multiple)
+        if within is not None:
+            choices = [_limited(choice, within) for choice in choices]
         if not all(choice.options for choice in choices):
             return {}, math.inf
         picks = solve(choices, target * costs.total - costs.fixed, _EDGE * costs.total)
@@ -278,6 +284,21 @@ def plan(
 
     advice = "Choose that, gate more units, or set equal_layers=False or tp_divisor=1"
     return plan_in_multiples(find, target, wanted, config.target_of, advice)
+
+
+def _last(scores: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """Scores by which those units come behind all others, of their block and of their gate."""
+    return scores.masked_fill(units, -1.0 - 2.0 * float(scores.abs().sum()))
+
+
+def _limited(choice: Choice, within: Mapping[str, torch.Tensor]) -> Choice:
+    """The options that keep no unit outside of within."""
+    fits = [
+        all(not bool((mask & ~within[name]).any()) for name, mask in option.items())
+        for option in choice.options
+    ]
+    left = [option for option, fit in zip(choice.options, fits, strict=True) if fit]
+    return Choice(choice.costs[fits], choice.values[fits], left)
 
 
 def _choices(costs: Costs, scores, config: GateConfig, multiple: int) -> list[Choice]:

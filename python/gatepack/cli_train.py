@@ -21,6 +21,10 @@ from gatepack.cli_common import (
 )
 
 Target = Annotated[float, typer.Option(help="Kept fraction of the blocks' weights, in (0, 1).")]
+Close = Annotated[
+    list[float],
+    typer.Option(help="Fraction of the steps at which gates close a part of the way; repeatable."),
+]
 BatchSize = Annotated[int, typer.Option(help="Windows per step.")]
 LearningRate = Annotated[float, typer.Option(help="Peak of the cosine schedule.")]
 LoraRank = Annotated[int, typer.Option(help="Rank of LoRA on every linear of the blocks.")]
@@ -37,6 +41,7 @@ def train(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "smollm2",
     text: Text = None,
     target: Target = 0.8,
+    close: Close = (0.2, 0.5),
     steps: Annotated[int, typer.Option(help="Training steps.")] = 40,
     warmup_steps: Annotated[int, typer.Option(help="Steps in which the rate rises.")] = 2,
     batch_size: BatchSize = 4,
@@ -124,6 +129,7 @@ def demo(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "smollm2",
     text: Text = None,
     target: Target = 0.8,
+    close: Close = (0.2, 0.5),
     steps: Annotated[
         int, typer.Option(help="Training steps, for each of the two fine-tunings.")
     ] = 40,

@@ -8,7 +8,14 @@ from torch import nn
 from gatepack.calibration import Batch, inputs_of, require_batches, token_mask, token_rows
 from gatepack.gates import Gate, GateSet
 from gatepack.hf import gates_of
-from gatepack.importance import DAMPING, damped, gated_inputs, without_autocast
+from gatepack.importance import (
+    DAMPING,
+    damped,
+    gated_inputs,
+    open_lanes,
+    require_ones,
+    without_autocast,
+)
 from gatepack.layers import Layer, hf_model, layers_of
 from gatepack.modules import base_linear, weight_matrix
 from gatepack.quality import evaluating, input_device
@@ -58,12 +65,15 @@ def close_and_compensate(
     or what the model takes by name; labels are ignored, and tokens that attention_mask leaves out
     do not count. damping: None for that of DAMPINGS which, fitted on three quarters of the batches,
     leaves least of a linear's R in the others (0.1 if there is one batch only). Writes base weights
-    in place, adapters stay. progress is called with the number of layers done. Raises ValueError
-    without a batch, and unless every gate is 1.
+    in place, adapters stay. Units that were closed stay so: the dense model is then the model as
+    it is. progress is called with the number of layers done. Raises ValueError without a batch,
+    and unless every open unit is exactly 1 and each gate has one.
     """
     root = hf_model(model)
     gates = gates_of(model)
-    require_open(gates, "close_and_compensate")
+    require_ones(gates, "close_and_compensate")
+    were = gates.open_masks()
+    masks = {name: mask.cpu() & were[name] for name, mask in masks.items()}
     layers = layers_of(root)
     given = [inputs_of(batch, input_device(root)) for batch in batches]
     require_batches(len(given))
@@ -76,15 +86,6 @@ def close_and_compensate(
             dense = _compensate_layer(gates, layer, masks, dense, pruned, call, kept, damping)
             if progress is not None:
                 progress(index + 1)
-
-
-def require_open(gates: GateSet, who: str) -> None:
-    """ValueError unless every gate is exactly 1, without which `who` cannot close them."""
-    if not bool((gates.deterministic_values() == 1).all()):
-        raise ValueError(
-            f"{who} needs every gate open and exactly 1: put new gates on, with "
-            "gatepack.detach(model) and gatepack.attach(model, config)"
-        )
 
 
 def _first_inputs(root, layers: list[Layer], batches: list[dict[str, torch.Tensor]]):
@@ -142,12 +143,16 @@ def _compensate_layer(
     names = (f"{layer.heads_name}:heads", f"{layer.channels_name}:channels")
     gates.set_open({name: masks[name] for name in names if name in masks})
     _refresh(gates, pruned[0])
+
+    def opened(name: str, x: torch.Tensor) -> torch.Tensor:
+        return open_lanes(gates[name], x) if name in gates.gates else x
+
     inputs, residuals = [], []
     for x, was, target, call in zip(pruned, dense, after_out, calls, strict=True):
         seen = {}
         with _watching(out, seen, "out", stop=True):
             _run(layer, x, call)
-        inputs.append(_open_lanes(gates, names[0], seen["out"][0]))
+        inputs.append(opened(names[0], seen["out"][0]))
         lacks = target - seen["out"][1].reshape(x.shape)
         residuals.append(lacks + (was - x) if sums else lacks)
     if names[0] in masks:
@@ -157,7 +162,7 @@ def _compensate_layer(
         seen = {}
         with _watching(down, seen, "down"):
             after_pruned.append(_run(layer, x, call))
-        inputs.append(_open_lanes(gates, names[1], seen["down"][0]))
+        inputs.append(opened(names[1], seen["down"][0]))
         residuals.append(target - (after_pruned[-1] if sums else seen["down"][1].reshape(x.shape)))
     if names[1] in masks:
         change = _repair(down, gates, names[1], inputs, residuals, kept, damping)
@@ -183,15 +188,6 @@ def _is_sum(after: torch.Tensor, before: torch.Tensor, *added: torch.Tensor) -> 
 def _refresh(gates: GateSet, hidden: torch.Tensor) -> None:
     """Makes the layer's attention and linears see the open sets just written."""
     gates.attachment.before_forward(None, (hidden,), {})
-
-
-def _open_lanes(gates: GateSet, name: str, x: torch.Tensor) -> torch.Tensor:
-    """The open lanes of what a gate feeds: all of x where layers exchange compact activations."""
-    gate = gates.gates.get(name)
-    lanes = None if gate is None else gate.open().lanes
-    if lanes is None or x.shape[-1] != gate.size * gate.lanes:
-        return x
-    return x.index_select(-1, lanes)
 
 
 def _run(layer: Layer, x: torch.Tensor, call) -> torch.Tensor | None:

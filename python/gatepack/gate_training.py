@@ -315,6 +315,16 @@ def _check_schedule(schedule: GateSchedule | None) -> None:
         )
 
 
+def check_shapes(
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], where: str = ""
+) -> None:
+    """ValueError for the first tensor that is missing or of another shape than expected."""
+    for name, shape in expected.items():
+        if name not in found or found[name].shape != tuple(shape):
+            got = list(found[name].shape) if name in found else None
+            raise ValueError(f"{where}{name} must be {list(shape)}, got {got}")
+
+
 def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The entries of a state whose names begin with prefix, without it."""
     return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}

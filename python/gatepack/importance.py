@@ -25,19 +25,20 @@ from gatepack.calibration import (
 from gatepack.gates import Gate, GateSet
 from gatepack.hf import gates_of
 from gatepack.layers import hf_model
-from gatepack.modules import base_linear, weight_matrix
+from gatepack.modules import adapters_of, base_linear, weight_matrix
 from gatepack.quality import input_device
 from gatepack.samples import lane_indices
 
 DAMPING = 0.1
+NEW_GATES = "put new gates on, with gatepack.detach(model) and gatepack.attach(model, config)"
 
 
 @dataclass(frozen=True)
 class Moments:
     """Second moments at the linear that a gate's units feed, summed over tokens, at least fp32.
 
-    inputs: G = sum x x^T [K, K]. gradients: F = sum g g^T [N, N], g the gradient at the output of
-    the loss summed over a batch's labels.
+    inputs: G = sum x x^T [K, K], of the open lanes. gradients: F = sum g g^T [N, N], g the gradient
+    at the output of the loss summed over a batch's labels.
     """
 
     inputs: torch.Tensor
@@ -52,17 +53,12 @@ def calibrate(
     """Runs a gated model forward and backward over batches of inputs with labels: name -> Moments.
 
     Tokens that attention_mask leaves out do not count, nor do labels of -100. Parameters keep their
-    gradients as they were. Needs K^2 + N^2 floats per gate. Raises ValueError if a unit is closed,
-    and without a batch.
+    gradients as they were. Needs K^2 + N^2 floats per gate. Raises ValueError unless every open
+    unit is exactly 1 and each gate has one, and without a batch.
     """
     root = hf_model(model)
     gates = gates_of(model)
-    for name, is_open in gates.open_masks().items():
-        if not is_open.all():
-            raise ValueError(
-                f"calibrate needs every unit open, {name!r} has {int(is_open.sum())} of "
-                f"{len(is_open)}; calibrate before closing"
-            )
+    require_ones(gates, "calibrate")
     inputs: dict[str, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor] = {}
     done = 0
@@ -76,6 +72,26 @@ def calibrate(
                 progress(done)
     require_batches(done)
     return {name: Moments(inputs[name], gradients[name]) for name in inputs}
+
+
+def require_ones(gates: GateSet, who: str) -> None:
+    """ValueError unless each gate has open units, all exactly 1, which `who` can price or close."""
+    with torch.no_grad():
+        values = gates.split(gates.deterministic_values().cpu())
+    for name, found in values.items():
+        if not bool(found.any()) or not bool(((found == 0) | (found == 1)).all()):
+            raise ValueError(
+                f"{who} needs open units in every gate, all exactly 1, and {name!r} has others or "
+                f"none: {NEW_GATES}"
+            )
+
+
+def open_lanes(gate: Gate, x: torch.Tensor) -> torch.Tensor:
+    """The open lanes of what a gate feeds: all of x where layers exchange compact activations."""
+    lanes = gate.open().lanes
+    if lanes is None or x.shape[-1] != gate.size * gate.lanes:
+        return x
+    return x.index_select(-1, lanes)
 
 
 def gated_inputs(gates: GateSet) -> list[tuple[Gate, nn.Module]]:
@@ -93,8 +109,7 @@ def _recording(
 ) -> Iterator[None]:
     """Inside, forward and backward add the tokens of mask to both sums, name -> [C, C]."""
     hooks = [
-        (linear, _recorder(gate.name, mask, inputs, gradients))
-        for gate, linear in gated_inputs(gates)
+        (linear, _recorder(gate, mask, inputs, gradients)) for gate, linear in gated_inputs(gates)
     ]
     embedding = gates.attachment.root.get_input_embeddings()
     hooks.append((embedding, lambda module, args, output: output.requires_grad_()))
@@ -106,16 +121,16 @@ def _recording(
             handle.remove()
 
 
-def _recorder(name: str, mask: torch.Tensor | None, inputs: dict, gradients: dict):
+def _recorder(gate: Gate, mask: torch.Tensor | None, inputs: dict, gradients: dict):
     def add(store: dict, x: torch.Tensor) -> None:
         rows = token_rows(x, mask)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         with without_autocast(rows):
             moment = rows.t() @ rows
-        store[name] = store[name] + moment if name in store else moment
+        store[gate.name] = store[gate.name] + moment if gate.name in store else moment
 
     def hook(module, args, output):
-        add(inputs, args[0].detach())
+        add(inputs, open_lanes(gate, args[0].detach()))
         output.register_hook(lambda grad: add(gradients, grad.detach()))
 
     return hook
@@ -132,17 +147,30 @@ def unit_scores(
 
     Units are closed greedily, the cheapest first, each closing repaired before the next is priced:
     channels in blocks of `block`, heads one by one. damping: fraction of G's mean diagonal added to
-    its diagonal. Additive over units and comparable over gates, as GateSet.snap wants them.
+    its diagonal. Additive over units and comparable over gates, as GateSet.snap wants them. Units
+    that were closed when calibrate ran, as they still must be, have 0.
     """
     scores = {}
     for done, (gate, linear) in enumerate(gated_inputs(gates), 1):
-        weight = weight_matrix(base_linear(linear)).detach()
-        weight = weight.to(moments[gate.name].inputs.dtype)
+        weight = _weight(linear, moments[gate.name].inputs.dtype)
+        opened, score = gate.open(), weight.new_zeros(gate.size)
+        lanes, units = (slice(None) if x is None else x for x in (opened.lanes, opened.units))
         with without_autocast(weight):
-            scores[gate.name] = _greedy(weight, moments[gate.name], gate.lanes, block, damping)
+            score[units] = _greedy(weight[:, lanes], moments[gate.name], gate.lanes, block, damping)
+        scores[gate.name] = score
         if progress is not None:
             progress(done)
     return scores
+
+
+@torch.no_grad()
+def _weight(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """What a linear multiplies by, [N, K]: with LoRA, but not what is more than that (DoRA)."""
+    weight, adapters = weight_matrix(base_linear(linear)).detach().to(dtype), adapters_of(linear)
+    for adapter in () if isinstance(adapters, str) else adapters:
+        with without_autocast(weight):
+            weight = weight + adapter.scaling * adapter.b.to(dtype) @ adapter.a.to(dtype)
+    return weight
 
 
 def without_autocast(x: torch.Tensor) -> torch.autocast:

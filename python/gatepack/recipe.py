@@ -15,6 +15,7 @@ from gatepack.data import batches, load_documents, split_documents, to_windows
 from gatepack.files import plain, refuse_out, write_json
 from gatepack.hf import attach, detach, gates_of
 from gatepack.layers import GATES_NAME, hf_model
+from gatepack.methods.close_and_repair import CloseAndRepair, Closing
 from gatepack.models import load_model, source_of, torch_device, torch_dtype
 from gatepack.optional import require
 from gatepack.packing import PackReport, pack
@@ -29,9 +30,7 @@ from gatepack.training import (
     FineTuning,
     TrainConfig,
     add_lora,
-    close_to_budget,
-    load_gated_base,
-    save_gated_base,
+    closing_batches,
 )
 
 
@@ -39,14 +38,16 @@ from gatepack.training import (
 class RecipeConfig:
     """What is trained, on which text, and down to which size.
 
-    target: kept fraction of the blocks' weights. out: the folder of the result and, until then, of
-    what is finished so far. device: "auto" takes CUDA where there is one. eval_windows: held-out
-    windows to score, at most.
+    target: kept fraction of the blocks' weights. close: fractions of the steps at which gates
+    close, each time an equal part of the way there; 0 is before LoRA trains. out: the folder of the
+    result and, until then, of what is finished so far. device: "auto" takes CUDA where there is
+    one. eval_windows: held-out windows to score, at most.
     """
 
     model: str = "smollm2"
     text: str | Path | None = None
     target: float = 0.8
+    close: tuple[float, ...] = CloseAndRepair.close
     out: Path = Path("out/gated")
     device: str = "auto"
     width_multiple: int = 32
@@ -55,7 +56,7 @@ class RecipeConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
-        self.gates()
+        object.__setattr__(self, "close", self.method().close)
         refuse_out(self.out, source_of(self.model))
         if self.eval_windows < 1:
             raise ValueError(f"eval_windows must be >= 1, got {self.eval_windows}")
@@ -68,6 +69,12 @@ class RecipeConfig:
             equal_layers=self.equal_layers,
             seed=self.train.seed,
         )
+
+    def method(self) -> CloseAndRepair:
+        return CloseAndRepair(
+            self.gates(), self.close, self.train.calibration_batches, self.train.repaired,
+            self.train.autocast,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class Trained:
 
 
 def train(config: RecipeConfig, log: Log) -> dict:
-    """Prices, closes and repairs, trains LoRA through what stays open; saves the gated model.
+    """Trains LoRA, meanwhile prices, closes and repairs; saves the gated model.
 
     config.out gets the checkpoint with LoRA merged in, train.json (the report that is returned),
     losses.png and gates.png. Interrupted or failed, it goes on from its last finished stage (in
@@ -152,9 +159,9 @@ def plan_training(config: RecipeConfig, log: Log) -> dict:
 
     params: of the model, of its blocks' linears, of those the kept ones, and of LoRA. seconds: a
     step with every gate open, which is more than one with closed gates takes, and all steps, the
-    batches of calibration and repair, and scoring at that rate; pricing units and solving for the
-    repair come on top. bytes: of the weights, and of what training keeps for LoRA (gradients and
-    Adam's moments). Raises as train, where the target cannot be met too.
+    batches of each calibration and repair, and scoring at that rate; pricing units and solving for
+    the repair come on top. bytes: of the weights, and of what training keeps for LoRA (gradients
+    and Adam's moments). Raises as train, where the target cannot be met too.
     """
     require("training", "peft")
     inputs = load_inputs(config, load_documents(config.text), log)
@@ -165,7 +172,7 @@ def plan_training(config: RecipeConfig, log: Log) -> dict:
     lora = [p for p in wrapped.parameters() if p.requires_grad]
     step, scoring = _timed(wrapped, inputs, config.train, log)
     steps, tokens = config.train.steps, config.train.batch_size * config.train.window
-    calibration = config.train.calibration_batches + config.train.repaired
+    closing = len(config.close) * (config.train.calibration_batches + config.train.repaired)
     return {
         "model": config.model,
         "target": config.target,
@@ -180,7 +187,7 @@ def plan_training(config: RecipeConfig, log: Log) -> dict:
         "seconds": {
             "step": step,
             "scoring": scoring,
-            "total": (steps + calibration) * step + 2 * scoring,
+            "total": (steps + closing) * step + 2 * scoring,
         },
         "bytes": {
             "weights": sum(p.numel() * p.element_size() for p in parameters),
@@ -306,20 +313,13 @@ def load_inputs(config: RecipeConfig, documents: list[str], log: Log) -> Inputs:
 
 
 def train_gated(inputs: Inputs, config: RecipeConfig, state: State, log: Log) -> Trained:
-    """Puts gates on inputs.model, closes them down to the target, and trains LoRA."""
-    gates = attach(inputs.model, config.gates())
+    """Trains LoRA and gates on inputs.model, which close down to the target meanwhile."""
+    model, train = add_lora(inputs.model, config.train), config.train
+    drawn = closing_batches(inputs.windows, train)
+    closing = config.method().start(model, train.steps, drawn, log)
     folder = state.folder / "gated"
-    if not load_gated_base(gates, folder):
-        with log.phases() as progress:
-            close_to_budget(inputs.model, inputs.windows, config.train, progress)
-        save_gated_base(gates, folder)
-    wrapped = add_lora(inputs.model, config.train)
-    budget = {
-        "open": f"{gates.open_fraction():.1%}",
-        "budget": f"{gates.kept_fraction():.1%}/{config.target:.1%}",
-    }
-    losses = fine_tune(wrapped, inputs.windows, config.train, folder, "gates and LoRA", log, budget)
-    return Trained(wrapped, losses)
+    losses = fine_tune(model, inputs.windows, train, folder, "gates and LoRA", log, closing)
+    return Trained(model, losses)
 
 
 def fine_tune(
@@ -329,14 +329,26 @@ def fine_tune(
     folder: Path,
     title: str,
     log: Log,
-    shown: dict[str, str] | None = None,
+    closing: Closing | None = None,
 ) -> list[float]:
-    """FineTuning with a bar that shows the loss, and `shown` beside it; returns the losses."""
-    tuning = FineTuning(model, windows, config, folder)
+    """FineTuning with a bar that shows the loss, and what is open; returns the losses."""
+    tuning = FineTuning(model, windows, config, folder, beside=closing)
     with log.bar(title, "step", config.steps, tuning.step, leave=True) as tell:
-        return tuning.run(
-            lambda run: tell(run.step, loss=round(run.losses[-1], 3), **(shown or {}))
-        )
+
+        def on_step(run: FineTuning) -> None:
+            tell(run.step, loss=round(run.losses[-1], 3), **({} if closing is None else shown()))
+
+        def shown() -> dict[str, str]:
+            gates = closing.gates
+            return {
+                "open": f"{gates.open_fraction():.1%}",
+                "budget": f"{gates.kept_fraction():.1%}/{gates.config.target:.1%}",
+            }
+
+        losses = tuning.run(on_step)
+    if closing is not None:
+        closing.finish()
+    return losses
 
 
 def pack_and_check(gated: nn.Module, held_out: torch.Tensor) -> tuple[nn.Module, dict, dict]:

@@ -1,10 +1,11 @@
 """Stage 4, methods: the default recipe: price, close and repair, then LoRA on what stays open."""
 
 import json
+import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,15 +14,18 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from gatepack.budget import plan
 from gatepack.calibration import Batch
 from gatepack.compensation import close_and_compensate
 from gatepack.data import batches
 from gatepack.files import parse_json, read_safetensors, write_safetensors
-from gatepack.gate_training import load_moments, under
+from gatepack.gate_training import check_shapes, load_moments, under
 from gatepack.gates import GateSet
 from gatepack.hf import gates_of
 from gatepack.importance import calibrate, unit_scores
 from gatepack.layers import GATES_NAME, hf_model, layers_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,17 @@ def close_to_budget(
     windows: torch.Tensor | Sequence[Batch],
     config: TrainConfig,
     progress: Callable[[str, int, int], None] | None = None,
+    target: float | None = None,
 ) -> float:
     """Closes a gated model down to its target and repairs it; returns the kept fraction.
+
+    Units that are closed stay closed. target: of this call, where another is to follow; where no
+    shape meets it, or none that is left after it meets that of the gates, nothing closes.
 
     windows: training token ids [n, length], of which config's batches are drawn; or, where the loss
     is another than that of the next token, batches of what the model takes by name, labels too: the
     first calibration_batches of them price, and as many as are repaired on. progress is called with
-    (phase, done, total). Raises ValueError without a batch.
+    (phase, done, total). Raises ValueError without a batch, and for a target out of reach.
     """
 
     def reporter(phase: str, total: int):
@@ -106,18 +114,48 @@ def close_to_budget(
     device = gates.logits.device
     chosen = windows
     if isinstance(windows, torch.Tensor):
-        count = max(config.calibration_batches, config.repaired)
-        order = batches(windows, config.batch_size, count, config.seed + 1)
-        chosen = [{"input_ids": windows[rows], "labels": windows[rows]} for rows in order]
+        chosen = [{"input_ids": ids, "labels": ids} for ids in closing_batches(windows, config)]
     priced = chosen[: config.calibration_batches]
     with config.precision(device):
         moments = calibrate(model, priced, reporter("calibrating", len(priced)))
     scores = unit_scores(gates, moments, progress=reporter("pricing units", len(gates)))
-    masks = gates.plan(scores).masks
+    masks = _planned(gates, scores, target)
+    if masks is None:
+        return gates.kept_fraction()
     told = reporter("closing and repairing", len(layers_of(gates.attachment.root)))
     with config.precision(device):
         close_and_compensate(model, masks, chosen[: config.repaired], progress=told)
     return gates.kept_fraction()
+
+
+def closing_batches(windows: torch.Tensor, config: TrainConfig) -> list[torch.Tensor]:
+    """Those [B, length] of windows [n, length] by which close_to_budget prices and repairs."""
+    count = max(config.calibration_batches, config.repaired)
+    order = batches(windows, config.batch_size, count, config.seed + 1)
+    return [windows[rows] for rows in order]
+
+
+def _planned(
+    gates: GateSet, scores: Mapping[str, torch.Tensor], target: float | None
+) -> dict[str, torch.Tensor] | None:
+    """The open units that stay, by name; None if a target on the way cannot be met, or is the end
+    of it."""
+    gates.check_device()
+    scores = {name: score.float().cpu() for name, score in scores.items()}
+
+    def planned(target: float | None, within: Mapping[str, torch.Tensor]) -> dict:
+        return plan(gates.costs, scores, gates.config, target, within=within).masks
+
+    masks = gates.open_masks()
+    if target is None:
+        return planned(None, masks)
+    try:
+        masks = planned(target, masks)
+        planned(None, masks)
+    except ValueError as error:
+        logger.warning("closing nothing at a kept fraction of %.4f: %s", target, error)
+        return None
+    return masks
 
 
 def add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
@@ -281,52 +319,27 @@ class FineTuning:
             raise ValueError(f"{path} belongs to a run with other settings; {again}")
         if not isinstance(losses, list) or not 0 < len(losses) <= self.config.steps:
             raise ValueError(f"{path} does not have a loss for each step done; {again}")
-        for name, parameter in self.parameters.items():
-            for key in ("parameter", "step", "exp_avg", "exp_avg_sq"):
-                shape = () if key == "step" else parameter.shape
-                found = tensors.get(f"{key}.{name}")
-                if found is None or found.shape != shape:
-                    raise ValueError(
-                        f"{path}: {key}.{name} must be {list(shape)}, got "
-                        f"{None if found is None else list(found.shape)}; {again}"
-                    )
+        shapes = {
+            f"{key}.{name}": () if key == "step" else parameter.shape
+            for name, parameter in self.parameters.items()
+            for key in ("parameter", "step", "exp_avg", "exp_avg_sq")
+        }
+        try:
+            check_shapes(tensors, shapes)
+            if self.beside is not None:
+                self.beside.load_state_dict(under("beside.", tensors))
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}; {again}") from error
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"parameter.{name}"])
             keys = ("step", "exp_avg", "exp_avg_sq")
             load_moments(self.optimizer, parameter, {key: tensors[f"{key}.{name}"] for key in keys})
-        if self.beside is not None:
-            self.beside.load_state_dict(under("beside.", tensors))
         self.losses = losses
 
 
 def next_token_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """mean of -log p(next token) over token ids [B, S], a differentiable scalar."""
     return model(input_ids=ids, labels=ids, use_cache=False).loss
-
-
-def save_gated_base(gates: GateSet, folder: Path) -> None:
-    """Saves what close_to_budget changed: the gates' buffers and the repaired weights."""
-    write_safetensors(folder / "closed.safetensors", gated_base(gates), {})
-
-
-def load_gated_base(gates: GateSet, folder: Path) -> bool:
-    """The inverse of save_gated_base on a freshly gated model; False if nothing was saved."""
-    path = folder / "closed.safetensors"
-    if not path.is_file():
-        return False
-    tensors, _ = read_safetensors(path)
-    expected = gated_base(gates)
-    for name, tensor in expected.items():
-        if name not in tensors or tensors[name].shape != tensor.shape:
-            raise ValueError(
-                f"{path} does not fit this model: {name} must be {list(tensor.shape)}; remove "
-                f"{folder} to start over"
-            )
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(tensors[name])
-    gates.sync_from_buffers()
-    return True
 
 
 def gated_base(gates: GateSet) -> dict[str, torch.Tensor]:

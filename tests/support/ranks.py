@@ -54,7 +54,7 @@ def close_and_repair(model):
     # Of other batches on each rank, of which the first decides.
     rank = dist.get_rank() if dist.is_initialized() else 0
     gates = gp.GateConfig(target=0.6, noise=0.0, width_multiple=4, equal_layers=False)
-    method = gp.methods.CloseAndRepair(gates, close=0.5, bars=False)
+    method = gp.methods.CloseAndRepair(gates, close=(0.25, 0.5), bars=False)
     return method.start(model, STEPS, [token_ids(4, 6, seed=50 + rank)])
 
 

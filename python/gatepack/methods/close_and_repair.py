@@ -1,4 +1,4 @@
-"""Stage 4, methods: gatepack's recipe beside any loss: price, close and repair once, then heal."""
+"""Stage 4, methods: gatepack's recipe beside any loss: price, close, repair, and train on."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import nn
 
 from gatepack.budget import meets
 from gatepack.calibration import Batch, require_batches
-from gatepack.compensation import require_open
 from gatepack.config import GateConfig, is_number
-from gatepack.gate_training import check_steps, under
+from gatepack.gate_training import check_shapes, check_steps
 from gatepack.gates import GateSet
 from gatepack.hf import attach, detach, gates_of
 from gatepack.hooks import at_work
+from gatepack.importance import NEW_GATES
 from gatepack.layers import GATES_NAME, hf_model
 from gatepack.methods.one_shot import UNEVEN, check_units
 from gatepack.progress import Log
@@ -29,36 +29,40 @@ _SHARDED = (
 
 @dataclass(frozen=True)
 class CloseAndRepair:
-    """The recipe of `gatepack train`, at one step of a training by any loss and any optimizer.
+    """The recipe of `gatepack train`, beside a training by any loss and any optimizer.
 
-    Gates stay open and fixed for the first `close` of the steps. Then, before a forward, the loss
-    of the first calibration_batches of `batches` prices heads and channels, those that are worth
-    least close down to the target, all of the batches repair the linears that read them
-    (gatepack.training.close_to_budget), and the training goes on with what is open.
+    Gates are fixed but for the fractions of all steps that `close` names. There, before a forward,
+    the loss of the first calibration_batches of `batches` prices the open heads and channels, those
+    that are worth least close, repair_batches of them repair the linears that read what closes
+    (gatepack.training.close_to_budget), and the training goes on with what is open. Several
+    fractions go to the target in equal parts of what is removed.
 
-    gates: used where the model has none yet: target, shapes and targets. close: 0 for a model that
-    knows its task; a new head has to learn before its loss can price, 0.4 of the steps for one.
+    gates: used where the model has none yet: target, shapes and targets. close: one or several; a
+    new head has to learn before its loss can price: (0.4,) for one. repair_batches: None for all.
     batches, of start or GateCallback: what the model takes, labels too, or token ids [B, S] of a
     causal language model; the same on all ranks, of which the first decides. autocast: that of
     TrainConfig. bars: whether pricing and repair show how far they are.
     """
 
     gates: GateConfig = UNEVEN
-    close: float = 0.0
+    close: tuple[float, ...] = (0.2, 0.5)
     calibration_batches: int = 8
+    repair_batches: int | None = None
     autocast: str | None = None
     bars: bool = True
 
     def __post_init__(self):
-        if not is_number(self.close) or not 0 <= self.close <= 1:
-            raise ValueError(f"close: expected a fraction of all steps, got {self.close!r}")
+        close = tuple(self.close) if isinstance(self.close, list | tuple) else (self.close,)
+        if not close or not all(is_number(each) and 0 <= each <= 1 for each in close):
+            raise ValueError(f"close: expected fractions of all steps, got {self.close!r}")
+        object.__setattr__(self, "close", tuple(sorted(map(float, close))))
         self.settings(1)
 
     def settings(self, batches: int) -> TrainConfig:
         """How close_to_budget prices and repairs on so many batches."""
         return TrainConfig(
             calibration_batches=self.calibration_batches,
-            repair_batches=batches,
+            repair_batches=batches if self.repair_batches is None else self.repair_batches,
             autocast=self.autocast,
         )
 
@@ -82,11 +86,23 @@ class CloseAndRepair:
             raise
         gates.freeze()
 
-    def start(self, model: nn.Module, steps: int, batches: Iterable[Batch] = ()) -> "Closing":
-        """What closes the gates of a model in a training of so many optimizer steps."""
+    def start(
+        self,
+        model: nn.Module,
+        steps: int,
+        batches: Iterable[Batch] = (),
+        log: Log | None = None,
+    ) -> "Closing":
+        """What closes the gates of a model in a training of so many optimizer steps.
+
+        log: for the bars; None for text on the first rank, if there are to be any.
+        """
         batches = list(batches)
         self.prepare(model, batches)
-        return Closing(model, steps, self, batches)
+        if log is None:
+            first = not has_ranks() or dist.get_rank() == 0
+            log = Log("text" if self.bars and first else "quiet")
+        return Closing(model, steps, self, batches, log)
 
     def rewrites(self, model: nn.Module) -> list[nn.Parameter]:
         """The weights that the repair changes, whether they train or not."""
@@ -96,23 +112,45 @@ class CloseAndRepair:
 class Closing:
     """A CloseAndRepair at work beside an optimizer of weights(), in the loop of GateTraining.
 
-    The closing itself is done by the first training forward after its step, or by begin_step. An
+    A closing itself is done by the first training forward after its step, or by begin_step. An
     earlier one at work on the model, of a run that was interrupted, stops. A model whose gates meet
-    the target has it behind it.
+    the target has all behind it.
     """
 
-    def __init__(self, model: nn.Module, steps: int, method: CloseAndRepair, batches: list[Batch]):
+    def __init__(
+        self,
+        model: nn.Module,
+        steps: int,
+        method: CloseAndRepair,
+        batches: list[Batch],
+        log: Log,
+    ):
         check_steps(steps)
-        self.model, self.method, self.batches = model, method, batches
+        self.model, self.method, self.batches, self.log = model, method, batches, log
         self.root = hf_model(model)
         self.gates: GateSet = gates_of(model)
-        self.due = round(method.close * steps)
-        self.done = 0
-        self.closed = meets(self.gates.kept_fraction(), self.gates.config.target)
-        if not self.closed:
-            require_open(self.gates, "CloseAndRepair")
+        self.due = [round(fraction * steps) for fraction in method.close]
+        self.done, self.closings = 0, self._behind()
         for earlier in at_work(self.root._forward_pre_hooks, Closing):
             earlier._hook.remove()
+        self._watch()
+
+    def _target(self, closings: int) -> float:
+        """The kept fraction to which so many closings lead."""
+        target = self.gates.config.target
+        return target if closings == len(self.due) else 1 - (1 - target) * closings / len(self.due)
+
+    def _behind(self) -> int:
+        """How many closings the model has behind it, by what its gates keep."""
+        if bool((self.gates.deterministic_values() == 1).all()):
+            return 0
+        kept = self.gates.kept_fraction()
+        for closings in range(1, len(self.due) + 1):
+            if meets(kept, self._target(closings)):
+                return closings
+        raise ValueError(f"CloseAndRepair needs every gate open and exactly 1: {NEW_GATES}")
+
+    def _watch(self) -> None:
         self._hook = self.root.register_forward_pre_hook(self._before, prepend=True)
 
     def _before(self, module: nn.Module, args) -> None:
@@ -123,26 +161,34 @@ class Closing:
         """The trainable parameters."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    @property
+    def closed(self) -> bool:
+        """Whether the last closing is done."""
+        return self.closings == len(self.due)
+
     def begin_step(self, loss_scale: float = 1.0) -> None:
         """Closes and repairs if that is due, before the forwards of an optimizer step."""
-        if not self.closed and self.done >= self.due:
-            self._close()
+        due = sum(step <= self.done for step in self.due)
+        if due > self.closings:
+            self._close(due)
 
     def step(self, loss_scale: float = 1.0) -> None:
         """Counts one optimizer step."""
         self.done += 1
 
-    def _close(self) -> None:
+    def _close(self, closings: int) -> None:
+        """To where so many closings lead."""
         refuse_sharded(self.root, *_SHARDED)
         self._hook.remove()
-        first = not has_ranks() or dist.get_rank() == 0
-        log = Log("text" if self.method.bars and first else "quiet")
-        with log.phases() as progress:
+        target = None if closings == len(self.due) else self._target(closings)
+        with self.log.phases() as progress:
             settings = self.method.settings(len(self.batches))
-            close_to_budget(self.model, self.batches, settings, progress)
+            close_to_budget(self.model, self.batches, settings, progress, target)
         from_first_rank(gated_base(self.gates).values())
         self.gates.sync_from_buffers()
-        self.closed = True
+        self.closings = closings
+        if not self.closed:
+            self._watch()
 
     def finish(self) -> float:
         """Closes and repairs if training ended before that; gives the kept fraction.
@@ -150,7 +196,7 @@ class Closing:
         Also where weights of before it have been loaded since (load_best_model_at_end).
         """
         if not meets(self.gates.kept_fraction(), self.gates.config.target):
-            self._close()
+            self._close(len(self.due))
         self._hook.remove()
         return self.gates.kept_fraction()
 
@@ -159,12 +205,12 @@ class Closing:
         return {"gates/kept_fraction": round(self.gates.kept_fraction(), 4)}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Tensors only: how many steps are done and, once closed, the gates and repaired weights.
+        """Tensors only: how many steps and closings are done, the gates and the repaired weights.
 
         Those that train are left to whoever saves the model.
         """
-        state = {"done": torch.tensor(self.done)}
-        if self.closed:
+        state = {"done": torch.tensor(self.done), "closings": torch.tensor(self.closings)}
+        if self.closings:
             state |= {f"closed.{name}": t for name, t in self._fixed().items()}
         return state
 
@@ -178,17 +224,24 @@ class Closing:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """The inverse of state_dict, on a model with the same gates and trainable parameters.
 
-        Raises ValueError for a state of before the closing on a model that has it behind it.
+        Raises ValueError for tensors that are missing or of another shape, and for a state of
+        before the first closing on a model that has it behind it; then nothing has changed.
         """
-        closed = under("closed.", state)
-        if closed:
-            for name, tensor in self._fixed().items():
-                tensor.copy_(closed[name])
-            self.gates.sync_from_buffers()
-            self._hook.remove()
-        elif self.closed:
+        check_shapes(state, {"done": (), "closings": ()}, "state: ")
+        closings = int(state["closings"])
+        if not 0 <= closings <= len(self.due):
+            raise ValueError(f"state: closings must be 0 to {len(self.due)}, got {closings}")
+        closed = {f"closed.{name}": t for name, t in self._fixed().items()} if closings else {}
+        check_shapes(state, {name: tensor.shape for name, tensor in closed.items()}, "state: ")
+        if self.closings and not closings:
             raise ValueError(
                 "state: is of before the gates closed, but this model's gates are closed and its "
                 "weights repaired: load the model anew"
             )
-        self.done, self.closed = int(state["done"]), bool(closed)
+        for name, tensor in closed.items():
+            tensor.copy_(state[name])
+        self.gates.sync_from_buffers()
+        self.done, self.closings = int(state["done"]), closings
+        self._hook.remove()
+        if not self.closed:
+            self._watch()

@@ -11,14 +11,13 @@ from torch import nn
 
 from gatepack.budget import plan
 from gatepack.config import GateConfig
-from gatepack.data import batches as batch_order
 from gatepack.gates import GateSet
 from gatepack.hf import attach, detach, gates_of
 from gatepack.layers import GATES_NAME, hf_model
 from gatepack.methods.statistics import Batch
 from gatepack.modules import base_linear
 from gatepack.packing import PackReport, pack
-from gatepack.training import FineTuning, TrainConfig, add_lora
+from gatepack.training import FineTuning, TrainConfig, add_lora, closing_batches
 
 UNEVEN = GateConfig(noise=0.0, equal_layers=False)
 
@@ -144,8 +143,7 @@ def plan_masks(
 
 def calibration_batches(windows: torch.Tensor, train: TrainConfig) -> list[torch.Tensor]:
     """The batches of windows [n, length] that gatepack.training.close_to_budget calibrates on."""
-    order = batch_order(windows, train.batch_size, train.calibration_batches, train.seed + 1)
-    return [windows[rows] for rows in order]
+    return closing_batches(windows, train)[: train.calibration_batches]
 
 
 def run_beside_lora(
