@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -77,6 +78,7 @@ def test_train(tmp_path, text, monkeypatch):
     command = ["train", model, "--text", text, *TRAIN.split(), "-q", "--out"]
     invoke(*command, tmp_path / "whole")
     monkeypatch.setattr(training.FineTuning, "save_every", 0.0)
+    monkeypatch.setattr(training.FineTuning, "save_share", math.inf)
     with monkeypatch.context() as patch:
         die_at(patch, training.FineTuning, "_train_step", 3)
         killed(*command, tmp_path / "out")

@@ -57,6 +57,25 @@ def test_interrupted_run_resumes_bit_exactly(tmp_path):
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize(("seconds", "saves"), [(0.01, 6), (0.19, 2)])
+def test_saves_as_often_as_its_share_of_the_time_allows(seconds, saves, tmp_path, monkeypatch):
+    now, saved = [0.0], []
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    run = FineTuning(lora_model(), token_ids(batch=8, length=9), CONFIG, tmp_path)
+
+    def save():
+        saved.append(now[0])
+        now[0] += seconds
+
+    def step(run):
+        now[0] += 1.0
+
+    monkeypatch.setattr(run, "save", save)
+    run.save_every, run.save_share = 0.5, 0.05
+    run.run(step)
+    assert len(saved) == saves + 1  # and once at the end
+
+
 def test_optimizer_resumes_on_the_device_of_the_model(tmp_path):
     windows = token_ids(batch=8, length=9)
     FineTuning(lora_model(), windows, CONFIG, tmp_path).run()

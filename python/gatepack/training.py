@@ -219,12 +219,14 @@ class FineTuning:
 
     Step i's batch depends on seed and i only, so a run that is cut off and resumed goes on as if it
     had not been. folder: where a checkpoint is kept, or None; a killed run loses what it did in the
-    last save_every seconds. Trainable parameters are saved by name, as safetensors. beside: steps
-    once per step, before AdamW does, and is saved along. objective(model, ids [B, S]) -> scalar
-    replaces the next-token loss in what is minimised.
+    last save_every seconds, or longer where saving so often would take more than save_share of the
+    time. Trainable parameters are saved by name, as safetensors. beside: steps once per step,
+    before AdamW does, and is saved along. objective(model, ids [B, S]) -> scalar replaces the
+    next-token loss in what is minimised.
     """
 
     save_every = 60.0
+    save_share = 0.05
 
     def __init__(
         self,
@@ -260,7 +262,7 @@ class FineTuning:
     def run(self, on_step: Callable[["FineTuning"], None] | None = None) -> list[float]:
         """Trains to the last step, returns the losses; a first Ctrl-C saves, raises Interrupted."""
         self.model.train()
-        saved = time.monotonic()
+        saved, wait = time.monotonic(), self.save_every
         with _interrupt_flag() as interrupted:
             while self.step < self.config.steps:
                 self._train_step()
@@ -269,9 +271,11 @@ class FineTuning:
                 if interrupted():
                     self.save()
                     raise Interrupted
-                if time.monotonic() - saved >= self.save_every:
+                now = time.monotonic()
+                if now - saved >= wait:
                     self.save()
                     saved = time.monotonic()
+                    wait = max(self.save_every, (saved - now) / self.save_share)
         self.save()
         return self.losses
 
