@@ -336,14 +336,12 @@ def fine_tune(
     with log.bar(title, "step", config.steps, tuning.step, leave=True) as tell:
 
         def on_step(run: FineTuning) -> None:
-            tell(run.step, loss=round(run.losses[-1], 3), **({} if closing is None else shown()))
-
-        def shown() -> dict[str, str]:
-            gates = closing.gates
-            return {
-                "open": f"{gates.open_fraction():.1%}",
-                "budget": f"{gates.kept_fraction():.1%}/{gates.config.target:.1%}",
-            }
+            shown = {"loss": round(run.losses[-1], 3)}
+            if closing is not None:
+                gates = closing.gates
+                shown["open"] = f"{gates.open_fraction():.1%}"
+                shown["budget"] = f"{gates.kept_fraction():.1%}/{gates.config.target:.1%}"
+            tell(run.step, **shown)
 
         losses = tuning.run(on_step)
     if closing is not None:

@@ -1,4 +1,4 @@
-"""Stage 4, methods: the default recipe: price, close and repair, then LoRA on what stays open."""
+"""Stage 4, methods: the parts of the default recipe: price, close and repair; LoRA; its run."""
 
 import json
 import logging
@@ -98,13 +98,13 @@ def close_to_budget(
 ) -> float:
     """Closes a gated model down to its target and repairs it; returns the kept fraction.
 
-    Units that are closed stay closed. target: of this call, where another is to follow; where no
-    shape meets it, or none that is left after it meets that of the gates, nothing closes.
-
     windows: training token ids [n, length], of which config's batches are drawn; or, where the loss
     is another than that of the next token, batches of what the model takes by name, labels too: the
     first calibration_batches of them price, and as many as are repaired on. progress is called with
-    (phase, done, total). Raises ValueError without a batch, and for a target out of reach.
+    (phase, done, total). Units that are closed stay closed. target: a kept fraction on the way,
+    where another call is to follow; if no shape meets it, or none that it leaves meets the gates'
+    own, nothing closes. Raises ValueError without a batch, and for a target of the gates that is
+    out of reach.
     """
 
     def reporter(phase: str, total: int):
@@ -138,8 +138,7 @@ def closing_batches(windows: torch.Tensor, config: TrainConfig) -> list[torch.Te
 def _planned(
     gates: GateSet, scores: Mapping[str, torch.Tensor], target: float | None
 ) -> dict[str, torch.Tensor] | None:
-    """The open units that stay, by name; None if a target on the way cannot be met, or is the end
-    of it."""
+    """The open units that stay, by name; None if a target on the way cannot be met or left."""
     gates.check_device()
     scores = {name: score.float().cpu() for name, score in scores.items()}
 
