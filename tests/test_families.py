@@ -83,6 +83,8 @@ def test_values_that_are_clipped_in_place_are_refused():
     for units in (("heads", "channels"), ("rows", "columns")):
         with pytest.raises(ValueError, match=r"clip_qkv=0\.5: expected None"):
             gp.attach(model, gp.GateConfig(units=units))
+    with pytest.raises(ValueError, match=r"clip_qkv=0\.5: expected None"):  # not as late as finish
+        gp.methods.ATP().prepare(model)
 
 
 def test_linears_are_named_once_each():

@@ -18,6 +18,15 @@ from gatepack.modules import linear_shape
 from gatepack.sharding import refuse_sharded
 
 
+def refuse_clipping(root: nn.Module) -> None:
+    """ValueError for a model that clips what its linears give in place."""
+    if getattr(root.config, "clip_qkv", None) is not None:
+        raise ValueError(
+            f"clip_qkv={root.config.clip_qkv}: expected None, because it overwrites what gated "
+            "linears give, which their gradients need"
+        )
+
+
 def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     """Gates a transformers model (or a PEFT model around one) in place and returns its GateSet.
 
@@ -40,11 +49,7 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
         raise ValueError(
             "model is packed by rows and columns; put it back with gatepack.unpack(model) first"
         )
-    if getattr(root.config, "clip_qkv", None) is not None:
-        raise ValueError(
-            f"clip_qkv={root.config.clip_qkv}: expected None, because it overwrites what gated "
-            "linears give, which their gradients need"
-        )
+    refuse_clipping(root)
     if config.of_linears:
         from gatepack.row_column import attach_rows_columns
 

@@ -11,7 +11,7 @@ from gatepack.calibration import Batch, frozen, inputs_of, with_labels
 from gatepack.config import GateConfig
 from gatepack.gate_training import check_steps, load_moments, under
 from gatepack.gates import mix
-from gatepack.hf import attach
+from gatepack.hf import attach, refuse_clipping
 from gatepack.hooks import at_work
 from gatepack.layers import GATES_NAME, hf_model, layers_of
 from gatepack.methods.decisions import (
@@ -110,6 +110,7 @@ class ATP:
     def prepare(self, model: nn.Module, batches: Iterable[Batch] = ()) -> None:
         """Puts LoRA on every linear of the blocks, in place, unless model is a PEFT model."""
         root = hf_model(model)
+        refuse_clipping(root)
         if model is not root or _has_adapters(root):
             return
         refuse_sharded(root, "LoRA cannot be put on it", "call prepare or start before fully_shard")
