@@ -113,8 +113,8 @@ class Closing:
     """A CloseAndRepair at work beside an optimizer of weights(), in the loop of GateTraining.
 
     A closing itself is done by the first training forward after its step, or by begin_step. An
-    earlier one at work on the model, of a run that was interrupted, stops. A model whose gates meet
-    the target has all behind it.
+    earlier one at work on the model, of a run that was interrupted, stops. What the gates keep says
+    how many closings the model has behind it.
     """
 
     def __init__(
