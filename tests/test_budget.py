@@ -145,6 +145,41 @@ def test_unequal_prices_are_within_one_unit_of_the_optimum(seed):
     assert best - dearest <= total_value(scores, chosen.masks) <= best + 1e-6
 
 
+@pytest.mark.parametrize("equal_layers", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_within_some_units_is_as_if_the_others_had_been_removed(seed, equal_layers):
+    specs = model_specs()
+    costs, config = Costs(specs, 100_000), config_for(equal_layers=equal_layers, target=0.6)
+    left = plan(costs, random_scores(specs, seed), config, target=0.8).masks
+    scores = random_scores(specs, seed + 10)
+    found = plan(costs, scores, config, within=left)
+    small = {name: score[left[name]] for name, score in scores.items()}
+    expected = plan(costs.cut(left), small, config)
+    assert found.kept_fraction == pytest.approx(expected.kept_fraction)
+    for name, mask in found.masks.items():
+        assert not (mask & ~left[name]).any()
+        assert torch.equal(mask[left[name]], expected.masks[name]), name
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_within_blocks_that_keep_unequally_many_units(seed):
+    specs = model_specs()
+    costs, config = Costs(specs, 0), config_for(q_per_kv_uniform=False, equal_layers=False)
+    left = plan(costs, random_scores(specs, seed), config, target=0.75).masks
+    heads = [block_counts(spec, left[n]) for n, spec in specs.items() if spec.kind == "heads"]
+    assert any(len(set(counts[counts > 0].tolist())) > 1 for counts in heads)
+    found = plan(costs, random_scores(specs, seed + 10), config, target=0.5, within=left)
+    assert abs(found.kept_fraction - 0.5) <= TOLERANCE
+    assert not any((mask & ~left[name]).any() for name, mask in found.masks.items())
+
+
+def test_within_too_few_units_a_target_is_out_of_reach():
+    specs = model_specs()
+    left = plan(Costs(specs, 0), random_scores(specs, 0), config_for(), target=0.5).masks
+    with pytest.raises(ValueError, match=r"target=0\.6 cannot be met"):
+        plan(Costs(specs, 0), random_scores(specs, 1), config_for(), target=0.6, within=left)
+
+
 def test_width_multiple_is_refined_and_logged(caplog):
     specs = {"a:channels": GateSpec("channels", 512, 1, 10)}
     with caplog.at_level(logging.WARNING, logger="gatepack.budget"):
