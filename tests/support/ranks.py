@@ -1,5 +1,6 @@
 """Short trainings by every kind of method, in one process or one rank of two."""
 
+import gc
 import os
 
 import torch
@@ -165,6 +166,15 @@ def as_torchrun_does(rank: int, ranks: int, port: int) -> None:
 def worker(rank: int, name: str, port: int, folder: str, options: dict) -> None:
     as_torchrun_does(rank, 2, port)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.save(_trained(rank, name, options), f"{folder}/{rank}.pt")
+    # gloo's threads let go of tensors late, which aborts where the interpreter is gone by then
+    # (pytorch/pytorch#179291): the model that they are of goes first.
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def _trained(rank: int, name: str, options: dict) -> dict:
+    """What a rank's model and training hold at the end, and the logits it gives."""
     model, training = run(name, rank, 2, **options)
     state = {"model": get_model_state_dict(model, options=WHOLE), "training": training.state_dict()}
     if options.get("wrap") != "ddp":
@@ -184,9 +194,7 @@ def worker(rank: int, name: str, port: int, folder: str, options: dict) -> None:
                 assert "is sharded over ranks, so" in str(error)
             else:
                 raise AssertionError("a sharded model was taken for a whole one")
-    state["logits"] = evaluated(model)
-    torch.save(state, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {**state, "logits": evaluated(model)}
 
 
 @torch.no_grad()
