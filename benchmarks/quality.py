@@ -35,7 +35,7 @@ from gatepack.training import TrainConfig
 ONE_SHOT = ("Magnitude", "WandaSP", "FLAP", "Taylor", "ContextPruning")
 OURS = ("recipe", "distilled")
 METHODS = ("dense", *OURS, *ONE_SHOT, "FineGates", "ATP")
-CLOSE = (0.2, 0.5)
+CLOSE = methods.CloseAndRepair.close
 TRAVEL = 4.0  # how far FineGates may move a logit until gates freeze; 1.55 down, it closes
 GENERATOR_RATE = 1e-2  # the published one is for thousands of steps
 DISTILLATION = Distillation(temperature=1.0, weight=0.5, task_weight=0.5)

@@ -143,16 +143,12 @@ def _compensate_layer(
     names = (f"{layer.heads_name}:heads", f"{layer.channels_name}:channels")
     gates.set_open({name: masks[name] for name in names if name in masks})
     _refresh(gates, pruned[0])
-
-    def opened(name: str, x: torch.Tensor) -> torch.Tensor:
-        return open_lanes(gates[name], x) if name in gates.gates else x
-
     inputs, residuals = [], []
     for x, was, target, call in zip(pruned, dense, after_out, calls, strict=True):
         seen = {}
         with _watching(out, seen, "out", stop=True):
             _run(layer, x, call)
-        inputs.append(opened(names[0], seen["out"][0]))
+        inputs.append(open_lanes(gates.gates.get(names[0]), seen["out"][0]))
         lacks = target - seen["out"][1].reshape(x.shape)
         residuals.append(lacks + (was - x) if sums else lacks)
     if names[0] in masks:
@@ -162,7 +158,7 @@ def _compensate_layer(
         seen = {}
         with _watching(down, seen, "down"):
             after_pruned.append(_run(layer, x, call))
-        inputs.append(opened(names[1], seen["down"][0]))
+        inputs.append(open_lanes(gates.gates.get(names[1]), seen["down"][0]))
         residuals.append(target - (after_pruned[-1] if sums else seen["down"][1].reshape(x.shape)))
     if names[1] in masks:
         change = _repair(down, gates, names[1], inputs, residuals, kept, damping)

@@ -86,9 +86,9 @@ def require_ones(gates: GateSet, who: str) -> None:
             )
 
 
-def open_lanes(gate: Gate, x: torch.Tensor) -> torch.Tensor:
+def open_lanes(gate: Gate | None, x: torch.Tensor) -> torch.Tensor:
     """The open lanes of what a gate feeds: all of x where layers exchange compact activations."""
-    lanes = gate.open().lanes
+    lanes = None if gate is None else gate.open().lanes
     if lanes is None or x.shape[-1] != gate.size * gate.lanes:
         return x
     return x.index_select(-1, lanes)

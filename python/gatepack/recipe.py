@@ -1,6 +1,7 @@
 """Stage 7, command line: runs of the default recipe, which can be cut off, and their parts."""
 
 import copy
+import functools
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -335,13 +336,17 @@ def fine_tune(
     tuning = FineTuning(model, windows, config, folder, beside=closing)
     with log.bar(title, "step", config.steps, tuning.step, leave=True) as tell:
 
+        @functools.cache
+        def shown(closings: int) -> dict[str, str]:
+            gates = closing.gates
+            return {
+                "open": f"{gates.open_fraction():.1%}",
+                "budget": f"{gates.kept_fraction():.1%}/{gates.config.target:.1%}",
+            }
+
         def on_step(run: FineTuning) -> None:
-            shown = {"loss": round(run.losses[-1], 3)}
-            if closing is not None:
-                gates = closing.gates
-                shown["open"] = f"{gates.open_fraction():.1%}"
-                shown["budget"] = f"{gates.kept_fraction():.1%}/{gates.config.target:.1%}"
-            tell(run.step, **shown)
+            budget = {} if closing is None else shown(closing.closings)
+            tell(run.step, loss=round(run.losses[-1], 3), **budget)
 
         losses = tuning.run(on_step)
     if closing is not None:

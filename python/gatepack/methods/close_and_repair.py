@@ -137,8 +137,7 @@ class Closing:
 
     def _target(self, closings: int) -> float:
         """The kept fraction to which so many closings lead."""
-        target = self.gates.config.target
-        return target if closings == len(self.due) else 1 - (1 - target) * closings / len(self.due)
+        return 1 - (1 - self.gates.config.target) * closings / len(self.due)
 
     def _behind(self) -> int:
         """How many closings the model has behind it, by what its gates keep."""
@@ -151,7 +150,10 @@ class Closing:
         raise ValueError(f"CloseAndRepair needs every gate open and exactly 1: {NEW_GATES}")
 
     def _watch(self) -> None:
+        """Looks at every forward for as long as a closing is to come."""
         self._hook = self.root.register_forward_pre_hook(self._before, prepend=True)
+        if self.closed:
+            self._hook.remove()
 
     def _before(self, module: nn.Module, args) -> None:
         if module.training:
@@ -187,8 +189,7 @@ class Closing:
         from_first_rank(gated_base(self.gates).values())
         self.gates.sync_from_buffers()
         self.closings = closings
-        if not self.closed:
-            self._watch()
+        self._watch()
 
     def finish(self) -> float:
         """Closes and repairs if training ended before that; gives the kept fraction.
@@ -243,5 +244,4 @@ class Closing:
         self.gates.sync_from_buffers()
         self.done, self.closings = int(state["done"]), closings
         self._hook.remove()
-        if not self.closed:
-            self._watch()
+        self._watch()
