@@ -36,7 +36,7 @@ def free_port() -> int:
 def on_two(name, folder, **options):
     """The whole state after a run on two ranks, which both agree on."""
     folder.mkdir()
-    mp.spawn(ranks.worker, (name, free_port(), str(folder), options), nprocs=2)
+    mp.spawn(ranks.worker, (free_port(), name, str(folder), options), nprocs=2)
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for part in ("model", "training"):
         assert first[part].keys() == second[part].keys()

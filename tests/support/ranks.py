@@ -1,5 +1,6 @@
 """Short trainings by every kind of method, in one process or one rank of two."""
 
+import functools
 import gc
 import os
 
@@ -163,18 +164,24 @@ def as_torchrun_does(rank: int, ranks: int, port: int) -> None:
     os.environ.update({name: str(value) for name, value in zip(names, values, strict=True)})
 
 
-def worker(rank: int, name: str, port: int, folder: str, options: dict) -> None:
-    as_torchrun_does(rank, 2, port)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.save(_trained(rank, name, options), f"{folder}/{rank}.pt")
-    # gloo's threads let go of tensors late, which aborts where the interpreter is gone by then
-    # (pytorch/pytorch#179291): the model that they are of goes first.
-    gc.collect()
-    dist.destroy_process_group()
+def of_two(job):
+    """job(rank, ...) as one of two ranks: (rank, port, ...)."""
+
+    @functools.wraps(job)
+    def run(rank: int, port: int, *arguments) -> None:
+        as_torchrun_does(rank, 2, port)
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+        job(rank, *arguments)
+        # gloo's threads let go of tensors late, which aborts where the interpreter is gone by then
+        # (pytorch/pytorch#179291): the model that they are of goes first, with job's locals.
+        gc.collect()
+        dist.destroy_process_group()
+
+    return run
 
 
-def _trained(rank: int, name: str, options: dict) -> dict:
-    """What a rank's model and training hold at the end, and the logits it gives."""
+@of_two
+def worker(rank: int, name: str, folder: str, options: dict) -> None:
     model, training = run(name, rank, 2, **options)
     state = {"model": get_model_state_dict(model, options=WHOLE), "training": training.state_dict()}
     if options.get("wrap") != "ddp":
@@ -194,7 +201,8 @@ def _trained(rank: int, name: str, options: dict) -> dict:
                 assert "is sharded over ranks, so" in str(error)
             else:
                 raise AssertionError("a sharded model was taken for a whole one")
-    return {**state, "logits": evaluated(model)}
+    state["logits"] = evaluated(model)
+    torch.save(state, f"{folder}/{rank}.pt")
 
 
 @torch.no_grad()
@@ -202,9 +210,9 @@ def evaluated(model) -> torch.Tensor:
     return model.eval()(token_ids(2, 6, seed=60), use_cache=False).logits
 
 
-def forgets_to_ignore(rank: int, port: int) -> None:
+@of_two
+def forgets_to_ignore(rank: int) -> None:
     """fully_shard with the logits, before or after training starts, is refused."""
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     for early in (True, False):
         model = tiny_model("llama", torch.float32).train()
@@ -221,12 +229,11 @@ def forgets_to_ignore(rank: int, port: int) -> None:
             assert "pass ignored_params={gatepack.gates_of(model).logits}" in str(error)
         else:
             raise AssertionError("sharded logits were trained")
-    dist.destroy_process_group()
 
 
-def loads_before_sharding(rank: int, port: int) -> None:
+@of_two
+def loads_before_sharding(rank: int) -> None:
     """A projection that is owed to LoRA which fully_shard has gathered already is refused."""
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model = tiny_model("llama", torch.float32).train()
     training = proximal(model)
     training.load_state_dict({**training.state_dict(), "owes_projection": torch.tensor(True)})
@@ -237,7 +244,6 @@ def loads_before_sharding(rank: int, port: int) -> None:
         assert "call load_state_dict of this training after fully_shard" in str(error)
     else:
         raise AssertionError("a projection was lost")
-    dist.destroy_process_group()
 
 
 def trainer(rank: int, port: int, folder: str, ranks: int, resume: str | None, stop: int) -> None:
