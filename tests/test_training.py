@@ -248,6 +248,13 @@ def test_close_to_budget_meets_the_target():
     assert phases[-1] == ("closing and repairing", 2, 2)
 
 
+def test_close_to_budget_refuses_gates_on_rows_and_columns():
+    model = tiny_model("llama", torch.float32)
+    gp.attach(model, gp.GateConfig(units=("rows", "columns"), noise=0.0, target=0.75))
+    with pytest.raises(ValueError, match=r"units: expected 'heads' .* for close_to_budget, got"):
+        close_to_budget(model, token_ids(batch=16, length=9), CONFIG)
+
+
 @pytest.mark.parametrize(("equal", "uniform"), [(False, True), (False, False), (True, True)])
 def test_a_target_on_the_way_leaves_what_it_closed_closed(equal, uniform):
     model = tiny_model("llama", torch.float32)

@@ -249,11 +249,11 @@ def plan(
 ) -> Plan:
     """The most valuable units that cost target of the budget, in shapes that engines load.
 
-    scores: name -> fp [size], additive over the units of all gates. target: kept fraction,
-    config.target by default. within: name -> bool [size] on the CPU, of which no other unit is
-    kept. Solves the multiple-choice knapsack (one shape per gate, or one per
-    group of equal gates with equal_layers) by bisection on the price of a parameter, then spends
-    what is left greedily. width_multiple is halved until the result is within 0.5 % of the target;
+    scores: name -> fp [size], on any device, additive over the units of all gates. target: kept
+    fraction, config.target by default. within: name -> bool [size] on the CPU, of which no other
+    unit is kept. Solves the multiple-choice knapsack (one shape per gate, or one per group of equal
+    gates with equal_layers) by bisection on the price of a parameter, then spends what is left
+    greedily. width_multiple is halved until the result is within 0.5 % of the target;
     raises ValueError if even 1 is too coarse. Whether a target can be met does not depend on the
     scores, unless there is `within`.
     """
@@ -265,6 +265,7 @@ def plan(
                 f"scores[{name!r}] must be finite [{spec.size}], got {list(scores[name].shape)}"
                 f"{'' if scores[name].isfinite().all() else ' with infinite or NaN values'}"
             )
+    scores = {name: scores[name].float().cpu() for name in costs.specs}
     if within is not None:
         scores = {name: _last(score, ~within[name]) for name, score in scores.items()}
     target = config.target if target is None else target

@@ -17,6 +17,8 @@ from gatepack.estimators import ESTIMATORS, mix
 from gatepack.gate_specs import GateSpec, GateSummary
 from gatepack.samples import Open, Sample, ValueGradients
 
+Units = Mapping[str, torch.Tensor]  # gate name -> one value per unit
+
 
 class Gate:
     """One gate vector of a GateSet: a handle that modules hold and read.
@@ -357,7 +359,7 @@ class GateSet(nn.Module):
         return index
 
     @torch.no_grad()
-    def set_open(self, masks: Mapping[str, torch.Tensor]) -> None:
+    def set_open(self, masks: Units) -> None:
         """Closes the units that masks (name -> bool [size]) leave out and reopens the others;
         logits stay."""
         for name, mask in masks.items():
@@ -376,7 +378,7 @@ class GateSet(nn.Module):
             self.costs.check_device(self.logits.device, self.config.latency_device)
 
     @torch.no_grad()
-    def forget(self, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def forget(self, masks: Units) -> torch.Tensor:
         """Leaves the units of masks (name -> bool [size]) only; the others count as removed.
 
         Returns their indices among the units of before, int64. gatepack.remove_closed does this
@@ -427,12 +429,12 @@ class GateSet(nn.Module):
         self._value_grads = ValueGradients()
         self.costs.refresh()
 
-    def plan(self, scores: Mapping[str, torch.Tensor]) -> Plan:
-        """The units to keep for config.target; scores as in snap. Closes nothing."""
+    def plan(self, scores: Units, target: float | None = None, within: Units | None = None) -> Plan:
+        """The units to keep; scores as in snap, the rest as in budget.plan. Closes nothing."""
         self.check_device()
-        return plan(self.costs, {name: s.float().cpu() for name, s in scores.items()}, self.config)
+        return plan(self.costs, scores, self.config, target, within=within)
 
-    def check_target(self, masks: Mapping[str, torch.Tensor] | None = None) -> float:
+    def check_target(self, masks: Units | None = None) -> float:
         """A kept fraction that meets config.target, whatever units turn out to be worth.
 
         masks: name -> bool [size], where only those units are left. Raises ValueError where no plan
@@ -445,7 +447,7 @@ class GateSet(nn.Module):
         return plan(costs, ones, self.config).kept_fraction
 
     @torch.no_grad()
-    def snap(self, scores: Mapping[str, torch.Tensor] | None = None) -> float:
+    def snap(self, scores: Units | None = None) -> float:
         """Closes the least valuable units, to meet config.target within 0.5 % of its cost.
 
         scores: name -> fp [size], how much each unit is worth, additive over units of all gates;

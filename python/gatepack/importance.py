@@ -74,6 +74,16 @@ def calibrate(
     return {name: Moments(inputs[name], gradients[name]) for name in inputs}
 
 
+def check_units(gates: GateSet, who: str) -> None:
+    """ValueError for gates on rows and columns, which `who` does not close."""
+    if gates.config.of_linears:
+        raise ValueError(
+            f"units: expected 'heads' and 'channels', or one of them, for {who}, got "
+            f"{gates.config.units}: change them in its gates, or detach those that the model has; "
+            "FineGates trains gates on rows and columns"
+        )
+
+
 def require_ones(gates: GateSet, who: str) -> None:
     """ValueError unless each gate has open units, all exactly 1, which `who` can price or close."""
     with torch.no_grad():

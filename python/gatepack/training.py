@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from gatepack.budget import plan
 from gatepack.calibration import Batch
 from gatepack.compensation import close_and_compensate
 from gatepack.data import batches
@@ -22,7 +21,7 @@ from gatepack.files import parse_json, read_safetensors, write_safetensors
 from gatepack.gate_training import check_shapes, load_moments, under
 from gatepack.gates import GateSet
 from gatepack.hf import gates_of
-from gatepack.importance import calibrate, unit_scores
+from gatepack.importance import calibrate, check_units, unit_scores
 from gatepack.layers import GATES_NAME, hf_model, layers_of
 
 logger = logging.getLogger(__name__)
@@ -103,14 +102,15 @@ def close_to_budget(
     first calibration_batches of them price, and as many as are repaired on. progress is called with
     (phase, done, total). Units that are closed stay closed. target: a kept fraction on the way,
     where another call is to follow; if no shape meets it, or none that it leaves meets the gates'
-    own, nothing closes. Raises ValueError without a batch, and for a target of the gates that is
-    out of reach.
+    own, nothing closes. Raises ValueError for gates on rows and columns, without a batch, and for a
+    target of the gates that is out of reach.
     """
 
     def reporter(phase: str, total: int):
         return None if progress is None else lambda done: progress(phase, done, total)
 
     gates = gates_of(model)
+    check_units(gates, "close_to_budget")
     device = gates.logits.device
     chosen = windows
     if isinstance(windows, torch.Tensor):
@@ -139,18 +139,12 @@ def _planned(
     gates: GateSet, scores: Mapping[str, torch.Tensor], target: float | None
 ) -> dict[str, torch.Tensor] | None:
     """The open units that stay, by name; None if a target on the way cannot be met or left."""
-    gates.check_device()
-    scores = {name: score.float().cpu() for name, score in scores.items()}
-
-    def planned(target: float | None, within: Mapping[str, torch.Tensor]) -> dict:
-        return plan(gates.costs, scores, gates.config, target, within=within).masks
-
     masks = gates.open_masks()
     if target is None:
-        return planned(None, masks)
+        return gates.plan(scores, within=masks).masks
     try:
-        masks = planned(target, masks)
-        planned(None, masks)
+        masks = gates.plan(scores, target, masks).masks
+        gates.plan(scores, within=masks)
     except ValueError as error:
         logger.warning("closing nothing at a kept fraction of %.4f: %s", target, error)
         return None

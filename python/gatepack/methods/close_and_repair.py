@@ -14,9 +14,9 @@ from gatepack.gate_training import check_shapes, check_steps
 from gatepack.gates import GateSet
 from gatepack.hf import attach, detach, gates_of
 from gatepack.hooks import at_work
-from gatepack.importance import NEW_GATES
+from gatepack.importance import NEW_GATES, check_units
 from gatepack.layers import GATES_NAME, hf_model
-from gatepack.methods.one_shot import UNEVEN, check_units
+from gatepack.methods.one_shot import UNEVEN
 from gatepack.progress import Log
 from gatepack.sharding import from_first_rank, has_ranks, refuse_sharded
 from gatepack.training import TrainConfig, close_to_budget, gated_base, repaired_weights

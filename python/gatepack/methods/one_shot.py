@@ -13,6 +13,7 @@ from gatepack.budget import plan
 from gatepack.config import GateConfig
 from gatepack.gates import GateSet
 from gatepack.hf import attach, detach, gates_of
+from gatepack.importance import check_units
 from gatepack.layers import GATES_NAME, hf_model
 from gatepack.methods.statistics import Batch
 from gatepack.modules import base_linear
@@ -112,16 +113,6 @@ class OneShot:
         gates.set_open(masks)
 
 
-def check_units(gates: GateSet, who: str) -> None:
-    """ValueError for gates on rows and columns, which `who` does not close."""
-    if gates.config.of_linears:
-        raise ValueError(
-            f"units: expected 'heads' and 'channels', or one of them, for {who}, got "
-            f"{gates.config.units}: change them in its gates, or detach those that the model has; "
-            "FineGates trains gates on rows and columns"
-        )
-
-
 def plan_masks(
     gates: GateSet,
     scores: Mapping[str, torch.Tensor],
@@ -133,10 +124,9 @@ def plan_masks(
     per_layer: the same shape for equal gates whatever the gates' config says. whole: names of
     gates that lose nothing.
     """
-    specs = {name: gate.spec for name, gate in gates.items() if name not in whole}
     gates.check_device()
     config = replace(gates.config, equal_layers=True) if per_layer else gates.config
-    chosen = plan(gates.costs.without(whole), {name: scores[name].cpu() for name in specs}, config)
+    chosen = plan(gates.costs.without(whole), scores, config)
     masks = {name: torch.ones(gates[name].size, dtype=torch.bool) for name in whole}
     return {**masks, **chosen.masks}
 
