@@ -97,7 +97,7 @@ def trained(cell: Cell, model, windows, log: Log) -> tuple[torch.nn.Module, dict
                 train = replace(train, calibration_batches=train.repaired)
             if cell.method == "distilled":
                 settings["distillation"] = asdict(DISTILLATION)
-                distilling = DISTILLATION.start(model, keep=method.rewrites(model))
+                distilling = DISTILLATION.start(model)
             # OneShot's own run: ContextPruning.run scores and splits texts besides.
             train_by = methods.OneShot.run if cell.method in ONE_SHOT else run_beside_lora
             run = train_by(method, model, windows, train, None, on_step)

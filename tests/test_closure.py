@@ -11,6 +11,7 @@ from tiny import tiny_model, token_ids
 import gatepack as gp
 from gatepack.layers import layers_of
 from gatepack.masks import encode_mask, physical_mask
+from gatepack.methods import CloseAndRepair
 from gatepack.modules import linear_shape
 
 STEPS = 14
@@ -281,3 +282,7 @@ def test_refuses():
         gp.remove_closed(model)
     with pytest.raises(ValueError, match="model has no gates"):
         gp.remove_closed(tiny_model("llama"))
+    model = tiny_model("llama")
+    closing = CloseAndRepair(bars=False).start(model, 4, [token_ids()])
+    with pytest.raises(ValueError, match="training: expected a GateTraining or None, got a Clos"):
+        gp.remove_closed(model, training=closing)

@@ -304,3 +304,34 @@ def test_nothing_closed_adds_no_bias():
     add_removed_means(gates, keep_all_but(gates, {}), means)
     assert not model.config.attention_bias and not model.config.mlp_bias
     assert model.model.layers[0].mlp.down_proj.bias is None
+
+
+def test_a_repair_that_is_not_finite_is_refused():
+    model, ids = tiny_model("llama"), token_ids()
+    gates = gp.attach(model, CONFIG)
+    masks = keep_all_but(gates, first_head_and_third_channels(gates))
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding[ids[0, 0]] = torch.inf
+    with pytest.raises(FloatingPointError, match=r"of what model\.layers\.0.* feeds is not finite"):
+        close_and_compensate(model, masks, [ids])
+    assert all(
+        bool(layer.linear("mlp.down_proj").weight.isfinite().all()) for layer in layers_of(model)
+    )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bert", "gpt2"])
+def test_autocast_repairs_weights_that_train_as_those_that_do_not(model_type):
+    """Its copies of weights that train must not outlive their repair."""
+    batches = [token_ids(4, 16, seed=seed) for seed in range(6)]
+    found = []
+    for trains in (False, True):
+        model = tiny_model(model_type, torch.float32).requires_grad_(trains)
+        gates = gp.attach(model, for_family(model_type, CONFIG))
+        closed = first_head_and_third_channels(gates)
+        first = list(gates)[:2]  # the last layer stays whole, so that its weights are used as such
+        masks = keep_all_but(gates, {name: closed[name] for name in first})
+        with torch.autocast("cpu", torch.bfloat16):
+            close_and_compensate(model, masks, batches)
+        found.append(model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

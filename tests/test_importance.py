@@ -172,6 +172,22 @@ def test_calibrate_needs_a_batch():
         moments_of("llama", {"input_ids": token_ids()})
 
 
+def test_calibrate_needs_a_label():
+    ids = token_ids()
+    labels = torch.full_like(ids, -100)
+    with pytest.raises(ValueError, match="batches must hold labels other than -100, got none"):
+        moments_of("llama", [{"input_ids": ids, "labels": labels}])
+
+
+def test_calibrate_needs_what_is_finite():
+    model, ids = tiny_model("llama"), token_ids()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
+    gp.attach(model, CONFIG)
+    with pytest.raises(FloatingPointError, match=r"of model\.layers\.1.* hold infinite or NaN"):
+        calibrate(model, [{"input_ids": ids, "labels": ids}])
+
+
 def test_calibrate_leaves_the_model_as_it_was():
     model = tiny_model("llama").train()
     gp.attach(model, CONFIG)

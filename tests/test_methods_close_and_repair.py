@@ -1,11 +1,11 @@
-"""CloseAndRepair: the recipe's closing at one step of any loop or Trainer, resumed, refused."""
+"""CloseAndRepair: the recipe's closings in any loop, beside a distillation, resumed, refused."""
 
 import copy
 import dataclasses
 
 import pytest
 import torch
-from interrupted import NoFinish, StopAt
+from closing import GATES, METHOD, STEPS, labelled, texts, with_lora
 from tiny import tiny_model, token_ids
 from transformers import Trainer, TrainingArguments
 
@@ -14,27 +14,6 @@ from gatepack import distillation
 from gatepack.methods import CloseAndRepair, close_and_repair
 from gatepack.methods.one_shot import run_beside_lora
 from gatepack.training import FineTuning, TrainConfig, close_to_budget
-
-STEPS = 6
-GATES = gp.GateConfig(target=0.6, noise=0.0, width_multiple=4, equal_layers=False)
-METHOD = CloseAndRepair(GATES, close=0.5, calibration_batches=2, bars=False)
-
-
-def labelled(count, seed=0):
-    """Batches of padded rows with a label each."""
-    found = []
-    for step in range(count):
-        ids = token_ids(4, 8, seed=seed + step)
-        mask = torch.ones_like(ids)
-        mask[0, 5:] = 0
-        found.append({"input_ids": ids, "attention_mask": mask, "labels": ids.sum(1) % 2})
-    return found
-
-
-def texts(count, seed=0):
-    rows = [token_ids(4, 8, seed=seed + step) for step in range(count)]
-    return [{"input_ids": ids, "labels": ids} for ids in rows]
-
 
 BATCHES = {"bert": labelled, "llama": texts}
 
@@ -81,6 +60,72 @@ def test_only_a_training_forward_closes_and_only_once(monkeypatch):
     model.train()(token_ids())
     training.begin_step()
     assert abs(training.finish() - 0.6) <= 0.005
+
+
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_a_compiled_model_closes_as_an_eager_one(compiled_first):
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = run = tiny_model("llama", torch.float32)
+        if compiled and compiled_first:
+            run = torch.compile(model, backend="eager")
+        training = METHOD.start(model, STEPS, texts(3))
+        if compiled and not compiled_first:
+            run = torch.compile(model, backend="eager")
+        losses = []
+        for batch in texts(STEPS, seed=20):
+            model.train()
+            losses.append(run(**batch).loss.item())
+            training.step()
+        assert training.closed
+        found.append(losses)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("close", [0.0, 0.5])
+def test_under_the_autocast_of_a_loop_no_copy_of_weights_from_before_is_left(close):
+    model = tiny_model("llama", torch.float32)
+    method = dataclasses.replace(METHOD, close=close, autocast="bfloat16")
+    training = method.start(model, STEPS, texts(3))
+    training.done = training.due[0]
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        first = model(token_ids()).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert training.closed and torch.equal(model(token_ids()).logits, first)
+
+
+def test_a_closing_that_fails_is_due_again(monkeypatch):
+    model, failures = tiny_model("llama", torch.float32), [RuntimeError("out of memory")]
+    real = close_and_repair.close_to_budget
+
+    def failing(*args):
+        if failures:
+            raise failures.pop()
+        return real(*args)
+
+    monkeypatch.setattr(close_and_repair, "close_to_budget", failing)
+    training = dataclasses.replace(METHOD, close=0.0).start(model, STEPS, texts(3))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.train()(token_ids())
+    model(token_ids())
+    assert training.closed and gp.gates_of(model).kept_fraction() == pytest.approx(0.6, abs=0.005)
+
+
+def test_peft_that_calls_no_hook_of_the_model_closes_it_too(monkeypatch):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_model("llama", torch.float32), lora)
+    tuner = type(model.base_model)
+
+    def forward(self, *args, **kwargs):  # as it was before PEFT 0.21
+        return self.model.forward(*args, **kwargs)
+
+    monkeypatch.setattr(tuner, "forward", forward)
+    training = dataclasses.replace(METHOD, close=0.0).start(model, STEPS, texts(3))
+    model.train()(input_ids=token_ids())
+    assert training.closed
 
 
 def test_several_closings_remove_equal_parts():
@@ -182,99 +227,29 @@ def test_a_rerun_takes_the_place_of_an_interrupted_one():
     assert training.closed and not interrupted.closed
 
 
-def trainer(
-    folder, model=None, callback=None, callbacks=(), distil=None, method=METHOD, **arguments
-):
-    model = tiny_model("bert", torch.float32) if model is None else model
-    of_one = [
-        {name: tensor[row] for name, tensor in batch.items()}
-        for batch in labelled(6)
-        for row in range(4)
-    ]
-    settings = {
-        "output_dir": str(folder), "max_steps": 8, "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3, "logging_steps": 2, "save_strategy": "no", "report_to": [],
-        "use_cpu": True, "disable_tqdm": True, "seed": 5,
-    }  # fmt: skip
-    kind = gp.GateCallback if callback is None else callback
-    callback = kind(method, batches=labelled(3, seed=40), distillation=distil)
-    return Trainer(
-        model,
-        TrainingArguments(**settings | arguments),
-        train_dataset=of_one,
-        callbacks=[callback, *callbacks],
-    )
-
-
-def with_lora(family="bert"):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    lora = peft.LoraConfig(r=2, target_modules="all-linear", modules_to_save=["classifier"])
-    return peft.get_peft_model(tiny_model(family, torch.float32), lora)
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_in_a_trainer(accumulation, tmp_path):
-    run = trainer(tmp_path, gradient_accumulation_steps=accumulation)
-    run.train()
-    logged = [e["gates/kept_fraction"] for e in run.state.log_history if "loss" in e]
-    assert logged[:2] == [1.0, 1.0] and all(abs(kept - 0.6) <= 0.005 for kept in logged[2:])
-    batch = labelled(1)[0]
-    before = run.model.eval()(**batch).logits
-    report = gp.pack(run.model)
-    assert abs(report.kept_fraction - 0.6) <= 0.005
-    torch.testing.assert_close(run.model(**batch).logits, before, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("close", "cut"), [(0.5, 2), (0.5, 6), ((0.25, 0.75), 4)])
-@pytest.mark.parametrize("make", [lambda: None, with_lora], ids=["all", "lora"])
-def test_resume_is_bit_exact(make, close, cut, tmp_path):
-    method = dataclasses.replace(METHOD, close=close)
-    whole = trainer(tmp_path / "whole", make(), method=method)
-    whole.train()
-    trainer(tmp_path / "cut", make(), NoFinish, [StopAt(cut)], method=method).train()
-    second = trainer(tmp_path / "cut", make(), method=method)
-    second.train(resume_from_checkpoint=True)
-    ours, theirs = second.model.state_dict(), whole.model.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
-
-
-def test_a_trainers_checkpoint_leaves_trained_weights_to_the_trainer(tmp_path):
-    def state_of(run):
-        run.train()
-        found = (getattr(each, "training", None) for each in run.callback_handler.callbacks)
-        return next(filter(None, found)).state_dict()
-
-    fixed = {"closed.gates.logits", "closed.gates.closed"}
-    assert set(state_of(trainer(tmp_path))) == {"done", "closings", *fixed}
-    model = with_lora()
-    state = state_of(trainer(tmp_path, model))
-    assert len(set(state) - {"done", "closings", *fixed}) == 2 * model.config.num_hidden_layers
-
-
-def test_the_teacher_stays_the_dense_model(tmp_path, monkeypatch):
-    model = with_lora()
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_teacher_stays_the_dense_model_in_a_loop_of_ones_own(resumed, monkeypatch):
+    model, seen = with_lora(), []
     dense = copy.deepcopy(model.get_base_model()).eval()
-    seen, given = [], []
     divergence = distillation.divergence
-
-    def recorded(student, teacher, *args):
-        seen.append(teacher)
-        return divergence(student, teacher, *args)
-
-    monkeypatch.setattr(distillation, "divergence", recorded)
-    run = trainer(tmp_path, model, distil=gp.Distillation())
-    model.get_base_model().register_forward_pre_hook(
-        lambda module, args, kwargs: given.append(kwargs) if module.training else None,
-        with_kwargs=True,
+    monkeypatch.setattr(
+        distillation, "divergence", lambda s, t, *rest: (seen.append(t), divergence(s, t, *rest))[1]
     )
-    run.train()
-    assert len(seen) == len(given) == 8
-    for teacher, kwargs in zip(seen, given, strict=True):
-        expected = dense(kwargs["input_ids"], attention_mask=kwargs["attention_mask"]).logits
-        torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-6)
+    method = dataclasses.replace(METHOD, close=(0.0, 0.5))
+    if resumed:
+        other = with_lora()
+        before = method.start(other, STEPS, labelled(3))
+        train(other, before, labelled(STEPS), until=2)
+    gp.Distillation().start(model)
+    training = method.start(model, STEPS, labelled(3))
+    if resumed:
+        training.load_state_dict(before.state_dict())
+    for batch in labelled(STEPS, seed=20)[training.done :]:
+        model.train()(**batch)
+        training.step()
+        expected = dense(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        torch.testing.assert_close(seen[-1], expected, rtol=1e-5, atol=1e-6)
+    assert training.closed
 
 
 def test_beside_lora_cut_off_and_resumed(tmp_path, monkeypatch):
@@ -350,6 +325,16 @@ class TestRefusals:
         gates.close(next(iter(gates)), [0])
         with pytest.raises(ValueError, match="needs every gate open and exactly 1"):
             METHOD.start(model, STEPS, labelled(1))
+
+    def test_a_training_whose_forwards_are_not_in_training_mode(self):
+        model = tiny_model("llama", torch.float32).eval()
+        training = dataclasses.replace(METHOD, close=0.2).start(model, 10, texts(2))
+        for _ in range(2):
+            model(token_ids())
+            training.step()
+        model(token_ids())
+        with pytest.raises(RuntimeError, match=r"due to close, .*: call model\.train\(\) before"):
+            training.step()
 
     def test_a_state_of_before_on_a_model_that_is_closed(self):
         model = tiny_model("bert", torch.float32)

@@ -153,18 +153,19 @@ def test_prices_and_repairs_on_as_many_batches_as_asked(monkeypatch):
 
 
 def test_closing_in_autocast_rounds_the_models_matmuls_alone():
-    windows = token_ids(batch=12, length=9)
-    logits = {}
+    windows = token_ids(batch=12, length=33)
+    logits, masks = {}, {}
     for precision in (None, "bfloat16"):
         model = tiny_model("llama", torch.float32).eval()
         gates = gp.attach(model, gp.GateConfig(noise=0.0, target=0.7, width_multiple=4))
         close_to_budget(model, windows, dataclasses.replace(CONFIG, autocast=precision))
-        logits[precision] = model(windows).logits
+        logits[precision], masks[precision] = model(windows).logits, gates.open_masks()
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert gates.kept_fraction() == pytest.approx(0.7, abs=0.02)
+    assert all(torch.equal(mask, masks[None][name]) for name, mask in masks["bfloat16"].items())
     assert not torch.equal(logits["bfloat16"], logits[None])
     rounded = (logits["bfloat16"] - logits[None]).norm() / logits[None].norm()
-    assert rounded <= 2**-4
+    assert rounded <= 2**-8
 
 
 def test_objective_is_what_is_minimised():
@@ -246,6 +247,21 @@ def test_close_to_budget_meets_the_target():
     assert abs(kept - 0.75) <= 0.005
     assert kept == gates.kept_fraction()
     assert phases[-1] == ("closing and repairing", 2, 2)
+
+
+@pytest.mark.parametrize(("estimator", "noise"), [("stg", 0.5), ("hard_concrete", 1.0)])
+def test_noise_of_a_model_in_training_does_not_matter_to_closing(estimator, noise):
+    windows, found = token_ids(batch=16, length=9), []
+    for mode in (False, True):
+        model = tiny_model("llama", torch.float32).train(mode)
+        config = gp.GateConfig(
+            estimator=estimator, noise=noise, target=0.6, width_multiple=4, equal_layers=False
+        )
+        gp.attach(model, config)
+        close_to_budget(model, windows, CONFIG, target=0.8)
+        close_to_budget(model, windows, CONFIG)
+        found.append(model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def test_close_to_budget_refuses_gates_on_rows_and_columns():

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gatepack.config import GateConfig
-from gatepack.distillation import Distillation, trained
+from gatepack.distillation import Distillation
 from gatepack.files import read_safetensors, write_safetensors
 from gatepack.gate_training import GateRecipe, GateSchedule
 from gatepack.layers import GATES_NAME, hf_model
@@ -23,8 +23,9 @@ class GateCallback(TrainerCallback):
     (gates, frozen weights; a one-shot method prunes), stays out of that optimizer, its weight decay
     and its clipping, and steps once per optimizer step, whatever the gradient accumulation. What it
     measures goes to the Trainer's log. Every checkpoint of the Trainer gets a file
-    gatepack_callback.safetensors; a resumed run goes on bit for bit. gatepack.pack(model) after
-    training makes the model small; a one-shot method has done that already.
+    gatepack_callback.safetensors; a resumed run goes on bit for bit, and so does the best model of
+    load_best_model_at_end: the best of all since CloseAndRepair last closed. gatepack.pack(model)
+    after training makes the model small; a one-shot method has done that already.
 
     schedule: of a GateConfig's gates; methods bring their own. batches: token ids [B, S] or dicts
     of what the model takes, for methods that look at text of their own. resume_from: the checkpoint
@@ -62,14 +63,7 @@ class GateCallback(TrainerCallback):
         self.method.prepare(model, self.batches)
         self._prepared = hf_model(model)
         if self.distillation is not None:
-            self.distilling = self.distillation.start(model, self._rewritten(model))
-
-    def _rewritten(self, model: nn.Module) -> list[nn.Parameter] | None:
-        """What the teacher needs copies of: None, or what trains and what the method rewrites."""
-        if not hasattr(self.method, "rewrites"):
-            return None
-        found = [*trained(hf_model(model)), *self.method.rewrites(model)]
-        return list({id(parameter): parameter for parameter in found}.values())
+            self.distilling = self.distillation.start(model)
 
     def on_train_begin(self, args, state, control, model: nn.Module, optimizer=None, **_):
         if self._prepared is not None and not any(m is self._prepared for m in model.modules()):
@@ -88,20 +82,22 @@ class GateCallback(TrainerCallback):
             self.distilling.resume()
         self.training = self.method.start(model, max(1, state.max_steps), self.batches)
         if state.global_step and self.training is not None:
-            self._resume(args, state)
-
-    def _resume(self, args, state) -> None:
-        folder = Path(self.resume_from or _folder(args, state))
-        if not (folder / FILE).is_file():
-            raise ValueError(
-                f"{folder / FILE} is missing: name the checkpoint that training resumes from as "
-                "GateCallback(resume_from=...)"
+            folder = Path(self.resume_from or _folder(args, state))
+            self._load(
+                folder,
+                "name the checkpoint that training resumes from as GateCallback(resume_from=...)",
             )
+
+    def _load(self, folder: Path, advice: str) -> None:
+        if not (folder / FILE).is_file():
+            raise ValueError(f"{folder / FILE} is missing: {advice}")
         self.training.load_state_dict(read_safetensors(folder / FILE)[0])
 
     def on_step_begin(self, args, state, control, optimizer=None, **_):
         if hasattr(self.training, "begin_step"):
-            self.training.begin_step(_loss_scale(optimizer))
+            smaller = self.training.begin_step(_loss_scale(optimizer))
+            if smaller:  # what was best before is no candidate for the best at this size
+                state.best_metric = state.best_model_checkpoint = None
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **_):
         if self.training is not None:
@@ -116,11 +112,14 @@ class GateCallback(TrainerCallback):
             state.log_history[-1].update(ours)  # the Trainer has stored its copy by now
 
     def on_save(self, args, state, control, **_):
-        if state.is_world_process_zero and self.training is not None:
+        if args.should_save and self.training is not None:
             write_safetensors(_folder(args, state) / FILE, self.training.state_dict(), {})
 
     def on_train_end(self, args, state, control, **_):
         if self.training is not None:
+            best = state.best_model_checkpoint if args.load_best_model_at_end else None
+            if best is not None:  # whose weights the Trainer has loaded; of PEFT, the adapters only
+                self._load(Path(best), "the best model's gates and repaired weights were there")
             self.training.finish()
         if self.distilling is not None:
             self.distilling.stop()

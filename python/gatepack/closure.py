@@ -38,13 +38,19 @@ def remove_closed(
     (save_pretrained) comes back with the units that are left. With equal_layers, layers that were
     alike end alike: the widths of the narrowest are what the others can have. Raises ValueError,
     before anything has changed, for gates on rows and columns, adapters that cannot be sliced,
-    several ranks, or if training could not round what is left to the target.
+    several ranks, another kind of training, or if training could not round what is left to the
+    target.
     """
     root = hf_model(model)
     gates = gates_of(root)
     layers = layers_of(root)
     if gates.config.of_linears:
         raise ValueError("model: expected gates on heads and channels to remove units of")
+    if not isinstance(training, GateTraining | None):
+        raise ValueError(
+            f"training: expected a GateTraining or None, got a {type(training).__name__}, which "
+            "goes on without being told"
+        )
     if has_ranks() and dist.get_world_size() > 1:
         raise ValueError(
             "model: expected one rank, because DistributedDataParallel and FSDP hold on to the "

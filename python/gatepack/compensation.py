@@ -9,7 +9,6 @@ from gatepack.calibration import Batch, inputs_of, require_batches, token_mask, 
 from gatepack.gates import Gate, GateSet
 from gatepack.hf import gates_of
 from gatepack.importance import (
-    DAMPING,
     damped,
     gated_inputs,
     open_lanes,
@@ -39,6 +38,7 @@ _BIAS_FIELDS = {
 # 80 % left has a perplexity of 7.45 instead of 7.52 on MedQuAD and of 11.15 instead of 11.26 on
 # BillSum (benchmarks/quality.py).
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+UNTESTED = 0.1  # where there is no batch to choose by
 
 
 class _Stop(Exception):
@@ -67,7 +67,8 @@ def close_and_compensate(
     leaves least of a linear's R in the others (0.1 if there is one batch only). Writes base weights
     in place, adapters stay. Units that were closed stay so: the dense model is then the model as
     it is. progress is called with the number of layers done. Raises ValueError without a batch,
-    and unless every open unit is exactly 1 and each gate has one.
+    and unless every open unit is exactly 1 and each gate has one; FloatingPointError where
+    activations are not finite.
     """
     root = hf_model(model)
     gates = gates_of(model)
@@ -226,12 +227,18 @@ def _repair(
     )
     with without_autocast(inputs[0]):
         change = _least_squares(inputs, residuals, damping).t()
+    if not bool(change.isfinite().all()):
+        raise FloatingPointError(
+            f"the repair of what {name} feeds is not finite, because activations are not: lower "
+            "the learning rate, or repair in bfloat16 or float32"
+        )
     lanes = gates[name].open().lanes
     matrix = weight_matrix(base_linear(linear))
     if lanes is None:
         matrix += change.to(matrix.dtype)
     else:
         matrix.index_add_(1, lanes, change.to(matrix.dtype))
+    torch.clear_autocast_cache()  # which has copies of weights that train, as they were
     return change
 
 
@@ -240,7 +247,7 @@ def _least_squares(inputs, residuals, damping: float | None) -> torch.Tensor:
     count = max(1, len(inputs) * 3 // 4)
     fitted = _products(inputs[:count], residuals[:count])
     if count == len(inputs):
-        return _solve(*fitted, DAMPING if damping is None else damping)
+        return _solve(*fitted, UNTESTED if damping is None else damping)
     fresh = _products(inputs[count:], residuals[count:])
     if damping is None:
         damping = min(DAMPINGS, key=lambda each: _left_over(_solve(*fitted, each), *fresh))

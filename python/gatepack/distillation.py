@@ -68,9 +68,9 @@ class Distillation:
 
         Without labels the loss has no task part. keep: parameters whose present values are the
         teacher's, of which a copy is kept; None: those that train now and are no adapter's. Start
-        before anything changes them, by repair or training. A distillation that is at work on the
-        model stops. Raises ValueError for a model that lacks units of its own teacher, because they
-        are packed.
+        before anything changes them; what close_to_budget is about to repair is kept by itself. A
+        distillation that is at work on the model stops. Raises ValueError for a model that lacks
+        units of its own teacher, because they are packed.
         """
         return Distilling(model, self, keep)
 
@@ -91,12 +91,16 @@ class Distilling:
         self._teaching = False
         self._losses: dict[str, torch.Tensor] = {}
         self._handles: list = []
-        if method.teacher is None:
-            keep = trained(self.root) if keep is None else list(keep)
-            self._kept = [(parameter, _copy_of(parameter)) for parameter in keep]
-        elif method.hidden_weight:
+        self.keep(trained(self.root) if keep is None else keep)
+        if method.teacher is not None and method.hidden_weight:
             self._check_layers(hf_model(method.teacher))
         self.resume()
+
+    def keep(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keeps a copy of the present values of parameters as the teacher's, unless it has one."""
+        if self.method.teacher is None:
+            kept = {id(parameter) for parameter, _ in self._kept}
+            self._kept += [(p, _copy_of(p)) for p in parameters if id(p) not in kept]
 
     def metrics(self) -> dict[str, float]:
         """The terms of the last loss, without their weights; waits for the device."""
@@ -222,6 +226,13 @@ class Distilling:
         own = getattr(output, "loss", None)
         output["loss"] = extra if own is None else method.task_weight * own + extra
         return output
+
+
+def keep_for_teachers(root: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Lets each distillation at work on a model keep parameters before they are rewritten."""
+    parameters = list(parameters)
+    for distilling in at_work(root._forward_hooks, Distilling):
+        distilling.keep(parameters)
 
 
 class _Divergence(torch.autograd.Function):

@@ -54,23 +54,34 @@ def calibrate(
 
     Tokens that attention_mask leaves out do not count, nor do labels of -100. Parameters keep their
     gradients as they were. Needs K^2 + N^2 floats per gate. Raises ValueError unless every open
-    unit is exactly 1 and each gate has one, and without a batch.
+    unit is exactly 1 and each gate has one, and without a label; FloatingPointError where moments
+    are not finite.
     """
     root = hf_model(model)
     gates = gates_of(model)
     require_ones(gates, "calibrate")
     inputs: dict[str, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor] = {}
-    done = 0
+    done = labels = 0
     with frozen(root):
         for done, batch in enumerate(batches, 1):
             given = with_labels(root, inputs_of(batch, input_device(root)))
+            count = label_count(root, given["labels"])
+            labels = labels + count
             with _recording(gates, token_mask(given), inputs, gradients):
                 loss = root(**given).loss
-                (loss * label_count(root, given["labels"])).backward()
+                (loss * count).backward()
             if progress is not None:
                 progress(done)
     require_batches(done)
+    if not labels:
+        raise ValueError("batches must hold labels other than -100, got none to price units by")
+    for name, moment in (*inputs.items(), *gradients.items()):
+        if not bool(moment.isfinite().all()):
+            raise FloatingPointError(
+                f"inputs or gradients of {name} hold infinite or NaN values: lower the learning "
+                "rate, or calibrate in bfloat16 or float32"
+            )
     return {name: Moments(inputs[name], gradients[name]) for name in inputs}
 
 
@@ -160,11 +171,12 @@ def unit_scores(
     its diagonal. Additive over units and comparable over gates, as GateSet.snap wants them. Units
     that were closed when calibrate ran, as they still must be, have 0.
     """
-    scores = {}
+    scores, masks = {}, gates.open_masks()
     for done, (gate, linear) in enumerate(gated_inputs(gates), 1):
         weight = _weight(linear, moments[gate.name].inputs.dtype)
-        opened, score = gate.open(), weight.new_zeros(gate.size)
-        lanes, units = (slice(None) if x is None else x for x in (opened.lanes, opened.units))
+        score = weight.new_zeros(gate.size)
+        units = masks[gate.name].nonzero().squeeze(1).to(weight.device)
+        lanes = lane_indices(units, gate.lanes)
         with without_autocast(weight):
             score[units] = _greedy(weight[:, lanes], moments[gate.name], gate.lanes, block, damping)
         scores[gate.name] = score

@@ -17,6 +17,7 @@ from torch import nn
 from gatepack.calibration import Batch
 from gatepack.compensation import close_and_compensate
 from gatepack.data import batches
+from gatepack.distillation import keep_for_teachers
 from gatepack.files import parse_json, read_safetensors, write_safetensors
 from gatepack.gate_training import check_shapes, load_moments, under
 from gatepack.gates import GateSet
@@ -122,7 +123,9 @@ def close_to_budget(
     masks = _planned(gates, scores, target)
     if masks is None:
         return gates.kept_fraction()
-    told = reporter("closing and repairing", len(layers_of(gates.attachment.root)))
+    root = gates.attachment.root
+    keep_for_teachers(root, repaired_weights(root).values())
+    told = reporter("closing and repairing", len(layers_of(root)))
     with config.precision(device):
         close_and_compensate(model, masks, chosen[: config.repaired], progress=told)
     return gates.kept_fraction()

@@ -10,6 +10,7 @@ from torch import nn
 from gatepack.budget import meets
 from gatepack.calibration import Batch, require_batches
 from gatepack.config import GateConfig, is_number
+from gatepack.distillation import keep_for_teachers
 from gatepack.gate_training import check_shapes, check_steps
 from gatepack.gates import GateSet
 from gatepack.hf import attach, detach, gates_of
@@ -104,10 +105,6 @@ class CloseAndRepair:
             log = Log("text" if self.bars and first else "quiet")
         return Closing(model, steps, self, batches, log)
 
-    def rewrites(self, model: nn.Module) -> list[nn.Parameter]:
-        """The weights that the repair changes, whether they train or not."""
-        return list(repaired_weights(hf_model(model)).values())
-
 
 class Closing:
     """A CloseAndRepair at work beside an optimizer of weights(), in the loop of GateTraining.
@@ -130,9 +127,9 @@ class Closing:
         self.root = hf_model(model)
         self.gates: GateSet = gates_of(model)
         self.due = [round(fraction * steps) for fraction in method.close]
-        self.done, self.closings = 0, self._behind()
+        self.done, self.closings, self._hooks = 0, self._behind(), []
         for earlier in at_work(self.root._forward_pre_hooks, Closing):
-            earlier._hook.remove()
+            earlier._unwatch()
         self._watch()
 
     def _target(self, closings: int) -> float:
@@ -147,14 +144,25 @@ class Closing:
         for closings in range(1, len(self.due) + 1):
             if meets(kept, self._target(closings)):
                 return closings
-        raise ValueError(f"CloseAndRepair needs every gate open and exactly 1: {NEW_GATES}")
+        raise ValueError(
+            "CloseAndRepair needs every gate open and exactly 1, or as it left them: load the "
+            f"model anew if a closing was interrupted, else {NEW_GATES}"
+        )
 
     def _watch(self) -> None:
-        """Looks at every forward for as long as a closing is to come."""
-        self._hook = self.root.register_forward_pre_hook(self._before, prepend=True)
-        if self.closed:
-            self._hook.remove()
+        """Looks at every forward, also of a PEFT model, for as long as a closing is to come."""
+        self._unwatch()
+        if not self.closed:
+            self._hooks = [
+                module.register_forward_pre_hook(self._before, prepend=True)
+                for module in {self.root, self.model}
+            ]
 
+    def _unwatch(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.compiler.disable
     def _before(self, module: nn.Module, args) -> None:
         if module.training:
             self.begin_step()
@@ -168,28 +176,41 @@ class Closing:
         """Whether the last closing is done."""
         return self.closings == len(self.due)
 
-    def begin_step(self, loss_scale: float = 1.0) -> None:
-        """Closes and repairs if that is due, before the forwards of an optimizer step."""
-        due = sum(step <= self.done for step in self.due)
-        if due > self.closings:
+    def begin_step(self, loss_scale: float = 1.0) -> bool:
+        """Closes and repairs if that is due, before the forwards of an optimizer step; whether."""
+        due = self._due()
+        closes = due > self.closings
+        if closes:
             self._close(due)
+        return closes
 
     def step(self, loss_scale: float = 1.0) -> None:
-        """Counts one optimizer step."""
+        """Counts one optimizer step. RuntimeError if a closing that was due has not been done."""
+        if self._due() > self.closings:
+            raise RuntimeError(
+                "gates are due to close, but no forward in training mode has run: call "
+                "model.train() before training, or begin_step() before each forward"
+            )
         self.done += 1
+
+    def _due(self) -> int:
+        """How many closings should be done by now."""
+        return sum(step <= self.done for step in self.due)
 
     def _close(self, closings: int) -> None:
         """To where so many closings lead."""
         refuse_sharded(self.root, *_SHARDED)
-        self._hook.remove()
+        self._unwatch()
         target = None if closings == len(self.due) else self._target(closings)
-        with self.log.phases() as progress:
-            settings = self.method.settings(len(self.batches))
-            close_to_budget(self.model, self.batches, settings, progress, target)
-        from_first_rank(gated_base(self.gates).values())
-        self.gates.sync_from_buffers()
-        self.closings = closings
-        self._watch()
+        try:
+            with self.log.phases() as progress:
+                settings = self.method.settings(len(self.batches))
+                close_to_budget(self.model, self.batches, settings, progress, target)
+            from_first_rank(gated_base(self.gates).values())
+            self.gates.sync_from_buffers()
+            self.closings = closings
+        finally:
+            self._watch()
 
     def finish(self) -> float:
         """Closes and repairs if training ended before that; gives the kept fraction.
@@ -198,7 +219,7 @@ class Closing:
         """
         if not meets(self.gates.kept_fraction(), self.gates.config.target):
             self._close(len(self.due))
-        self._hook.remove()
+        self._unwatch()
         return self.gates.kept_fraction()
 
     def metrics(self) -> dict[str, float]:
@@ -239,9 +260,10 @@ class Closing:
                 "state: is of before the gates closed, but this model's gates are closed and its "
                 "weights repaired: load the model anew"
             )
+        if closed:
+            keep_for_teachers(self.root, repaired_weights(self.root).values())
         for name, tensor in closed.items():
             tensor.copy_(state[name])
         self.gates.sync_from_buffers()
         self.done, self.closings = int(state["done"]), closings
-        self._hook.remove()
         self._watch()
