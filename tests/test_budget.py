@@ -201,8 +201,16 @@ def test_width_multiple_is_refined_and_logged(caplog):
 def test_unreachable_target_names_the_nearest():
     specs = {"a:channels": GateSpec("channels", 4, 1, 10)}
     message = "target=0.6 cannot be met within 0.5% .* nearest reachable kept fraction is 0.5000"
-    with pytest.raises(ValueError, match=message):
-        plan(Costs(specs, 0), random_scores(specs, 0), config_for(target=0.6))
+    for fields, ways in (
+        ({"equal_layers": False}, "Choose that or gate more units$"),
+        ({"equal_layers": True}, "Choose that, gate more units or set equal_layers=False$"),
+        (
+            {"equal_layers": False, "tp_divisor": 2},
+            "Choose that, gate more units or set tp_divisor=1$",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"{message}. {ways}"):
+            plan(Costs(specs, 0), random_scores(specs, 0), config_for(target=0.6, **fields))
 
 
 def test_scores_are_checked():

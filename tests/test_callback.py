@@ -257,6 +257,8 @@ def test_one_shot_method_prunes_before_the_trainer_tunes(tmp_path):
 def test_what_is_not_a_method_is_refused():
     with pytest.raises(ValueError, match="method: expected a GateConfig or a method of"):
         GateCallback(0.5)
+    with pytest.raises(ValueError, match="got <class 'gatepack.methods.*FLAP'>"):
+        GateCallback(gp.methods.FLAP)
     with pytest.raises(ValueError, match="schedule: expected None with a FLAP, got one"):
         GateCallback(gp.methods.FLAP(), GateSchedule())
     with pytest.raises(ValueError, match="schedule: expected a GateSchedule or None, got 0.3"):

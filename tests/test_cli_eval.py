@@ -116,6 +116,8 @@ def test_packed_model_is_scored_and_drawn_beside_the_dense_one(files, tmp_path):
     done = invoke("plot", *reports, "--out", tmp_path / "t.png")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    done = invoke("plot", *reports, "--out", tmp_path)
+    assert done.exit_code == 1 and "is a folder: name the file to write" in done.output
 
 
 @pytest.mark.parametrize(

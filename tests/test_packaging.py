@@ -139,6 +139,7 @@ def test_wheel_works_in_a_clean_environment(folder, wheel):
     assert found["typed"] and found["csrc"] == CSRC
     assert env.look(IMPORT) == {"kernels": found["kernels"], "mark": None, "csrc": CSRC}
     assert env.run("gatepack", "--version").stdout.strip() == gatepack.__version__
+    assert env.run("python", "-m", "gatepack", "--version").stdout.strip() == gatepack.__version__
     missing = env.python(
         "import importlib.util; print(importlib.util.find_spec('triton_kernels'))", cwd=folder
     )

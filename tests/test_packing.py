@@ -470,3 +470,11 @@ def test_one_layer_at_a_time_is_in_memory_twice(monkeypatch):
     monkeypatch.setattr("gatepack.packing.pack_tensors", counted)
     gp.pack(model)
     assert alive == [3, 2, 1]
+
+
+@pytest.mark.parametrize(("closed", "warned"), [([], True), ([0], False)])
+def test_a_model_of_which_nothing_is_closed_is_packed_with_a_warning(closed, warned, caplog):
+    model, gates = gated(pattern="open")
+    gates.close(next(name for name in gates if name.endswith(":channels")), closed)
+    gp.pack(model)
+    assert ("every gate is open, so nothing is removed" in caplog.text) is warned

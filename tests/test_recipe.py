@@ -239,10 +239,37 @@ def test_commands_print_write_and_plan(config, tmp_path):
     assert gp.from_pretrained(packed)
 
 
+def test_a_model_in_the_way_is_told_of(packing, tmp_path, capsys):
+    pack_checkpoint(packing, Log("text"))
+    assert "holds a model" not in capsys.readouterr().out
+    pack_checkpoint(packing, Log("text"))
+    told = f"{packing.out} holds a model, which the new one will replace"
+    assert told in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("command", [["train"], ["demo", "--model"], ["pack"]])
+def test_a_file_is_no_folder_for_a_model(command, config, tmp_path):
+    (tmp_path / "short.txt").write_text("kept")
+    done = invoke(*command, config.model, "--out", tmp_path / "short.txt")
+    assert done.exit_code == 1 and "short.txt is a file: name a folder" in done.output
+    assert (tmp_path / "short.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize("what", ["train", "pack", "export"])
+def test_windows_longer_than_the_model_are_refused_by_name(what, config, trained, tmp_path):
+    model = trained[0].out if what == "pack" else config.model
+    command = [what, model, "--text", config.text, "--window", 10_000, "--out", tmp_path / "o"]
+    done = invoke(*command, *(["--format", "onnx"] if what == "export" else []))
+    assert done.exit_code == 1, done.output
+    assert "window is 10000 tokens, the model has" in done.output
+    assert not (tmp_path / "o").exists()
+
+
 def test_restart_drops_an_unfinished_run(config):
     state = config.out / STATE
     state.mkdir(parents=True)
     (state / "settings.json").write_text('{"target": 0.5}')
+    (state / "results.json").write_text('{"base": 9.5}')
     options = flags(text=config.text, out=config.out, steps=1, batch_size=2, window=16)
     options += flags(width_multiple=8, eval_windows=2, target=0.7)
     done = invoke("train", config.model, *options)

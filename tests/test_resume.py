@@ -23,7 +23,7 @@ from gatepack import bench, evaluation, exporters, files, recipe, timing, traini
 from gatepack.cli import app
 from gatepack.exporters import uniform
 from gatepack.files import read_json
-from gatepack.resume import STATE, fingerprint
+from gatepack.resume import STATE, State, fingerprint
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
@@ -95,6 +95,26 @@ def test_train(tmp_path, text, monkeypatch):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+def test_a_model_that_has_changed_since_is_noticed(tmp_path, text, monkeypatch):
+    model = save_tiny(tmp_path / "tiny")
+    command = ["train", model, "--text", text, *TRAIN.split(), "-q", "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        die_at(patch, training.FineTuning, "_train_step", 2)
+        killed(*command)
+    changed = tiny_model("llama", torch.float32, seed=1)
+    changed.save_pretrained(model)
+    done = CliRunner().invoke(app, [str(each) for each in command], env={"COLUMNS": "300"})
+    assert done.exit_code == 1 and "unfinished run with another model (" in done.output
+
+
+def test_a_run_with_nothing_finished_does_not_stand_in_the_way(tmp_path):
+    State.open(tmp_path, {"train": {"steps": 2}, "text": "a"})
+    state = State.open(tmp_path, {"train": {"steps": 3}, "text": "a"})
+    assert state.once("base", lambda: 1.5) == 1.5
+    with pytest.raises(ValueError, match=r"with another train\.steps \(3, now 4\); pass --restart"):
+        State.open(tmp_path, {"train": {"steps": 4}, "text": "a"})
+
+
 def test_eval(tmp_path, text, monkeypatch):
     model = save_tiny(tmp_path / "tiny")
     (tmp_path / "more.txt").write_text("Gates open and close. " * 9)
@@ -107,7 +127,7 @@ def test_eval(tmp_path, text, monkeypatch):
         killed(*command, tmp_path / "r.json")
     assert (tmp_path / f"r.json{STATE}").is_dir() and not (tmp_path / "r.json").exists()
     done = CliRunner().invoke(app, [*map(str, command), str(tmp_path / "r.json"), "--length", "8"])
-    assert done.exit_code == 1 and "unfinished run with another settings" in done.output
+    assert done.exit_code == 1 and "settings.length (16, now 8)" in done.output
     texts = die_at(monkeypatch, evaluation, "score_text", 99)
     invoke(*command, tmp_path / "r.json")
     assert texts == []
@@ -159,7 +179,7 @@ def test_bench(tmp_path, monkeypatch):
             killed(*command, out)
         assert len(read_json(out / STATE / "results.json")) == done
     refused = CliRunner().invoke(app, [str(each) for each in (*command, out, "--repeats", 2)])
-    assert refused.exit_code == 1 and "unfinished run with another settings" in refused.output
+    assert refused.exit_code == 1 and "settings.repeats (4, now 2)" in refused.output
     with monkeypatch.context() as patch:
         die_at(patch, bench, "page", 1)
         killed(*command, out)

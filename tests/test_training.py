@@ -35,7 +35,7 @@ def test_learns():
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_interrupted_run_resumes_bit_exactly(tmp_path):
+def test_interrupted_run_resumes_bit_exactly(tmp_path, caplog):
     windows = token_ids(batch=8, length=9)
     whole = lora_model()
     losses = FineTuning(whole, windows, CONFIG).run()
@@ -47,7 +47,7 @@ def test_interrupted_run_resumes_bit_exactly(tmp_path):
     first = FineTuning(lora_model(), windows, CONFIG, tmp_path)
     with pytest.raises(Interrupted):
         first.run(stop_at_three)
-    assert first.step == 3
+    assert first.step == 3 and "stopping after this step; Ctrl-C again" in caplog.text
     resumed_model = lora_model()
     resumed = FineTuning(resumed_model, windows, CONFIG, tmp_path)
     assert resumed.step == 3

@@ -283,7 +283,10 @@ def plan(
             masks.update(choice.options[pick])
         return masks, costs.kept_fraction(masks)
 
-    advice = "Choose that, gate more units, or set equal_layers=False or tp_divisor=1"
+    ways = ["Choose that", "gate more units"]
+    ways += ["set equal_layers=False"] if config.equal_layers else []
+    ways += ["set tp_divisor=1"] if config.tp_divisor > 1 else []
+    advice = " or ".join([", ".join(ways[:-1]), ways[-1]])
     return plan_in_multiples(find, target, wanted, config.target_of, advice)
 
 

@@ -1,6 +1,6 @@
 """Stage 4, methods: the batches that methods calibrate on, and the model while it reads them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +12,9 @@ from gatepack.quality import evaluating, forward_arguments
 Batch = torch.Tensor | Mapping[str, torch.Tensor]
 
 
-def inputs_of(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
-    """A batch as keyword arguments of a model, on its device; bare token ids become input_ids."""
+def inputs_of(batch: Batch, device: torch.device | None) -> dict[str, torch.Tensor]:
+    """A batch as keyword arguments of a model, on a device, or where they are; bare token ids
+    become input_ids."""
     if isinstance(batch, torch.Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
@@ -21,7 +22,7 @@ def inputs_of(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
             "batches must hold tensors of token ids [B, S] or mappings of a model's arguments, got "
             f"one of type {type(batch).__name__}"
         )
-    return {name: value.to(device) for name, value in batch.items()}
+    return dict(batch) if device is None else {k: value.to(device) for k, value in batch.items()}
 
 
 def token_mask(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -64,6 +65,22 @@ def label_count(root: nn.Module, labels: torch.Tensor) -> torch.Tensor:
 def require_batches(done: int) -> None:
     if done == 0:
         raise ValueError("batches must hold at least one batch of token ids, got none")
+
+
+def check_batches(batches: Sequence[Batch]) -> None:
+    """ValueError, with the number of the batch, unless all are what a model takes by name."""
+    require_batches(len(batches))
+    for number, batch in enumerate(batches):
+        given = inputs_of(batch, None)
+        for name, value in given.items():
+            shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            if not isinstance(value, torch.Tensor) or (name == "input_ids" and value.dim() != 2):
+                raise ValueError(
+                    f"batches[{number}]: {name} must be a tensor of a whole batch, got {shape}: "
+                    "give batches as a DataLoader makes them, not rows of a data set"
+                )
+        if not {"input_ids", "inputs_embeds"} & given.keys():
+            raise ValueError(f"batches[{number}] must hold input_ids, got {', '.join(given)}")
 
 
 @contextmanager

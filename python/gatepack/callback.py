@@ -45,10 +45,10 @@ class GateCallback(TrainerCallback):
             method = GateRecipe(method, schedule)
         elif schedule is not None:
             raise ValueError(f"schedule: expected None with a {type(method).__name__}, got one")
-        if not hasattr(method, "prepare") or not hasattr(method, "start"):
+        is_method = hasattr(method, "prepare") and hasattr(method, "start")
+        if not is_method or isinstance(method, type):
             raise ValueError(
-                "method: expected a GateConfig or a method of gatepack.methods, got "
-                f"{type(method).__name__}"
+                f"method: expected a GateConfig or a method of gatepack.methods, got {method!r}"
             )
         if not isinstance(distillation, Distillation | None):
             raise ValueError(

@@ -157,8 +157,10 @@ def plot(
 ) -> None:
     """Draw sparsity against quality against speed, from several reports on the same text."""
     with command(log, quiet) as shown:
+        from gatepack.files import refuse_folder
         from gatepack.plots import draw_tradeoff
         from gatepack.regression import load_report
 
+        refuse_folder(out)
         draw_tradeoff([load_report(path) for path in reports], out)
         shown.say(f"written: {out}")

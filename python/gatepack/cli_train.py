@@ -23,7 +23,10 @@ from gatepack.cli_common import (
 Target = Annotated[float, typer.Option(help="Kept fraction of the blocks' weights, in (0, 1).")]
 Close = Annotated[
     list[float],
-    typer.Option(help="Fraction of the steps at which gates close a part of the way; repeatable."),
+    typer.Option(
+        help="Fraction of the steps, 0 to 1, at which gates close a part of the way; give it again "
+        "for each part. 0: before LoRA trains."
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Windows per step.")]
 LearningRate = Annotated[float, typer.Option(help="Peak of the cosine schedule.")]

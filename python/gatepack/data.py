@@ -164,7 +164,8 @@ def _texts(file: Path, text: str) -> Iterator[str]:
     for where, record in json_lines(file, text):
         document = record.get("text") if isinstance(record, dict) else None
         if not isinstance(document, str):
-            raise ValueError(f"{where} must be an object with a string field `text`")
+            has = f", has {', '.join(record)}" if isinstance(record, dict) else ""
+            raise ValueError(f"{where} must be an object with a string field `text`{has}")
         yield document
 
 

@@ -27,7 +27,7 @@ from gatepack.recipe import (
     score,
     train_gated,
 )
-from gatepack.resume import State
+from gatepack.resume import State, fingerprint
 from gatepack.timing import environment, measure
 from gatepack.training import add_lora
 
@@ -60,7 +60,7 @@ def run(config: DemoConfig, log: Log, known: dict[str, float] | None = None) -> 
     documents = load_documents(config.text)
     inputs = load_inputs(config, documents, log)
     kept_by_plan(inputs.model, config)
-    state = open_state(config, documents)
+    state = open_state(config, documents, log, model=fingerprint(inputs.model))
     for name, value in (known or {}).items():
         state.once(name, lambda value=value: value)
     held_out = inputs.held_out

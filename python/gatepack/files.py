@@ -38,6 +38,8 @@ def refuse_out(out: str | os.PathLike, source: str | os.PathLike | None = None) 
     read: a folder, or a file in one.
     """
     out = Path(out).resolve()
+    if out.is_file():
+        raise ValueError(f"{out} is a file: name a folder for the result (--out)")
     if Path.cwd().is_relative_to(out):
         raise ValueError(
             f"{out} is the working directory or holds it, and saving replaces the whole folder: "

@@ -1,5 +1,6 @@
 """Stage 5, pack: remove closed units physically, and put zeros back in their place."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from gatepack.repack import Piece, pack_tensors, unpack_tensors
 from gatepack.samples import lane_indices
 from gatepack.sharding import refuse_sharded
 from gatepack.sites import gated_sites
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 
@@ -107,6 +110,12 @@ def pack(model: nn.Module) -> PackReport:
         "load its full state dict (torch.distributed.checkpoint.state_dict) into a model on one "
         "rank",
     )
+    if gates.config.target < 1 and gates.kept_fraction() == 1:
+        logger.warning(
+            "every gate is open, so nothing is removed, and the target is %.1f %%: call finish() "
+            "of what trains them, or gates.snap(), before pack",
+            100 * gates.config.target,
+        )
     layers = layers_of(root)
     if gates.config.of_linears:
         from gatepack.row_column_packing import pack_rows_columns

@@ -23,9 +23,9 @@ from gatepack.packing import PackReport, pack
 from gatepack.plots import draw_gate_map, draw_training
 from gatepack.progress import Log
 from gatepack.quality import ParityError, max_logit_difference, perplexity
-from gatepack.resume import STATE, State, fingerprint
+from gatepack.resume import STATE, State, fingerprint, say_what_goes
 from gatepack.rounding import compare
-from gatepack.texts import sha256_of
+from gatepack.texts import check_length, sha256_of
 from gatepack.timing import environment, seconds_of
 from gatepack.training import (
     FineTuning,
@@ -132,7 +132,7 @@ def train(config: RecipeConfig, log: Log) -> dict:
     documents = load_documents(config.text)
     inputs = load_inputs(config, documents, log)
     kept_by_plan(inputs.model, config)
-    state = open_state(config, documents)
+    state = open_state(config, documents, log, model=fingerprint(inputs.model))
     base = state.once("base", lambda: score(inputs.model, inputs.held_out, "base model", log))
     trained = train_gated(inputs, config, state, log)
     gated = trained.model.merge_and_unload()
@@ -227,7 +227,7 @@ def pack_checkpoint(config: PackConfig, log: Log) -> dict:
     """
     gated, held_out, tokenizer, documents = _load_gated(config, log)
     packed, packing, parity = pack_and_check(gated, held_out)
-    state = open_state(config, documents, gated=fingerprint(gated))
+    state = open_state(config, documents, log, gated=fingerprint(gated))
     quality = {
         name: state.once(name, lambda name=name, m=m: score(m, held_out, f"{name} model", log))
         for name, m in (("gated", gated), ("packed", packed))
@@ -269,12 +269,16 @@ def _load_gated(config: PackConfig, log: Log) -> tuple[nn.Module, torch.Tensor, 
             f"{config.model} has no gates to pack: name a folder that gatepack train has written"
         ) from error
     documents = load_documents(config.text)
+    check_length(model, config.window, "window")
     held_out = to_windows(split_documents(documents)[1], tokenizer, config.window)[: config.windows]
     return model.to(device), held_out.to(device), tokenizer, documents
 
 
-def open_state(config: RecipeConfig | PackConfig, documents: list[str], **inputs: str) -> State:
+def open_state(
+    config: RecipeConfig | PackConfig, documents: list[str], log: Log, **inputs: str
+) -> State:
     """What an earlier run with the same settings, text, inputs and version has finished."""
+    say_what_goes(config.out, log)
     settings = {**plain(asdict(config)), "text_sha256": sha256_of(documents), **inputs}
     return State.open(Path(config.out) / STATE, {**settings, "version": gatepack.__version__})
 
@@ -306,6 +310,7 @@ def load_inputs(config: RecipeConfig, documents: list[str], log: Log) -> Inputs:
             f"with gatepack pack {config.model} and train that"
         )
     length = config.train.window
+    check_length(model, length, "window")
     windows = to_windows(training, tokenizer, length)
     batches(windows, config.train.batch_size, config.train.steps, config.train.seed)
     scored = to_windows(held_out, tokenizer, length)[: config.eval_windows]

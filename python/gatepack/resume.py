@@ -12,6 +12,7 @@ from torch import nn
 
 from gatepack.checkpoint import file_sha256
 from gatepack.files import read_json, replaced_folder, write_json
+from gatepack.progress import Log
 from gatepack.texts import sha256_of
 
 STATE = ".resume"
@@ -27,14 +28,18 @@ class State:
     def open(cls, folder: Path, settings: dict) -> "State":
         """The state in a folder; ValueError if it belongs to a run with other settings.
 
-        settings: plain JSON, stored when there is no state yet.
+        settings: plain JSON, stored where nothing is finished yet.
         """
         path = folder / "settings.json"
-        if not path.is_file():
+        if not path.is_file() or list(folder.iterdir()) == [path]:
             write_json(path, settings)
             return cls(folder)
-        found = _read(path)
-        differs = sorted(key for key in settings if found.get(key) != settings[key])
+        found, wanted = _flat(_read(path)), _flat(settings)
+        differs = [
+            f"{key} ({_short(found.get(key))}, now {_short(wanted[key])})"
+            for key in sorted(wanted)
+            if found.get(key) != wanted[key]
+        ]
         if differs:
             raise ValueError(
                 f"{folder} holds an unfinished run with another {', '.join(differs)}; "
@@ -74,6 +79,12 @@ class State:
         shutil.rmtree(self.folder)
 
 
+def say_what_goes(out: Path, log: Log) -> None:
+    """Tells of a model in the folder that is about to be replaced."""
+    if (Path(out) / "config.json").is_file():
+        log.say(f"{out} holds a model, which the new one will replace")
+
+
 def state_of(out: Path) -> Path:
     """Where a command that writes one file keeps what it has finished so far."""
     return out.with_name(f"{out.name}{STATE}")
@@ -87,6 +98,20 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.flatten().contiguous().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
+
+
+def _flat(settings: dict, prefix: str = "") -> dict[str, object]:
+    """Nested settings by dotted names."""
+    flat: dict[str, object] = {}
+    for name, value in settings.items():
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
 
 
 def _digest(folder: Path) -> str:

@@ -81,9 +81,7 @@ def windows_of(
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """(token ids [n, length], which of them are scored, the documents as cut), as of score_text."""
     stride = check_windows(length, stride, windows)
-    positions = getattr(hf_model(model).config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise ValueError(f"length is {length} tokens, the model has {positions} positions")
+    check_length(model, length, "length")
     most = length + (windows - 1) * stride if windows else None
     stream = _stream(documents, tokenizer, most)
     if max(stream.ids) >= vocabulary_size(model):
@@ -92,6 +90,13 @@ def windows_of(
             f"{vocabulary_size(model)}: they do not belong together"
         )
     return *_strided(stream, length, stride), stream.documents
+
+
+def check_length(model: nn.Module, length: int, name: str) -> None:
+    """ValueError, with the name of the setting, for more tokens than a model has positions."""
+    positions = getattr(hf_model(model).config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ValueError(f"{name} is {length} tokens, the model has {positions} positions")
 
 
 @dataclass

@@ -369,6 +369,7 @@ def _interrupt_flag():
     def handle(signum, frame):
         seen.append(signum)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        logger.warning("stopping after this step; Ctrl-C again stops at once and loses more")
 
     try:
         previous = signal.signal(signal.SIGINT, handle)

@@ -15,8 +15,8 @@ from gatepack.models import load_model, source_of, torch_dtype
 from gatepack.packing import pack
 from gatepack.progress import Log
 from gatepack.quality import ParityError, input_device, perplexity
-from gatepack.resume import STATE, State, fingerprint
-from gatepack.texts import sha256_of
+from gatepack.resume import STATE, State, fingerprint, say_what_goes
+from gatepack.texts import check_length, sha256_of
 from gatepack.timing import environment, measure, seconds_of
 
 # Per weight; of q8_0, a block of 32 has a scale of 2.
@@ -62,13 +62,14 @@ def run(config: ExportConfig, log: Log) -> dict:
     the same settings, on the same machine.
     """
     model, tokenizer = _load(config, log)
-    windows = _windows(config, tokenizer)
+    windows = _windows(config, model, tokenizer)
     facts = {
         "settings": plain(asdict(config)),
         "model": fingerprint(model),
         "windows": sha256_of([str(windows.tolist())]),
         "environment": environment(input_device(model)),
     }
+    say_what_goes(config.out, log)
     state = State.open(config.out / STATE, facts)
     speed = None
     if config.speed:
@@ -111,7 +112,7 @@ def dry_run(config: ExportConfig, log: Log) -> dict:
     scoring the windows twice, from one of them; writing, and what else is compared, come on top.
     """
     model, tokenizer = _load(config, log)
-    windows = _windows(config, tokenizer)
+    windows = _windows(config, model, tokenizer)
     seconds = {"comparing": 2 * len(windows) * seconds_of(perplexity, model, windows[:1])}
     if config.speed:
         measured = measure(
@@ -129,7 +130,8 @@ def dry_run(config: ExportConfig, log: Log) -> dict:
     }
 
 
-def _windows(config: ExportConfig, tokenizer) -> torch.Tensor:
+def _windows(config: ExportConfig, model: nn.Module, tokenizer) -> torch.Tensor:
+    check_length(model, config.window, "window")
     documents = split_documents(load_documents(config.text))[1]
     return to_windows(documents, tokenizer, config.window)[: config.windows]
 

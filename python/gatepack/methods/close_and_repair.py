@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from gatepack.budget import meets
-from gatepack.calibration import Batch, require_batches
+from gatepack.calibration import Batch, check_batches
 from gatepack.config import GateConfig, is_number
 from gatepack.distillation import keep_for_teachers
 from gatepack.gate_training import check_shapes, check_steps
@@ -53,9 +53,13 @@ class CloseAndRepair:
     bars: bool = True
 
     def __post_init__(self):
+        if not isinstance(self.gates, GateConfig):
+            raise ValueError(f"gates: expected a GateConfig, got {self.gates!r}")
         close = tuple(self.close) if isinstance(self.close, list | tuple) else (self.close,)
         if not close or not all(is_number(each) and 0 <= each <= 1 for each in close):
-            raise ValueError(f"close: expected fractions of all steps, got {self.close!r}")
+            raise ValueError(
+                f"close: expected fractions of all steps in [0, 1], got {self.close!r}"
+            )
         object.__setattr__(self, "close", tuple(sorted(map(float, close))))
         self.settings(1)
 
@@ -70,11 +74,12 @@ class CloseAndRepair:
     def prepare(self, model: nn.Module, batches: Iterable[Batch] = ()) -> None:
         """Attaches the gates, open and frozen, unless the model has some.
 
-        Raises ValueError without a batch, for gates on rows and columns, for a sharded model, and
-        for a target that no shape of the model meets; then the model is as it was.
+        Raises ValueError without batches of what the model takes, for gates on rows and columns,
+        for a sharded model, and for a target that no shape of the model meets; then the model is as
+        it was.
         """
         root = hf_model(model)
-        require_batches(len(list(batches)))
+        check_batches(list(batches))
         refuse_sharded(root, *_SHARDED)
         given = hasattr(root, GATES_NAME)
         gates = gates_of(model) if given else attach(model, self.gates)
@@ -145,8 +150,9 @@ class Closing:
             if meets(kept, self._target(closings)):
                 return closings
         raise ValueError(
-            "CloseAndRepair needs every gate open and exactly 1, or as it left them: load the "
-            f"model anew if a closing was interrupted, else {NEW_GATES}"
+            "CloseAndRepair needs every gate open and exactly 1, or as one of its closings leaves "
+            f"it, and these keep {kept:.1%}: resume with the settings of before, load the model "
+            f"anew if a closing was interrupted, or {NEW_GATES}"
         )
 
     def _watch(self) -> None:
