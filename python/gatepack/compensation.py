@@ -9,6 +9,7 @@ from gatepack.calibration import Batch, inputs_of, require_batches, token_mask, 
 from gatepack.gates import Gate, GateSet
 from gatepack.hf import gates_of
 from gatepack.importance import (
+    DAMPING,
     damped,
     gated_inputs,
     open_lanes,
@@ -38,7 +39,6 @@ _BIAS_FIELDS = {
 # 80 % left has a perplexity of 7.45 instead of 7.52 on MedQuAD and of 11.15 instead of 11.26 on
 # BillSum (benchmarks/quality.py).
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-UNTESTED = 0.1  # where there is no batch to choose by
 
 
 class _Stop(Exception):
@@ -247,7 +247,7 @@ def _least_squares(inputs, residuals, damping: float | None) -> torch.Tensor:
     count = max(1, len(inputs) * 3 // 4)
     fitted = _products(inputs[:count], residuals[:count])
     if count == len(inputs):
-        return _solve(*fitted, UNTESTED if damping is None else damping)
+        return _solve(*fitted, DAMPING if damping is None else damping)
     fresh = _products(inputs[count:], residuals[count:])
     if damping is None:
         damping = min(DAMPINGS, key=lambda each: _left_over(_solve(*fitted, each), *fresh))
