@@ -221,12 +221,14 @@ TRIED = (
     "much is removed, half of it twice more than all at once, and a third three times no more "
     "than that. No better: all weights in place of LoRA once gates are closed, and bending what "
     "reads the residual stream (queries, keys, values and the MLP's first linears) by least "
-    "squares as well. For the encoders, gates must not close before the task is learned: in the "
-    "runs of one epoch of QNLI they do. On CUAD neither an earlier end of closing nor three "
-    "epochs of FineGates reach the goal, nor logits that start in the order of their squared "
-    "gradients on the tuned model. To close heads and channels once, in mid-training, and repair "
-    "the rest costs next to nothing there: what it loses is what LoRA loses to full fine-tuning "
-    "in so few steps."
+    "squares as well. Nor, right after closing: weighting tokens in the repair by the norm of "
+    "their stream, leaving out the first of each text, and weighting them by their gradients in "
+    "the prices; less damping of the prices is better then, but not once LoRA has trained on. For "
+    "the encoders, gates must not close before the task is learned: in the runs of one epoch of "
+    "QNLI they do. On CUAD neither an earlier end of closing nor three epochs of FineGates reach "
+    "the goal, nor logits that start in the order of their squared gradients on the tuned model. "
+    "To close heads and channels once, in mid-training, and repair the rest costs next to nothing "
+    "there: what it loses is what LoRA loses to full fine-tuning in so few steps."
 )
 
 
