@@ -96,6 +96,14 @@ def test_resume_without_the_file_says_how(tmp_path):
         trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_of_another_method_is_refused(tmp_path):
+    trainer(tmp_path, NoFinish(CONFIG), callbacks=[StopAt(5)]).train()
+    closing = gp.methods.CloseAndRepair(CONFIG, bars=False)
+    other = trainer(tmp_path, GateCallback(closing, batches=[token_ids()]))
+    with pytest.raises(ValueError, match="of a training by GateRecipe, not by CloseAndRepair"):
+        other.train(resume_from_checkpoint=True)
+
+
 def test_lora_beside_gates(tmp_path):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj", "down_proj"])

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 
@@ -80,18 +81,29 @@ class GateCallback(TrainerCallback):
             )
         if self.distilling is not None:
             self.distilling.resume()
+        folder = Path(self.resume_from or _folder(args, state))
+        kept = self._state_in(folder) if state.global_step else None
         self.training = self.method.start(model, max(1, state.max_steps), self.batches)
         if state.global_step and self.training is not None:
-            folder = Path(self.resume_from or _folder(args, state))
-            self._load(
-                folder,
-                "name the checkpoint that training resumes from as GateCallback(resume_from=...)",
-            )
+            if kept is None:
+                raise ValueError(
+                    f"{folder / FILE} is missing: name the checkpoint that training resumes from "
+                    "as GateCallback(resume_from=...)"
+                )
+            self.training.load_state_dict(kept)
 
-    def _load(self, folder: Path, advice: str) -> None:
+    def _state_in(self, folder: Path) -> dict[str, torch.Tensor] | None:
+        """What on_save kept in a checkpoint, or None; ValueError if it is another method's."""
         if not (folder / FILE).is_file():
-            raise ValueError(f"{folder / FILE} is missing: {advice}")
-        self.training.load_state_dict(read_safetensors(folder / FILE)[0])
+            return None
+        kept, metadata = read_safetensors(folder / FILE)
+        method = type(self.method).__name__
+        if metadata.get("method", method) != method:
+            raise ValueError(
+                f"{folder / FILE} is of a training by {metadata['method']}, not by {method}: go on "
+                "with that, or pass another output_dir"
+            )
+        return kept
 
     def on_step_begin(self, args, state, control, optimizer=None, **_):
         if hasattr(self.training, "begin_step"):
@@ -113,13 +125,15 @@ class GateCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **_):
         if args.should_save and self.training is not None:
-            write_safetensors(_folder(args, state) / FILE, self.training.state_dict(), {})
+            method = {"method": type(self.method).__name__}
+            write_safetensors(_folder(args, state) / FILE, self.training.state_dict(), method)
 
     def on_train_end(self, args, state, control, **_):
         if self.training is not None:
             best = state.best_model_checkpoint if args.load_best_model_at_end else None
-            if best is not None:  # whose weights the Trainer has loaded; of PEFT, the adapters only
-                self._load(Path(best), "the best model's gates and repaired weights were there")
+            kept = None if best is None else self._state_in(Path(best))
+            if kept is not None:  # the Trainer has loaded the weights; of PEFT, the adapters only
+                self.training.load_state_dict(kept)
             self.training.finish()
         if self.distilling is not None:
             self.distilling.stop()

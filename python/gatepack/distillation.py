@@ -1,5 +1,6 @@
 """Stage 4, methods: distillation from the dense model, which the gated student is part of."""
 
+import importlib.metadata
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class Distilling:
         self._teaching = False
         self._losses: dict[str, torch.Tensor] = {}
         self._handles: list = []
+        _check_peft(model, self.root)
         self.keep(trained(self.root) if keep is None else keep)
         if method.teacher is not None and method.hidden_weight:
             self._check_layers(hf_model(method.teacher))
@@ -361,6 +363,17 @@ def _copy_of(parameter: nn.Parameter) -> torch.Tensor:
             "sharded: start before fully_shard, freeze it, or pass a teacher"
         )
     return parameter.detach().clone()
+
+
+def _check_peft(model: nn.Module, root: nn.Module) -> None:
+    """ValueError for a PEFT that calls the model's forward without its hooks (before 0.21)."""
+    if model is not root and hasattr(model, "peft_config"):
+        found = importlib.metadata.version("peft")
+        if tuple(map(int, found.split(".")[:2])) < (0, 21):
+            raise ValueError(
+                f"PEFT {found} calls the model without its hooks, so nothing would be distilled: "
+                'pip install "peft>=0.21"'
+            )
 
 
 def _check_whole(root: nn.Module) -> None:

@@ -24,7 +24,7 @@ FLOORS = {
     "triton": "3.5",
     "transformers": "5.1",
     "accelerate": "1.3",
-    "peft": "0.18",
+    "peft": "0.21",
 }
 CACHE_BYTES = 1 << 30
 _GPU_FIX = "run on a machine with an NVIDIA or AMD GPU and its driver (nvidia-smi must list it)"
