@@ -120,7 +120,8 @@ def _load_folder(folder: Path, dtype) -> tuple[nn.Module, object]:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    if not any(any(folder.glob(pattern)) for pattern in ("*token*", "vocab*", "*.model", "tekken*")):
+    names = ("*token*", "vocab*", "*.model", "tekken*")
+    if not any(any(folder.glob(name)) for name in names):
         raise ValueError(
             "it holds no tokenizer; add one with tokenizer.save_pretrained(folder), or with "
             "gatepack.save_pretrained(model, folder, tokenizer)"
