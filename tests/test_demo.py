@@ -148,6 +148,9 @@ def test_command_line_runs_the_demo(config):
     assert result.exit_code == 0, result.output
     for words in ("held-out perplexity", "parity: packed and gated", "prefill, tokens/s"):
         assert words in result.output
+    quality = json.loads((config.out / "report.json").read_text())["perplexity"]
+    (line,) = [each for each in result.output.splitlines() if "held-out perplexity" in each]
+    assert f"{quality['packed'] / quality['lora']:.3f}" in line
 
 
 @pytest.mark.parametrize(

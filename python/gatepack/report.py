@@ -292,7 +292,7 @@ def _table(report: dict) -> Table:
     table = Table(
         title=f"{report['model']}, {report['pack']['kept_fraction']:.1%} of the block weights kept"
     )
-    for column in ("", "base", "LoRA, no gates", "packed", "ratio"):
+    for column in ("", "base", "LoRA, no gates", "packed", "packed / LoRA"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     before, after = report["pack"]["params"]
     table.add_row("parameters", f"{before:,}", f"{before:,}", f"{after:,}", f"{after / before:.3f}")
@@ -302,11 +302,12 @@ def _table(report: dict) -> Table:
         f"{disk['base']:,}",
         f"{disk['base']:,}",
         f"{disk['packed']:,}",
-        _ratio(disk),
+        f"{disk['packed'] / disk['base']:.3f}",
     )
     quality = report["perplexity"]
     cells = [f"{quality[name]:.2f}" for name in ("base", "lora", "packed")]
-    table.add_row("held-out perplexity", *cells, _ratio(quality))
+    ratio = quality["packed"] / quality["lora"]
+    table.add_row("held-out perplexity", *cells, f"{ratio:.3f}")
     speed = report["speed"]
     for phase in ("prefill", "decode"):
         dense, packed = speed["dense"][phase], speed["model"][phase]
@@ -314,7 +315,3 @@ def _table(report: dict) -> Table:
             rates = [f"{rate['median']:,.1f}" for rate in (dense, dense, packed)]
             table.add_row(f"{phase}, tokens/s", *rates, f"{speed['ratios'][phase]:.2f}x")
     return table
-
-
-def _ratio(values: dict) -> str:
-    return f"{values['packed'] / values['base']:.3f}"
