@@ -47,7 +47,9 @@ def test_without_triton(gpu, monkeypatch):
     assert paths.few_tokens(4096, GPU) == 0
 
 
-@pytest.mark.parametrize(("kept", "limit"), [(0.0, 13), (0.4, 26), (0.6, 42), (0.8, 91)])
+@pytest.mark.parametrize(
+    ("kept", "limit"), [(0.0, 13), (0.4, 27), (0.6, 46), (0.8, 114), (0.9, 344)]
+)
 def test_a_cpu_packs_where_that_saves_more_than_it_costs(kept, limit):
     assert paths.few_tokens(576, CPU, kept) == limit
     few = paths.choose_path(limit, 576, CPU, kept)
@@ -59,19 +61,22 @@ def test_a_cpu_packs_where_that_saves_more_than_it_costs(kept, limit):
 def test_without_gradients_a_cpu_packs_later():
     """One product to save on, not two."""
     with torch.no_grad():
-        assert paths.few_tokens(576, CPU, 0.6) == 85
-        assert paths.choose_path(85, 576, CPU, 0.6).path == "dense"
-        assert paths.choose_path(86, 576, CPU, 0.6).path == "folded"
+        assert paths.few_tokens(576, CPU, 0.6) == 92
+        assert paths.choose_path(92, 576, CPU, 0.6).path == "dense"
+        assert paths.choose_path(93, 576, CPU, 0.6).path == "folded"
 
 
 def test_the_width_counts():
     """What a call costs beside its bytes is little there; where memory is fresh, all cost more."""
-    assert paths.few_tokens(2048, CPU, 0.6) == 25
-    assert paths.few_tokens(4096, CPU, 0.6) == 140
+    assert paths.few_tokens(2048, CPU, 0.6) == 27
+    assert paths.few_tokens(4096, CPU, 0.6) == 151
 
 
-def test_a_cpu_never_packs_what_is_all_open():
+def test_a_cpu_never_packs_what_is_nearly_all_open():
     assert paths.choose_path(10**9, 576, CPU) == ("dense", "nothing is closed")
+    little = ("dense", "too little to pack for is closed")
+    assert paths.choose_path(10**9, 576, CPU, 0.96) == little
+    assert paths.choose_path(10**9, 576, CPU, 0.95).path == "folded"
 
 
 @pytest.mark.parametrize(("kept", "tokens"), [(0.4, 311), (0.6, 230), (1.0, 164)])

@@ -251,7 +251,7 @@ def test_a_model_in_the_way_is_told_of(packing, tmp_path, capsys):
 def test_a_file_is_no_folder_for_a_model(command, config, tmp_path):
     (tmp_path / "short.txt").write_text("kept")
     done = invoke(*command, config.model, "--out", tmp_path / "short.txt")
-    assert done.exit_code == 1 and "short.txt is a file: name a folder" in done.output
+    assert done.exit_code == 1 and "short.txt is not a folder: name another" in done.output
     assert (tmp_path / "short.txt").read_text() == "kept"
 
 

@@ -32,14 +32,14 @@ _AT_FDCWD = -100
 
 
 def refuse_out(out: str | os.PathLike, source: str | os.PathLike | None = None) -> None:
-    """ValueError if a folder cannot be put in the place of `out` without loss.
+    """ValueError if a folder cannot be put in the place of `out` without loss, OSError of a file.
 
     That is where this process works in it, and where it is the folder of source, the model that is
     read: a folder, or a file in one.
     """
     out = Path(out).resolve()
-    if out.is_file():
-        raise ValueError(f"{out} is a file: name a folder for the result (--out)")
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is not a folder: name another for the result (--out)")
     if Path.cwd().is_relative_to(out):
         raise ValueError(
             f"{out} is the working directory or holds it, and saving replaces the whole folder: "
@@ -72,8 +72,6 @@ def replaced_folder(directory: str | os.PathLike, superseded: re.Pattern) -> Ite
     """
     refuse_out(directory)
     directory = Path(directory).resolve()
-    if directory.exists() and not directory.is_dir():
-        raise OSError(f"{directory} is not a folder")
     with contextlib.ExitStack() as stack:
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
