@@ -107,10 +107,10 @@ def test_a_cache_keeps_the_heads_that_filled_it(pattern):
     """Many tokens pack the heads, and so do the single ones that go on from their keys."""
     model, gates = gated(pattern)
     model.eval()
-    ids = token_ids(1, 150)
+    ids = token_ids(1, 250)
     with torch.no_grad():
         whole = model(ids).logits
-        for prompt, heads in ((140, "folded"), (3, "dense")):
+        for prompt, heads in ((240, "folded"), (3, "dense")):
             output = model(ids[:, :prompt], use_cache=True)
             assert gates["model.layers.0.self_attn:heads"].path == heads
             for i in range(prompt, prompt + 3):
