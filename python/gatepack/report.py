@@ -292,7 +292,7 @@ def _table(report: dict) -> Table:
     table = Table(
         title=f"{report['model']}, {report['pack']['kept_fraction']:.1%} of the block weights kept"
     )
-    for column in ("", "base", "LoRA, no gates", "packed", "packed / LoRA"):
+    for column in ("", "base", "LoRA", "packed", "of LoRA's"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     before, after = report["pack"]["params"]
     table.add_row("parameters", f"{before:,}", f"{before:,}", f"{after:,}", f"{after / before:.3f}")
