@@ -12,9 +12,12 @@ from gatepack.quality import evaluating, forward_arguments
 Batch = torch.Tensor | Mapping[str, torch.Tensor]
 
 
-def inputs_of(batch: Batch, device: torch.device | None) -> dict[str, torch.Tensor]:
-    """A batch as keyword arguments of a model, on a device, or where they are; bare token ids
-    become input_ids."""
+def inputs_of(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch as keyword arguments of a model, on its device; bare token ids become input_ids."""
+    return {name: value.to(device) for name, value in _by_name(batch).items()}
+
+
+def _by_name(batch: Batch) -> Mapping[str, torch.Tensor]:
     if isinstance(batch, torch.Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
@@ -22,7 +25,7 @@ def inputs_of(batch: Batch, device: torch.device | None) -> dict[str, torch.Tens
             "batches must hold tensors of token ids [B, S] or mappings of a model's arguments, got "
             f"one of type {type(batch).__name__}"
         )
-    return dict(batch) if device is None else {k: value.to(device) for k, value in batch.items()}
+    return batch
 
 
 def token_mask(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -71,7 +74,7 @@ def check_batches(batches: Sequence[Batch]) -> None:
     """ValueError, with the number of the batch, unless all are what a model takes by name."""
     require_batches(len(batches))
     for number, batch in enumerate(batches):
-        given = inputs_of(batch, None)
+        given = _by_name(batch)
         for name, value in given.items():
             shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             if not isinstance(value, torch.Tensor) or (name == "input_ids" and value.dim() != 2):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from gatepack.calibration import Batch, inputs_of, require_batches, token_mask, token_rows
+from gatepack.distillation import keep_for_teachers
 from gatepack.gates import Gate, GateSet
 from gatepack.hf import gates_of
 from gatepack.importance import (
@@ -79,6 +80,7 @@ def close_and_compensate(
     given = [inputs_of(batch, input_device(root)) for batch in batches]
     require_batches(len(given))
     kept = [token_mask(inputs) for inputs in given]
+    keep_for_teachers(root, repaired_weights(root).values())
     with evaluating(root):
         dense, calls = _first_inputs(root, layers, given)
         pruned = [x.clone() for x in dense]
@@ -87,6 +89,15 @@ def close_and_compensate(
             dense = _compensate_layer(gates, layer, masks, dense, pruned, call, kept, damping)
             if progress is not None:
                 progress(index + 1)
+
+
+def repaired_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base weights that close_and_compensate writes, by the names of their linears."""
+    return {
+        f"{layer.name}.{path}": layer.linear(path).weight
+        for layer in layers_of(model)
+        for path in (layer.family.out, layer.family.down)
+    }
 
 
 def _first_inputs(root, layers: list[Layer], batches: list[dict[str, torch.Tensor]]):

@@ -69,9 +69,9 @@ class Distillation:
 
         Without labels the loss has no task part. keep: parameters whose present values are the
         teacher's, of which a copy is kept; None: those that train now and are no adapter's. Start
-        before anything changes them; what close_to_budget is about to repair is kept by itself. A
-        distillation that is at work on the model stops. Raises ValueError for a model that lacks
-        units of its own teacher, because they are packed.
+        before anything changes them; what close_and_compensate is about to repair is kept by
+        itself. A distillation that is at work on the model stops. Raises ValueError for a model
+        that lacks units of its own teacher, because they are packed.
         """
         return Distilling(model, self, keep)
 

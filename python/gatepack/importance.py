@@ -69,7 +69,7 @@ def calibrate(
         for done, batch in enumerate(batches, 1):
             given = with_labels(root, inputs_of(batch, input_device(root)))
             count = label_count(root, given["labels"])
-            labels = labels + count
+            labels += count
             with _recording(gates, token_mask(given), inputs, gradients):
                 loss = root(**given).loss
                 (loss * count).backward()

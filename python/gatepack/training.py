@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from gatepack.calibration import Batch
-from gatepack.compensation import close_and_compensate
+from gatepack.compensation import close_and_compensate, repaired_weights
 from gatepack.data import batches
-from gatepack.distillation import keep_for_teachers
 from gatepack.files import parse_json, read_safetensors, write_safetensors
 from gatepack.gate_training import check_shapes, load_moments, under
 from gatepack.gates import GateSet
@@ -123,9 +122,7 @@ def close_to_budget(
     masks = _planned(gates, scores, target)
     if masks is None:
         return gates.kept_fraction()
-    root = gates.attachment.root
-    keep_for_teachers(root, repaired_weights(root).values())
-    told = reporter("closing and repairing", len(layers_of(root)))
+    told = reporter("closing and repairing", len(layers_of(gates.attachment.root)))
     with config.precision(device):
         close_and_compensate(model, masks, chosen[: config.repaired], progress=told)
     return gates.kept_fraction()
@@ -349,15 +346,6 @@ def gated_base(gates: GateSet) -> dict[str, torch.Tensor]:
         "gates.logits": gates.logits.data,
         "gates.closed": gates.closed,
         **{name: weight.data for name, weight in weights.items()},
-    }
-
-
-def repaired_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The base weights that close_to_budget writes, by the names of their linears."""
-    return {
-        f"{layer.name}.{path}": layer.linear(path).weight
-        for layer in layers_of(model)
-        for path in (layer.family.out, layer.family.down)
     }
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from gatepack.budget import meets
 from gatepack.calibration import Batch, check_batches
+from gatepack.compensation import repaired_weights
 from gatepack.config import GateConfig, is_number
 from gatepack.distillation import keep_for_teachers
 from gatepack.gate_training import check_shapes, check_steps
@@ -20,7 +21,7 @@ from gatepack.layers import GATES_NAME, hf_model
 from gatepack.methods.one_shot import UNEVEN
 from gatepack.progress import Log
 from gatepack.sharding import from_first_rank, has_ranks, refuse_sharded
-from gatepack.training import TrainConfig, close_to_budget, gated_base, repaired_weights
+from gatepack.training import TrainConfig, close_to_budget, gated_base
 
 _SHARDED = (
     "linears cannot be repaired",
