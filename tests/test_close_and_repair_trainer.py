@@ -106,7 +106,7 @@ def test_the_teacher_stays_the_dense_model(tmp_path, monkeypatch):
 @pytest.mark.parametrize("make", [lambda: None, with_lora], ids=["all", "lora"])
 @pytest.mark.parametrize(("best", "chosen"), [(2, 6), (6, 6), (7, 7)])
 def test_the_best_model_is_one_of_the_last_size(make, best, chosen, tmp_path):
-    """close=(0.25, 0.75) of 8 steps: the models of steps 7 and 8 have the size of the target."""
+    """Gates close before the third and the fifth step; all later models have the last size."""
     method, models = dataclasses.replace(METHOD, close=(0.25, 0.5)), {}
 
     class Recorded(TrainerCallback):

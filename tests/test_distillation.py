@@ -1,7 +1,6 @@
 """Distillation: the loss, the teacher that shares its weights with the student, any loop."""
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -265,17 +264,14 @@ def test_a_distillation_goes_on_with_the_teacher_of_before():
     torch.testing.assert_close(output.loss, literal(output.logits, dense(IDS).logits, 2.0))
 
 
-@pytest.mark.parametrize(("version", "refused"), [("0.20.0", True), ("0.21.2", False)])
-def test_peft_that_calls_no_hooks_is_refused(version, refused, monkeypatch):
+def test_peft_that_calls_no_hooks_is_refused(monkeypatch):
     model = with_lora(tiny_model("llama", torch.float32))
-    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-    with (
-        pytest.raises(ValueError, match="PEFT 0.20.0 calls .*: pip install")
-        if refused
-        else nullcontext()
-    ):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.20.0")
+    with pytest.raises(ValueError, match="PEFT 0.20.0 calls .*: pip install"):
         gp.Distillation().start(model)
     gp.Distillation().start(model.get_base_model())
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.21.2")
+    gp.Distillation().start(model)
 
 
 def test_refuses():

@@ -76,7 +76,11 @@ def test_loading_is_silent_and_leaves_the_log_settings_alone(tmp_path, tokenizer
         ({"a.gguf": b"", "b.gguf": b""}, ".", "several .gguf files \\(a.gguf, b.gguf\\): name one"),
         ({"a.gguf": b"no"}, "a.gguf", "a.gguf: the magic number takes 4 bytes"),
         ({"config.json": b"{"}, ".", "cannot be loaded: "),
-        ({"config.json": b'{"model_type": "llama"}'}, ".", "it holds no tokenizer; add one with"),
+        (
+            {"config.json": b'{"model_type": "llama"}'},
+            ".",
+            "cannot be loaded: it holds no tokenizer; add one with",
+        ),
         (
             {"config.json": b'{"model_type": "llama"}', "tokenizer.json": b"{"},
             ".",

@@ -127,7 +127,10 @@ def test_eval(tmp_path, text, monkeypatch):
         killed(*command, tmp_path / "r.json")
     assert (tmp_path / f"r.json{STATE}").is_dir() and not (tmp_path / "r.json").exists()
     done = CliRunner().invoke(app, [*map(str, command), str(tmp_path / "r.json"), "--length", "8"])
-    assert done.exit_code == 1 and "settings.length (16, now 8)" in done.output
+    assert (
+        done.exit_code == 1
+        and "unfinished run with another settings.length (16, now 8)" in done.output
+    )
     texts = die_at(monkeypatch, evaluation, "score_text", 99)
     invoke(*command, tmp_path / "r.json")
     assert texts == []
@@ -179,7 +182,10 @@ def test_bench(tmp_path, monkeypatch):
             killed(*command, out)
         assert len(read_json(out / STATE / "results.json")) == done
     refused = CliRunner().invoke(app, [str(each) for each in (*command, out, "--repeats", 2)])
-    assert refused.exit_code == 1 and "settings.repeats (4, now 2)" in refused.output
+    assert (
+        refused.exit_code == 1
+        and "unfinished run with another settings.repeats (4, now 2)" in refused.output
+    )
     with monkeypatch.context() as patch:
         die_at(patch, bench, "page", 1)
         killed(*command, out)
