@@ -318,6 +318,9 @@ def gated_matmul(
     block_m, block_n, block_k = tile.block_m, outs.width(tile.block_n), ins.width(tile.block_k)
     if (ins.z is not None and ins.gathered) or (u is not None and has_tensor_memory(x.device)):
         block_n = min(block_n, 128)  # wider, addresses spill; or x and two sums overflow the memory
+    by_pointers = ins.gathered and not ins.compact
+    if tile.persistent and by_pointers and ins.z is not None and not has_tensor_memory(x.device):
+        block_k = min(block_k, 32)  # x is gated in registers: wider, Triton 3.6 spills 512 bytes
     warps = tile.num_warps
     if not keep and has_tensor_memory(x.device):
         warps = min(warps, 4)  # at 8, ptxas aims at 128 registers here and spills one
