@@ -266,6 +266,59 @@ def test_the_latency_budget_stays_that_of_the_dense_model(tmp_path):
     assert again.kept_fraction() == pytest.approx(before)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_recipe_goes_on_after_each_of_its_closings(lora):
+    method = CloseAndRepair(
+        gp.GateConfig(target=0.5, width_multiple=1, equal_layers=False, noise=0.0),
+        close=(0.25, 0.5), bars=False,
+    )  # fmt: skip
+    some, losses, kept, weights = [token_ids(2, 7, seed=i) for i in range(4)], [], [], []
+    for removes in (False, True):
+        model, gates = gated(lora=lora, noise=0.0)
+        gp.detach(model)
+        closing = method.start(model, STEPS, some)
+        optimizer = torch.optim.AdamW(closing.weights(), lr=1e-3)
+        gates, found = gp.gates_of(model), []
+        for i in range(STEPS):
+            closes = closing.begin_step()
+            if removes and closes:
+                before = gates.logits.numel()
+                gp.remove_closed(model, optimizer, closing)
+                assert gates.logits.numel() < before and not gates.closed.any()
+            found.append(step(model, closing, optimizer, i))
+        losses.append(found)
+        kept.append(closing.finish())
+        weights.append(sum(p.numel() for p in model.parameters()))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-7)
+    assert kept[0] == pytest.approx(kept[1]) and abs(kept[0] - 0.5) <= 0.005
+    assert weights[1] < 0.7 * weights[0]
+
+
+def test_a_closing_to_come_keeps_what_it_needs():
+    model = tiny_model("llama", torch.float64).train()
+    shapes = gp.GateConfig(target=0.5, width_multiple=1, noise=0.0, tp_divisor=2)
+    closing = CloseAndRepair(shapes, close=0.5, bars=False).start(model, 4, [token_ids()])
+    gates = gp.gates_of(model)
+    gates.close("model.layers.0.mlp:channels", range(1, 40))
+    with pytest.raises(ValueError, match="model: without the units that are closed, tp_divisor=2"):
+        gp.remove_closed(model, training=closing)
+
+
+def test_a_teacher_needs_what_is_closed():
+    model, gates = gated()
+    distilling = gp.Distillation().start(model)
+    close_some(gates)
+    with pytest.raises(ValueError, match=r"model: its own dense weights teach it, .* stop\(\) the"):
+        gp.remove_closed(model)
+    distilling.stop()
+    gp.remove_closed(model)
+    gp.Distillation(teacher=tiny_model("llama", torch.float64)).start(model)
+    close_some(gates)
+    gp.remove_closed(model)
+    with pytest.raises(ValueError, match="teacher: expected one, because .* is packed and the st"):
+        distilling.resume()
+
+
 def test_a_training_that_was_not_told_says_how():
     model, gates = gated()
     training, _ = start(model)
@@ -283,6 +336,6 @@ def test_refuses():
     with pytest.raises(ValueError, match="model has no gates"):
         gp.remove_closed(tiny_model("llama"))
     model = tiny_model("llama")
-    closing = CloseAndRepair(bars=False).start(model, 4, [token_ids()])
-    with pytest.raises(ValueError, match="training: expected a GateTraining or None, got a Clos"):
-        gp.remove_closed(model, training=closing)
+    gp.attach(model)
+    with pytest.raises(ValueError, match="CloseAndRepair started, or None, got a SGD, which cann"):
+        gp.remove_closed(model, training=torch.optim.SGD(model.parameters()))

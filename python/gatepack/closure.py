@@ -1,13 +1,15 @@
 """Stage 5, pack: removes closed units while training goes on, from weights and moments alike."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from gatepack.gate_training import GateTraining
+from gatepack.distillation import Distilling
 from gatepack.hf import gates_of
+from gatepack.hooks import at_work
 from gatepack.layers import hf_model, layers_of
 from gatepack.masks import encode_mask, physical_mask
 from gatepack.packing import (
@@ -21,12 +23,16 @@ from gatepack.packing import (
 )
 from gatepack.sharding import has_ranks
 
+if TYPE_CHECKING:
+    from gatepack.gate_training import GateTraining
+    from gatepack.methods.close_and_repair import Closing
+
 
 @torch.no_grad()
 def remove_closed(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
-    training: GateTraining | None = None,
+    training: "GateTraining | Closing | None" = None,
 ) -> PackReport:
     """Removes for good the units that are closed by hand or by rounding, and trains on without.
 
@@ -34,22 +40,27 @@ def remove_closed(
     that memory and time shrink; the rest goes on as if they were only closed: the same losses to
     rounding, the same budget, of the dense model, and the same noise (drawn anew by kernels). What
     closes by its logit alone may reopen, so it stays: see GateSet.close. optimizer: of the weights,
-    one or several. training: what steps the gates. Call it between steps. A saved model
-    (save_pretrained) comes back with the units that are left. With equal_layers, layers that were
-    alike end alike: the widths of the narrowest are what the others can have. Raises ValueError,
-    before anything has changed, for gates on rows and columns, adapters that cannot be sliced,
-    several ranks, another kind of training, or if training could not round what is left to the
-    target.
+    one or several. training: what steps the gates, a GateTraining or what CloseAndRepair started.
+    Call it between steps. A saved model (save_pretrained) comes back with the units that are left.
+    With equal_layers, layers that were alike end alike: the widths of the narrowest are what the
+    others can have. Raises ValueError, before anything has changed, for gates on rows and columns,
+    adapters that cannot be sliced, several ranks, another kind of training, a distillation from the
+    model's own dense weights, or if training could not round what is left to the target.
     """
     root = hf_model(model)
     gates = gates_of(root)
     layers = layers_of(root)
     if gates.config.of_linears:
         raise ValueError("model: expected gates on heads and channels to remove units of")
-    if not isinstance(training, GateTraining | None):
+    if training is not None and not hasattr(training, "check_left"):
         raise ValueError(
-            f"training: expected a GateTraining or None, got a {type(training).__name__}, which "
-            "goes on without being told"
+            "training: expected a GateTraining, what CloseAndRepair started, or None, got a "
+            f"{type(training).__name__}, which cannot go on with fewer units"
+        )
+    if any(one.method.teacher is None for one in at_work(root._forward_hooks, Distilling)):
+        raise ValueError(
+            "model: its own dense weights teach it, which needs all units: stop() the distillation "
+            "first, or start it with Distillation(teacher=...)"
         )
     if has_ranks() and dist.get_world_size() > 1:
         raise ValueError(
@@ -64,7 +75,13 @@ def remove_closed(
         for name, gate in gates.items()
     }
     if training is not None:
-        training.check_left(masks)
+        try:
+            training.check_left(masks)
+        except ValueError as error:
+            raise ValueError(
+                f"model: without the units that are closed, {error}; or reopen some of them with "
+                "GateSet.reopen"
+            ) from error
     rows = [(n, gate.kind, gate.size, int(masks[n].sum())) for n, gate in gates.items()]
     padded = sum(int((masks[name] & ~stays[name]).sum()) for name in masks)
     before, total = sizes_of(root, layers, gates), gates.costs.total
@@ -82,7 +99,7 @@ def remove_closed(
         },
     }
     gates.attachment.renew(layers)
-    if training is not None:
+    if hasattr(training, "follow"):  # of moments; CloseAndRepair has none
         training.follow(kept)
     return report_of(rows, before, sizes_of(root, layers, gates), padded)
 

@@ -194,16 +194,9 @@ class GateTraining:
 
     def check_left(self, masks: Mapping[str, torch.Tensor]) -> None:
         """ValueError if the units of masks (name -> bool [size]) cannot be rounded to the target
-        any more, where that is still to come."""
-        if not self._rounds or self.gates.frozen:
-            return
-        try:
+        any more, where that is still to come (remove_closed)."""
+        if self._rounds and not self.gates.frozen:
             self.gates.check_target(masks)
-        except ValueError as error:
-            raise ValueError(
-                f"model: without the units that are closed, {error}; or reopen some of them with "
-                "GateSet.reopen"
-            ) from error
 
     def follow(self, kept: torch.Tensor) -> None:
         """Goes on with the gates' new logits, those of before at kept, int64 (remove_closed)."""

@@ -1,6 +1,6 @@
 """Stage 4, methods: gatepack's recipe beside any loss: price, close, repair, and train on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -228,6 +228,12 @@ class Closing:
             self._close(len(self.due))
         self._unwatch()
         return self.gates.kept_fraction()
+
+    def check_left(self, masks: Mapping[str, torch.Tensor]) -> None:
+        """ValueError if a closing that is to come could not meet the target with the units of
+        masks (name -> bool [size]) only (gatepack.remove_closed)."""
+        if not self.closed:
+            self.gates.check_target(masks)
 
     def metrics(self) -> dict[str, float]:
         """What a log should say of the gates now."""
