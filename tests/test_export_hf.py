@@ -46,6 +46,21 @@ def edit(folder, change):
     path.write_text(json.dumps(data))
 
 
+def test_what_is_packed_again_loads_again(folder, tmp_path):
+    """config.json says nothing of the first export's file and sizes any more."""
+    model = load(folder).eval()
+    gp.attach(model, gp.GateConfig(target=0.7, noise=0.0, width_multiple=1)).snap()
+    expected = outputs_of(model)
+    gp.pack(model)
+    torch.testing.assert_close(outputs_of(model), expected, rtol=1e-4, atol=1e-5)
+    gp.save_pretrained(model, tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert not {"auto_map", "per_layer_config", "gatepack_layout"} & config.keys()
+    assert torch.equal(outputs_of(gp.from_pretrained(tmp_path / "own")), outputs_of(model))
+    gp.export(model, tmp_path / "again", "hf")
+    assert torch.equal(outputs_of(load(tmp_path / "again")), outputs_of(model))
+
+
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_every_family_loads(tmp_path, model_type):
     model = packed_model(model_type, **UNEVEN)

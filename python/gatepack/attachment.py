@@ -75,11 +75,9 @@ class Attachment:
             child = parent._modules[name]
             if is_gated(child):
                 continue
-            wrapper = child
-            while hasattr(wrapper, "base_layer"):
-                if is_gated(wrapper.base_layer):
-                    wrapper.base_layer = ungate_linear(wrapper.base_layer)
-                wrapper = wrapper.base_layer
+            for path, inner in list(child.named_modules()):
+                if path and is_gated(inner):  # what PEFT wrapped, and its copy (modules_to_save)
+                    child.set_submodule(path, ungate_linear(inner))
             setattr(parent, name, gate_linear(child, site))
 
     def before_forward(self, module: nn.Module, args, kwargs) -> None:

@@ -255,6 +255,13 @@ def read_config(directory: Path, raw: dict, shapes: dict[str, tuple[int, ...]]):
     return config
 
 
+def leave_modeling_file(root: nn.Module) -> None:
+    """Makes a model that the file of gatepack.export built one of its stock class again."""
+    if hasattr(root.config, "gatepack_layout"):
+        root.__class__ = type(root).__bases__[-1]
+        _forget_modeling_file(root.config)
+
+
 def _forget_modeling_file(config) -> None:
     """Removes what gatepack.export writes for transformers; the record of open sets says it all."""
     if hasattr(config, "gatepack_layout"):

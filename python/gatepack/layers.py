@@ -58,10 +58,16 @@ class Layer:
 
 
 def hf_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT wrappers, or the model itself; else ValueError."""
+    """The transformers model inside torch.compile's and PEFT's wrappers, or the model itself; else
+    ValueError."""
     inner = model
-    while hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
+    while True:
+        if "_orig_mod" in getattr(inner, "_modules", ()):  # of torch.compile(model)
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            break
     if not hasattr(getattr(inner, "config", None), "model_type"):
         raise ValueError(
             "model must be a transformers model or a PEFT model around one, got "

@@ -102,6 +102,8 @@ def pack(model: nn.Module) -> PackReport:
     records which units stayed, for unpack and from_pretrained. Raises ValueError if the model has
     no gates or an adapter that cannot be sliced; then nothing has changed.
     """
+    from gatepack.checkpoint import leave_modeling_file
+
     root = hf_model(model)
     gates = gates_of(root)
     refuse_sharded(
@@ -136,6 +138,7 @@ def pack(model: nn.Module) -> PackReport:
     detach(root)
     record = kept_record(root.config, masks)
     apply_masks(layers, specs, masks, values)
+    leave_modeling_file(root)
     root.config.gatepack = {**(getattr(root.config, "gatepack", None) or {}), **record}
     return report_of(rows, before, sizes_of(root, layers, None), padded)
 

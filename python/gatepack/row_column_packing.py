@@ -122,18 +122,20 @@ def _indexed_class(dense: type) -> type:
 
 
 def follow_adapters(root: nn.Module) -> None:
-    """Lets PEFT wrap the IndexedLinears of a model: looks for adapters before every forward."""
-    if _bind_adapters not in root._forward_pre_hooks.values():
-        root.register_forward_pre_hook(_bind_adapters)
+    """Lets PEFT wrap the IndexedLinears of a model: looks for adapters before every forward, also
+    of its trunk alone."""
+    for module in {root, root.base_model}:
+        if _bind_adapters not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_bind_adapters)
 
 
-def _bind_adapters(root: nn.Module, args) -> None:
-    for name, child in list(root.named_modules()):
+def _bind_adapters(module: nn.Module, args) -> None:
+    for name, child in list(module.named_modules()):
         if not hasattr(child, "base_layer") or name.endswith("base_layer"):
             continue
         inner = isinstance(base_linear(child), IndexedLinear)
         if inner and not hasattr(type(child), "indexed_from"):
-            root.set_submodule(name, adopt(child, _indexed_class(type(child))))
+            module.set_submodule(name, adopt(child, _indexed_class(type(child))))
 
 
 def _chosen(values: Tensor | None, index: Tensor | None) -> Tensor | None:
