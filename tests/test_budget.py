@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_model, token_ids
 
 import gatepack as gp
-from gatepack.budget import TOLERANCE, BudgetController, Costs, plan
+from gatepack.budget import TOLERANCE, BudgetController, Costs, meets, plan
 from gatepack.gates import GateSpec
 
 LAYERS = 4
@@ -186,16 +186,33 @@ def test_width_multiple_is_refined_and_logged(caplog):
         chosen = plan(
             Costs(specs, 0), random_scores(specs, 0), config_for(width_multiple=64, target=0.53)
         )
-    assert chosen.width_multiple == 2
-    assert int(chosen.masks["a:channels"].sum()) == 270
+    assert chosen.width_multiple == 16
+    assert int(chosen.masks["a:channels"].sum()) == 272  # 0.5313
     assert [record.getMessage() for record in caplog.records] == [
-        "width_multiple 64 cannot meet the target 0.5300 within 0.5 %; using 2"
+        "width_multiple 64 cannot meet the target 0.5300 within 0.5 %; using 16"
     ]
     caplog.clear()
     chosen = plan(
         Costs(specs, 0), random_scores(specs, 0), config_for(width_multiple=64, target=0.5)
     )
     assert chosen.width_multiple == 64 and not caplog.records
+
+
+def test_a_multiple_holds_wherever_a_shape_of_it_is_near_enough():
+    """SmolLM2-135M, equal layers: every target that some 64 channels a step are within 0.5 % of."""
+    heads = GateSpec("heads", 9, 64, 2 * 64 * 576, 3, 2 * 64 * 576)
+    specs = {f"{layer}:heads": heads for layer in range(30)}
+    specs |= {f"{layer}:channels": GateSpec("channels", 1536, 1, 3 * 576) for layer in range(30)}
+    costs, ones = Costs(specs, 0), {name: torch.ones(spec.size) for name, spec in specs.items()}
+    lanes = [64 * 576 * 2 * (q * kv + kv) for kv in range(1, 4) for q in range(1, 4)]
+    kept = [30 * (h + 3 * 576 * w) / costs.total for h in lanes for w in range(64, 1537, 64)]
+    reached = 0
+    for target in (percent / 100 for percent in range(40, 96)):
+        near = any(meets(each, target) for each in kept)
+        chosen = plan(costs, ones, config_for(width_multiple=64, target=target, equal_layers=True))
+        assert (chosen.width_multiple == 64) == near, target
+        reached += near
+    assert 40 <= reached < 56
 
 
 def test_unreachable_target_names_the_nearest():

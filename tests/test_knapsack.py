@@ -74,11 +74,8 @@ def can_be_met(gates):
         sums = {gates.costs.fixed}
         for options in costs:
             sums = {a + b for a, b in itertools.product(sums, options)}
-        least = min(sums)
-        for kept in (s / total for s in sums):
-            below = kept <= config.target or kept == least / total
-            if below and abs(kept - config.target) <= TOLERANCE * (1 + 1e-9):
-                return True
+        if any(abs(s / total - config.target) <= TOLERANCE * (1 + 1e-9) for s in sums):
+            return True
         multiple //= 2
     return False
 
@@ -119,6 +116,11 @@ def test_all_picks_change_at_once_where_two_do_not_reach():
     costs = [[0, 7], [0, 7], [0, 7], [0, 20]]
     choices = choices_of(costs, [[0, 1], [0, 1], [0, 1], [0, 100]])
     assert solve(choices, 21.5, 1.0) == [1, 1, 1, 0]
+
+
+def test_a_choice_that_costs_nothing():
+    choices = choices_of([[0, 0], [10, 20]], [[1, 3], [1, 2]])
+    assert solve(choices, 20.0, 1.0) == [1, 1]
 
 
 @pytest.mark.parametrize("seed", range(6))

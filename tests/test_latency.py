@@ -258,9 +258,9 @@ def test_what_shapes_cost_does_not_depend_on_worth():
         scores = {n: torch.rand(gate.size, generator=generator) for n, gate in gates.items()}
         heads, _ = _choices(gates.costs, scores, wanted, 4)
         found.append(heads.costs.tolist())
-        for masks in heads.options:
-            for mask in masks.values():
-                blocks = mask.reshape(-1, 3).sum(1)
+        for option in heads.options:
+            for units in option.values():
+                blocks = torch.bincount(units // 3)
                 assert len(set(blocks[blocks > 0].tolist())) == 1
     assert found == found[:1] * 4
 

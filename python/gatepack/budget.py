@@ -277,11 +277,21 @@ def plan(
             choices = [_limited(choice, within) for choice in choices]
         if not all(choice.options for choice in choices):
             return {}, math.inf
-        picks = solve(choices, target * costs.total - costs.fixed, _EDGE * costs.total)
-        masks = {}
-        for choice, pick in zip(choices, picks, strict=True):
-            masks.update(choice.options[pick])
-        return masks, costs.kept_fraction(masks)
+        found = None
+        for above in (0.0, _EDGE):  # more than the target only where nothing is right below it
+            allowance = (target + above) * costs.total - costs.fixed
+            picks = solve(choices, allowance, (_EDGE + above) * costs.total)
+            masks = {
+                name: _mask(costs.specs[name].size, units)
+                for choice, pick in zip(choices, picks, strict=True)
+                for name, units in choice.options[pick].items()
+            }
+            kept = costs.kept_fraction(masks)
+            if found is None or abs(kept - target) < abs(found[1] - target):
+                found = masks, kept
+            if meets(kept, target):
+                break
+        return found
 
     ways = ["Choose that", "gate more units"]
     ways += ["set equal_layers=False"] if config.equal_layers else []
@@ -298,7 +308,7 @@ def _last(scores: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
 def _limited(choice: Choice, within: Mapping[str, torch.Tensor]) -> Choice:
     """The options that keep no unit outside of within."""
     fits = [
-        all(not bool((mask & ~within[name]).any()) for name, mask in option.items())
+        all(bool(within[name][units].all()) for name, units in option.items())
         for option in choice.options
     ]
     left = [option for option, fit in zip(choice.options, fits, strict=True) if fit]
@@ -331,7 +341,7 @@ def _choices(costs: Costs, scores, config: GateConfig, multiple: int) -> list[Ch
             (
                 sum(option.cost for option in same),
                 sum(option.value for option in same),
-                {name: option.mask for name, option in zip(names, same, strict=True)},
+                {name: option.units for name, option in zip(names, same, strict=True)},
             )
             for same in options
         ]
@@ -348,9 +358,15 @@ def _choices(costs: Costs, scores, config: GateConfig, multiple: int) -> list[Ch
 
 @dataclass(frozen=True)
 class _Shape:
+    """units: indices of those that it keeps, int64."""
+
     cost: float
     value: float
-    mask: torch.Tensor
+    units: torch.Tensor
+
+
+def _mask(size: int, units: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.bool).index_fill_(0, units, True)
 
 
 def _channel_shapes(
@@ -363,11 +379,11 @@ def _channel_shapes(
     widths = list(range(step, most + 1, step))
     if most == spec.whole[0] and most % step:
         widths.append(most)
-    shapes = []
+    shapes, mask = [], torch.zeros(spec.size, dtype=torch.bool)
     for width in widths:
-        mask = torch.zeros(spec.size, dtype=torch.bool)
-        mask[order[:width]] = True
-        shapes.append(_Shape(costs.price(spec, mask), float(prefix[width - 1]), mask))
+        units = order[:width]
+        mask[units] = True
+        shapes.append(_Shape(costs.price(spec, mask), float(prefix[width - 1]), units))
     return shapes
 
 
@@ -391,7 +407,8 @@ def _head_shapes(
             for block in best[:kept].tolist():
                 mask[block, order[block, :per_block]] = True
             mask = mask.reshape(-1)
-            shapes.append(_Shape(costs.price(spec, mask), float(worth[best[:kept]].sum()), mask))
+            units = mask.nonzero().squeeze(1)
+            shapes.append(_Shape(costs.price(spec, mask), float(worth[best[:kept]].sum()), units))
     # Latency counts heads as they are packed, equally many per block.
     if not config.q_per_kv_uniform and left[1] > 1 and config.target_of != "latency":
         shapes += _ragged_head_shapes(costs, spec, grid, config.tp_divisor, left)
@@ -417,7 +434,7 @@ def _ragged_head_shapes(
         for count in range(kept, kept * left[1] + 1):
             if count % divisor and count != whole_size:
                 continue
-            mask = torch.zeros(spec.size, dtype=torch.bool)
-            mask[order[:count]] = True
-            shapes.append(_Shape(costs.price(spec, mask), float(value[count - 1]), mask))
+            units = order[:count]
+            cost = costs.price(spec, _mask(spec.size, units))
+            shapes.append(_Shape(cost, float(value[count - 1]), units))
     return shapes

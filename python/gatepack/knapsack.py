@@ -31,7 +31,8 @@ def solve(choices: list[Choice], allowance: float, slack: float) -> list[int]:
     def cost_of(picks) -> float:
         return sum(c.costs[p] for c, p in zip(choices, picks, strict=True))
 
-    scale = max(float(np.abs(c.values).max()) / float(c.costs.max()) for c in choices) or 1.0
+    scales = (float(np.abs(c.values).max()) / (float(c.costs.max()) or 1.0) for c in choices)
+    scale = max(scales) or 1.0
     low, high = 0.0, 4 * scale
     while cost_of(at_price(high)) > allowance and high < scale * 1e12:
         high *= 4
