@@ -266,6 +266,49 @@ def test_the_latency_budget_stays_that_of_the_dense_model(tmp_path):
     assert again.kept_fraction() == pytest.approx(before)
 
 
+def adafactors():
+    from transformers.optimization import Adafactor
+
+    fixed = {"relative_step": False, "scale_parameter": False, "warmup_init": False}
+    return {
+        "torch": lambda weights: torch.optim.Adafactor(weights, lr=1e-3),
+        "transformers": lambda weights: Adafactor(weights, lr=1e-3, **fixed),
+    }
+
+
+@pytest.mark.parametrize("kind", ["torch", "transformers"])
+def test_moments_of_rows_and_columns_are_cut(kind):
+    model, gates = gated(dtype=torch.float32)
+    training = gp.GateTraining(model, STEPS, gp.GateSchedule(freeze=1.0))
+    weights = adafactors()[kind](training.weights())
+    step(model, training, weights, 0)
+    close_some(gates)
+    stays = {name: mask.nonzero().squeeze(1) for name, mask in gates.split(~gates.closed).items()}[
+        "model.layers.1.mlp:channels"
+    ]
+    before = dict(weights.state[model.model.layers[1].mlp.down_proj.weight])
+    gp.remove_closed(model, weights, training)
+    after = weights.state[model.model.layers[1].mlp.down_proj.weight]
+    row, column = (n for n in before if "row" in n), (n for n in before if "col" in n)
+    assert torch.equal(after[next(row)], before[(name := next(n for n in before if "row" in n))])
+    column = next(column)
+    assert torch.equal(after[column], before[column][..., stays]) and name in after
+    assert torch.isfinite(torch.tensor(step(model, training, weights, 1)))
+
+
+def test_moments_of_another_form_are_refused():
+    model, gates = gated()
+    training, weights = start(model)
+    step(model, training, weights, 0)
+    close_some(gates)
+    down = model.model.layers[0].mlp.down_proj.weight
+    weights.state[down]["absmax"] = torch.ones(7)
+    message = r"optimizer: AdamW keeps 'absmax' \[7\] of a weight \[48, 40\], .* leave it out"
+    with pytest.raises(ValueError, match=message):
+        gp.remove_closed(model, weights, training)
+    assert model.model.layers[0].mlp.down_proj.weight is down and down in weights.state
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_recipe_goes_on_after_each_of_its_closings(lora):
     method = CloseAndRepair(

@@ -10,7 +10,7 @@ from torch import nn
 from gatepack.distillation import Distilling
 from gatepack.hf import gates_of
 from gatepack.hooks import at_work
-from gatepack.layers import hf_model, layers_of
+from gatepack.layers import Layer, hf_model, layers_of
 from gatepack.masks import encode_mask, physical_mask
 from gatepack.packing import (
     Cut,
@@ -44,8 +44,9 @@ def remove_closed(
     Call it between steps. A saved model (save_pretrained) comes back with the units that are left.
     With equal_layers, layers that were alike end alike: the widths of the narrowest are what the
     others can have. Raises ValueError, before anything has changed, for gates on rows and columns,
-    adapters that cannot be sliced, several ranks, another kind of training, a distillation from the
-    model's own dense weights, or if training could not round what is left to the target.
+    adapters that cannot be sliced, moments of which the part that stays is not known, several
+    ranks, another kind of training, a distillation from the model's own dense weights, or if
+    training could not round what is left to the target.
     """
     root = hf_model(model)
     gates = gates_of(root)
@@ -69,6 +70,7 @@ def remove_closed(
         )
     refuse_opaque(layers)
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    _check_state(layers, optimizers)
     stays = gates.split(~gates.closed.cpu())
     masks = {
         name: physical_mask(gate.kind, gate.spec.shared_size, stays[name])
@@ -104,6 +106,21 @@ def remove_closed(
     return report_of(rows, before, sizes_of(root, layers, gates), padded)
 
 
+def _check_state(layers: list[Layer], optimizers: list[torch.optim.Optimizer]) -> None:
+    """ValueError where an optimizer keeps of a linear what cannot be cut."""
+    linears = (layer.module.get_submodule(p) for layer in layers for p in layer.family.linears)
+    for parameter in (parameter for linear in linears for parameter in linear.parameters()):
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor) and _dimensions(key, value, parameter) is None:
+                    raise ValueError(
+                        f"optimizer: {type(optimizer).__name__} keeps {key!r} {list(value.shape)} "
+                        f"of a weight {list(parameter.shape)}, and which part of that is of the "
+                        "units that stay is not known: leave it out, and start a new one after "
+                        "this"
+                    )
+
+
 def _follow(cut: Cut, new: nn.Parameter, optimizers: list[torch.optim.Optimizer]) -> None:
     """Puts a new parameter, with its part of gradient and moments, in the place of the old."""
     old = cut.parameter
@@ -114,10 +131,32 @@ def _follow(cut: Cut, new: nn.Parameter, optimizers: list[torch.optim.Optimizer]
             group["params"] = [new if p is old else p for p in group["params"]]
         if old in optimizer.state:
             optimizer.state[new] = {
-                key: cut.of(value) if _is_like(value, old) else value
+                key: _part(cut, key, value) if isinstance(value, torch.Tensor) else value
                 for key, value in optimizer.state.pop(old).items()
             }
 
 
-def _is_like(value, parameter: nn.Parameter) -> bool:
-    return isinstance(value, torch.Tensor) and value.shape == parameter.shape
+def _part(cut: Cut, key: str, value: torch.Tensor) -> torch.Tensor:
+    dimensions = _dimensions(key, value, cut.parameter)
+    return Cut(cut.parameter, tuple(None if d is None else cut.kept[d] for d in dimensions)).of(
+        value
+    )
+
+
+def _dimensions(key: str, value: torch.Tensor, of: nn.Parameter) -> list[int | None] | None:
+    """Which dimension of a parameter each one of an optimizer's tensor is, None: of no one, as all
+    of a scalar; None if that cannot be told.
+
+    Adafactor keeps means over rows and columns: torch's with a dimension of 1 in their place,
+    transformers' without one.
+    """
+    axes = list(range(of.dim()))
+    if value.numel() == 1:
+        return [None] * value.dim()
+    fits = (n in (1, m) for n, m in zip(value.shape, of.shape, strict=False))
+    if value.dim() == of.dim() and all(fits):
+        return [axis if n > 1 else None for axis, n in zip(axes, value.shape, strict=True)]
+    for name, rest in (("row", axes[:-1]), ("col", axes[:-2] + axes[-1:])):
+        if key.endswith(name) and list(value.shape) == [of.shape[axis] for axis in rest]:
+            return rest
+    return None
