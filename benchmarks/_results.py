@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import _curves
 import _figures
 import _roofline
 from goals import GOALS, Goal, Verdict, ceilings, judge, of_roofline
@@ -49,6 +50,19 @@ def conditions(row: dict) -> str:
         f"{row['device']}, {row['threads']} threads, torch {row['torch']}, "
         f"{row['date'][:10]}, commit {commit_of(row)}"
     )
+
+
+def measured_on(rows: list[dict]) -> str:
+    """One line: devices with their torch, and when and at which commits the rows were measured."""
+    parts = []
+    for device, torch in sorted({(row["device"], row["torch"]) for row in rows}):
+        own = [row for row in rows if (row["device"], row["torch"]) == (device, torch)]
+        days = sorted({row["date"][:10] for row in own})
+        commits = dict.fromkeys(commit_of(row) for row in sorted(own, key=lambda r: r["date"]))
+        when = " to ".join(dict.fromkeys((days[0], days[-1])))
+        named = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+        parts.append(f"{device}, torch {torch}, {when}, {named}")
+    return f"Measured on {'; '.join(parts)}."
 
 
 def level_rows() -> list[dict]:
@@ -140,7 +154,7 @@ def _verdict_line(goal: Goal, verdict: Verdict, results: list[dict]) -> list[str
         "pass" if verdict.passed else "short",
         "" if ours is None else f"{ours['ms']:.2f} ms",
         roofline_cell(ours, results),
-        f"{stamp['device']}, {stamp['date'][:10]}, {commit_of(stamp)}",
+        f"{stamp['device']}, torch {stamp['torch']}, {stamp['date'][:10]}, {commit_of(stamp)}",
     ]
 
 
@@ -154,6 +168,18 @@ def _predicted_lines(goals: list[Goal]) -> list[list[str]]:
             guesses = ["" if guess is None else f"{guess:.2f}" for guess in guesses]
         lines.append([*_goal_cells(goal), *guesses])
     return lines
+
+
+def curve_section() -> str:
+    """A verdict on every curve, a table for each device."""
+    parts = []
+    for device in devices():
+        found = _curves.curves(rows_on("level", device))
+        if found:
+            rows = [point.row for curve in found for point in curve.points]
+            lines = [curve.cells() for curve in found]
+            parts += [table([*_curves.HEADER], lines), measured_on(rows)]
+    return "\n\n".join([_curves.RULE, *parts]) if parts else ""
 
 
 def kernel_section() -> str:
@@ -214,8 +240,9 @@ def _cell(row: dict | None) -> str:
     return f"{row['ms']:.2f}" + (f" ({peak / 1e6:.0f})" if peak is not None else "")
 
 
-def losses() -> list[str]:
-    """Where other contenders take more than 3 % less time than ours, a line for each setting.
+def losses() -> list[tuple[str, dict]]:
+    """Where other contenders take more than 3 % less time than ours: a line for each setting, and
+    our row of it.
 
     oracle and torch_pruning are left out: they run what is left after training, not a gate.
     """
@@ -237,7 +264,7 @@ def losses() -> list[str]:
                 if faster:
                     where = f"{level}, {model}, {batch} x {tokens}, {dtype}, {kept:.0%} open"
                     where += f", LoRA {lora}" if lora else ""
-                    found.append(f"{where}: {', '.join(faster)}")
+                    found.append((f"{where}: {', '.join(faster)}", ours))
     return found
 
 
@@ -246,13 +273,19 @@ def loss_section() -> str:
     if not devices():
         return ""
     if not found:
-        return "No contender that computes gates, and no dense model, was faster by more than 3 %."
-    text = (
+        none = "No contender that computes gates, and no dense model, was faster by more than 3 %."
+        return f"{none}\n\n{measured_on(level_rows())}"
+    parts = [
         "Their time as a share of ours, where it is less by more than 3 %. The model that is left "
         "when training is over (`oracle`, `torch_pruning`) is not among them: it has no gates to "
         "train."
-    )
-    return "\n".join([f"{text}\n", *(f"- {line}" for line in found)])
+    ]
+    for device in devices():
+        own = [(line, row) for line, row in found if row["device"] == device]
+        if own:
+            parts.append("\n".join(f"- {line}" for line, _ in own))
+            parts.append(measured_on([row for _, row in own]))
+    return "\n\n".join(parts)
 
 
 def figures() -> dict[str, str]:

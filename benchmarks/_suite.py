@@ -86,12 +86,13 @@ class Contender:
 class Work:
     """The contenders of one case.
 
-    contenders: "ours" (the kernel), "masked" (eager torch, usually the op's _ref), and any of
-    "folded" (pack, then vendor matmuls), "liger", "dense" (no gates) and "oracle" (the physically
-    small model in torch). All but `differ` give the same results in the same order; `truth` gives
-    them in higher precision. flops, bytes: the least that forward and backward over open units
-    need, inputs and outputs moved once. graphs: contenders to time as CUDA graphs, None for all.
-    compiles: contenders of which a torch.compile is timed, too. skipped: why a contender is absent.
+    contenders: "ours" (the kernel, or what a model calls without one), "masked" (eager torch,
+    usually the op's _ref), and any of "folded" (pack, then vendor matmuls), "liger", "dense" (no
+    gates) and "oracle" (the physically small model in torch). All but `differ` give the same
+    results in the same order; `truth` gives them in higher precision. flops, bytes: the least that
+    forward and backward over open units need, inputs and outputs moved once. graphs: contenders to
+    time as CUDA graphs, None for all. compiles: contenders of which a torch.compile is timed, too.
+    skipped: why a contender is absent.
     """
 
     contenders: dict[str, Contender]

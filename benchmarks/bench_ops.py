@@ -7,7 +7,7 @@ Contenders: ours (the kernel), folded (pack, then vendor matmuls), masked (eager
 (torch.compile of masked), liger, dense (no gates), oracle (the physically small model). The last
 column is the roofline's share: the time that the least FLOPs and bytes need at the rates of a large
 matmul and a large copy measured in the same run, over our time. Without a GPU the kernels cannot
-run, and only the others are timed.
+run, and only the others are timed; but ours of sample_gates is what a model calls there.
 """
 
 import argparse

@@ -10,6 +10,7 @@ distilled (the same with the dense model as its teacher), and those of gatepack.
 """
 
 import argparse
+import itertools
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -237,11 +238,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def check_texts(options) -> None:
-    """Raises what reading a text raises, before hours of training instead of behind them."""
+    """Raises what reading a text raises, and where one is both trained on and scored, before hours
+    of training instead of behind them."""
+    for name in ("test", "choices", "ood"):
+        refuse_overlap(options.train, getattr(options, name), f"--{name}")
     for path in (*options.train, *options.test, *options.ood):
         load_documents(path)
     for path in options.choices:
         load_questions(path)
+
+
+def refuse_overlap(train: list[Path], scored: list[Path], name: str) -> None:
+    """ValueError if a file or folder to score is one to train on, or lies in one, or holds one."""
+    for ours, theirs in itertools.product(scored, train):
+        one, other = ours.resolve(), theirs.resolve()
+        if one == other or one in other.parents or other in one.parents:
+            raise ValueError(f"{name} must not be trained on, got {ours} with --train {theirs}")
 
 
 def cells(options) -> list[Cell]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from _harness import command_line, environment
 from _step_cost import step_cost
-from quality import fine_gates, settings_match
+from quality import fine_gates, refuse_overlap, settings_match
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gatepack.config import GateConfig
@@ -273,6 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
     options = parser.parse_args(arguments)
+    refuse_overlap([options.train], [options.test], "--test")
     stamp, log = environment("cpu"), Log()
     for cell in cells(options):
         path = options.out / f"{cell.name}.json"

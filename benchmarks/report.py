@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # as the pages' hook l
 from _results import (
     ROOT,
     conditions,
+    curve_section,
     figure_links,
     figures,
     goal_section,
@@ -150,6 +151,25 @@ def pack_tensors_sections() -> list[str]:
     )
 
 
+def startup_sections() -> list[str]:
+    """One section for each device: the last run of bench_startup.py."""
+    rows = rows_of("startup")
+    last = {row["device"]: row["date"] for row in rows}
+    sections = []
+    for device in sorted(last):
+        own = [row for row in rows if (row["device"], row["date"]) == (device, last[device])]
+        lines = [[row["what"], row.get("op", ""), f"{row['seconds']:.3f}"] for row in own]
+        text = (
+            "Imports: beyond torch, and that of `attach` beyond transformers. Extension: its load, "
+            "after the import. First call: of a kernel, with Triton's cache empty (cold) and with "
+            "what that left (warm); without a GPU, the compile of it alone, for sm_90. Medians of "
+            "fresh processes; cold and warm are one process each."
+        )
+        parts = [text, table(["what", "kernel", "seconds"], lines), f"{conditions(own[-1])}."]
+        sections.append("\n\n".join(parts))
+    return sections
+
+
 def sections_by_device(
     rows: list[dict], header: list[str], line: Callable[[dict], list[str]]
 ) -> list[str]:
@@ -173,6 +193,7 @@ def performance_page() -> str:
     ]
     for title, sections in (
         ("Goals", [goal_section()]),
+        ("Curves", [curve_section()]),
         ("Figures", [figure_links("figures")]),
         ("Where we lose", [loss_section()]),
         ("Levels", level_sections()),
@@ -181,6 +202,7 @@ def performance_page() -> str:
         ("Ops", op_sections()),
         ("Packing weights", fold_pack_sections()),
         ("Packing a layer", pack_tensors_sections()),
+        ("Start-up", startup_sections()),
     ):
         found = [text for text in sections if text]
         if found:
@@ -192,7 +214,8 @@ def with_results(readme: str) -> str:
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
     lost = loss_section()
-    parts = [demo_section(), goal_section(measured_only=True), figure_links("docs/figures")]
+    parts = [demo_section(), goal_section(measured_only=True), curve_section()]
+    parts.append(figure_links("docs/figures"))
     parts += [f"Where we lose:\n\n{lost}"] if lost else []
     return before + "\n\n".join([BEGIN, *filter(None, parts), END]) + after
 

@@ -11,8 +11,8 @@ the same commit and device. --again measures all anew; --table prints what DIR h
 its own case; after one that takes the GPU from the process, a new process goes on (--tried).
 
 The table: goal, what was reached, ours, every contender, the share of the roofline, and pass or
-short; for goals of a GPU that is not at hand, what benchmarks/_roofline.py predicts. Exit code 1
-if a contender is wrong or fails.
+short; for goals of a GPU that is not at hand, what benchmarks/_roofline.py predicts; and where a
+curve rises or is above dense (benchmarks/_curves.py). Exit code 1 if a contender is wrong or fails.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import time
 import traceback
 from pathlib import Path
 
+import _curves
 import _roofline
 import torch
 from _harness import append, ceilings, environment
@@ -38,6 +39,9 @@ HERE = Path(__file__).resolve().parent
 PARTS = ("goals", "packing", "startup", "levels", "ops", "curves")
 FACTS = HERE / "results" / "aot.json"
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+# A compile takes up to a minute of two busy cores.
+COMPILED_ON_CPU = (("goals", "mlp"), ("levels", "decoder_layer"))
+FEW = (1.0, 0.8, 0.6, 0.4)
 
 
 def cases_of(part: str, device: str) -> list[tuple[str, str, dict]]:
@@ -71,32 +75,51 @@ def cases_of(part: str, device: str) -> list[tuple[str, str, dict]]:
         ]
         found.sort(key=lambda entry: entry[1] != "sample_gates")
     else:
-        found = [("level", "mlp", {"model": main, "tokens": long, "kept": s}) for s in SHARES]
-        found += [
-            ("level", "mlp", {"model": main, "tokens": tokens, "kept": 0.6})
-            for tokens in (1, 4, 16, 64, 256, long // 2, 2 * long)
-        ]
-        found += [
-            ("level", "mlp", {"model": main, "tokens": tokens, "kept": s})
-            for tokens in (16, 64, 256)
-            for s in (1.0, 0.8, 0.4)
-        ]
-        found += [
-            ("level", name, {"model": main, "tokens": tokens, "kept": 0.6})
-            for name in ("attention", "decoder_layer")
-            for tokens in (16, 64)
-        ]
-        found += [
-            ("level", "train_step", {"model": "smollm2-135m", "tokens": tokens, "kept": 0.6})
-            for tokens in (1, 4, 16, 64)
-        ]
-        for name in ("decode", "prefill"):
-            found += [("level", name, {**prompt, "kept": s}) for s in SHARES]
-            found += [
-                ("level", name, {**prompt, "batch": b}) for b in (2, 4, 16)[: 3 if on_gpu else 2]
-            ]
+        found = _curve_cases(main, long, batch, on_gpu)
     unique = {json.dumps(entry, sort_keys=True): entry for entry in found}
     return list(unique.values())
+
+
+def _curve_cases(main: str, long: int, batch: int, on_gpu: bool) -> list[tuple[str, str, dict]]:
+    """Of "curves": closing gates at a few shares first, then growing sizes, then all shares."""
+    mlp, layer = {"model": main, "tokens": long}, {"model": main, "tokens": long // batch}
+    layer["batch"] = batch
+    # On a GPU one sequence of so small a model would show the cost of launches alone.
+    step, steps = {"model": "smollm2-135m", "tokens": 256}, (4, 16) if on_gpu else (2, 4)
+    prompt = {"model": main, "tokens": 256}
+    closing = [
+        ("mlp", mlp), ("train_step", {**step, "batch": steps[-1] if on_gpu else 1}),
+        ("decoder_layer", layer), ("decode", prompt), ("prefill", prompt), ("attention", layer),
+    ]  # fmt: skip
+    found = [(name, {**fields, "kept": s}) for name, fields in closing for s in FEW]
+    found += [
+        ("mlp", {"model": main, "tokens": tokens, "kept": 0.6})
+        for tokens in (1, 4, 16, 64, 256, long // 2, 2 * long)
+    ]
+    found += [("train_step", {**step, "tokens": t, "kept": 0.6}) for t in (1, 4, 16, 64, 256)]
+    short = step if on_gpu else {**step, "tokens": 64}
+    found += [("train_step", {**short, "batch": b, "kept": 0.6}) for b in steps]
+    found += [
+        (name, {**prompt, "batch": b, "kept": 0.6})
+        for name in ("decode", "prefill")
+        for b in (2, 4, 16)[: 3 if on_gpu else 2]
+    ]
+    found += [
+        (name, {**fields, "kept": s})
+        for name, fields in (("mlp", mlp), ("decode", prompt), ("prefill", prompt))
+        for s in SHARES
+    ]
+    found += [
+        ("mlp", {"model": main, "tokens": tokens, "kept": s})
+        for tokens in (16, 64, 256)
+        for s in (1.0, 0.8, 0.4)
+    ]
+    found += [
+        (name, {"model": main, "tokens": tokens, "kept": 0.6})
+        for name in ("attention", "decoder_layer")
+        for tokens in (16, 64, long // batch)
+    ]
+    return [("level", name, {"batch": 1, **fields}) for name, fields in found]
 
 
 class DeviceLost(Exception):
@@ -173,7 +196,7 @@ class Bench:
         self.tried.append(label)
         torch.manual_seed(0)
         seconds = min(12.0 if part == "goals" else 5.0, self.left / 4)
-        compiled = self.on_gpu or part == "goals" and name == "mlp"
+        compiled = self.on_gpu or (part, name) in COMPILED_ON_CPU
         try:
             if kind == "level":
                 module = modules([name], "levels")[name]
@@ -271,7 +294,9 @@ def table(results: list[dict], device: str, facts: list[dict]) -> str:
                 *("" if guess is None else f"{guess:.2f}{unit}" for guess in guesses),
             )
         )
-    return "\n".join([_aligned(lines), "", _contenders(results)])
+    found = _curves.curves(results)
+    curves = [_aligned([_curves.HEADER, *(curve.cells() for curve in found)]), ""] if found else []
+    return "\n".join([_aligned(lines), "", *curves, _contenders(results)])
 
 
 def _contenders(results: list[dict]) -> str:

@@ -24,6 +24,29 @@ def test_contenders_agree(op, kept):
     assert work.flops >= 0 and work.bytes > 0
 
 
+@pytest.mark.parametrize("kind", ["kernel_work", "model_work"])
+def test_gates_are_drawn_as_models_draw_them(kind):
+    """A CPU's work has no kernel: that is checked here, in the interpreter, all the same."""
+    torch.manual_seed(0)
+    module, case = (
+        modules(["sample_gates"])["sample_gates"],
+        Case("minilm-l6", 3, 0.6, torch.float32, "cpu"),
+    )
+    work = getattr(module, kind)(case)
+    _, errors = prepare(work, torch.float32, compiled=False)
+    assert {"ours", "masked"} <= set(errors)
+    assert ("ours" in work.needs_gpu) == (kind == "kernel_work")
+    closed = (work.contenders["ours"].step()[0] == 0).float().mean()
+    assert 0.1 < closed < 0.6
+
+
+def test_a_cpu_times_what_its_models_call_and_no_kernel():
+    case = Case("minilm-l6", 3, 0.6, torch.float32, "cpu")
+    timed = {op: "ours" not in module.work(case).needs_gpu for op, module in modules().items()
+             if module.work(case) is not None}  # fmt: skip
+    assert [op for op, ours in timed.items() if ours] == ["sample_gates"]
+
+
 def test_a_wrong_contender_is_not_timed():
 
     work = modules(["gated_linear"])["gated_linear"].work(

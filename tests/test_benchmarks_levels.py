@@ -288,7 +288,8 @@ def test_figures_are_svg_of_the_results(tmp_path, monkeypatch):
     rows = [{"bench": "ceilings", **RATES, **stamp}]
     for kept, ms in ((1.0, 4.0), (0.6, 2.0), (0.3, 1.0)):
         for row in rows_for(goal, ours=ms, dense=3.8, oracle=1.0):
-            rows.append({**row, "open": kept, **stamp})
+            spread = {"p20": 0.99 * row["ms"], "p80": 1.01 * row["ms"]}
+            rows.append({**row, "open": kept, **spread, **stamp})
     step = {"bench": "level", "level": "train_step", "model": "smollm2-135m", "batch": 1}
     step |= {"tokens": 8, "lora": 0, "open": 0.6, "contender": "ours", "ms": 3.0, **stamp}
     step |= {"breakdown": {"matmul": 2.0, "other": 1.0}, "flops": 1e9, "bytes": 1e6}
@@ -311,9 +312,15 @@ def test_figures_are_svg_of_the_results(tmp_path, monkeypatch):
     assert "matmul" in shown
     assert not any(other in shown for other in ("packing", "loss", "halves"))
     lost = "mlp, smollm2-135m, 1 x 1024, float32, 100% open: dense 0.95x"
-    assert _results.losses() == [lost]
+    assert [line for line, _ in _results.losses()] == [lost]
+    stamped = "Measured on chip, torch 2.9, 2026-01-01, commit abc."
+    assert _results.loss_section().endswith(f"- {lost}\n\n{stamped}")
     line = "| cpu: MLP step, 60 % open | dense | at least 1.45 | 1.90 | pass | 2.00 ms |"
     assert line in _results.goal_section()
+    assert "| chip, torch 2.9, 2026-01-01, abc |" in _results.goal_section()
+    curve = "| mlp, smollm2-135m, 1 x 1024, float32 | open 100% to 30%, 3 points | 1.05 to 0.26 |"
+    assert f"{curve}  | 100% (1.05) | short |" in _results.curve_section()
+    assert _results.curve_section().endswith(f"\n\n{stamped}")
     assert line in _results.goal_section(measured_only=True)
     _results.write_figures(tmp_path / "figures")
     assert {p.name for p in (tmp_path / "figures").iterdir()} == set(made)

@@ -65,14 +65,39 @@ def test_language_model(language_model, tmp_path, capsys):
 
 
 def test_texts_are_read_before_a_model_trains(language_model, tmp_path):
-    train = jsonl(tmp_path / "train.jsonl", [{"text": TEXT * 12}])
+    train, test = (
+        jsonl(tmp_path / f"{name}.jsonl", [{"text": TEXT * 12}]) for name in ("train", "test")
+    )
     arguments = [
-        "--domain", "tiny", "--model", str(language_model), "--train", train, "--test", train,
-        "--choices", train, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"),
+        "--domain", "tiny", "--model", str(language_model), "--train", train, "--test", test,
+        "--choices", test, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     with pytest.raises(ValueError, match="line 1 must be an object with a field `question`"):
         quality.main(arguments)
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("option", ["--test", "--choices", "--ood"])
+def test_what_is_trained_on_is_not_scored(option, tmp_path):
+    (tmp_path / "texts").mkdir()
+    train, test = (
+        jsonl(tmp_path / "texts" / f"{name}.jsonl", [{"text": TEXT}]) for name in ("train", "test")
+    )
+    linked = tmp_path / "other.jsonl"
+    linked.symlink_to(train)
+    arguments = ["--domain", "tiny", "--train", train, "--work", str(tmp_path / "work")]
+    arguments += [] if option == "--test" else ["--test", test]
+    for same in (train, str(linked), str(tmp_path / "texts" / ".." / "texts")):
+        with pytest.raises(ValueError, match=f"{option} must not be trained on, got .* --train"):
+            quality.main([*arguments, option, same])
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_encoder_is_not_tested_on_what_it_trains_on(tmp_path):
+    data = jsonl(tmp_path / "data.jsonl", [{"text": TEXT, "label": "yes"}])
+    arguments = ["--model", "none", "--task", "tiny", "--train", data, "--test", data]
+    with pytest.raises(ValueError, match="--test must not be trained on"):
+        quality_encoder.main(arguments)
 
 
 def test_page_sets_methods_beside_the_dense_model(tmp_path, monkeypatch):
@@ -161,7 +186,7 @@ def test_encoder(tmp_path):
         {"text": text, "text2": "gate", "label": label}
         for text, label in (("open", "yes"), ("closed", "no")) * 8
     ]
-    data = jsonl(tmp_path / "data.jsonl", records)
+    train, test = (jsonl(tmp_path / f"{name}.jsonl", records) for name in ("train", "test"))
     quality_encoder.main(
         [
             "--model",
@@ -169,9 +194,9 @@ def test_encoder(tmp_path):
             "--task",
             "tiny",
             "--train",
-            data,
+            train,
             "--test",
-            data,
+            test,
             "--kept",
             "0.7",
             "--seeds",
@@ -220,6 +245,8 @@ def test_page_gives_the_spread_over_seeds(tmp_path, monkeypatch):
         row["step"] = {"trained": cost, "frozen": {**cost, "ratio": 1.6 + seed}}
         jsonl(tmp_path / "quality" / f"{seed}.json", [row])
     full = {**shared, "method": "full", "kept": 1.0, "removed": None, "speed": None, "step": None}
+    inside = {**row, "method": "fine_gates_lora", "accuracy": 0.85, "removed": 0.4, "kept": 0.6}
+    jsonl(tmp_path / "quality" / "inside.json", [{**inside, "seed": 0}])
     for seed, accuracy in enumerate((0.95, 0.9, 0.85, 0.1)):
         row = {**full, "accuracy": accuracy, "seed": seed}
         jsonl(tmp_path / "quality" / f"full-{seed}.json", [row])
@@ -232,6 +259,7 @@ def test_page_gives_the_spread_over_seeds(tmp_path, monkeypatch):
     assert "| full fine-tuning | 0 % | 70.0% (10.0%-95.0%) | 1 |  |  |  | 4 |" in page
     goal = "qnli, 20% removed by FineGates: accuracy below full fine-tuning"
     assert f"| {goal} | at most 0.5% | 10.0% | short |" in page
+    assert "| qnli, 40% removed by FineGates, LoRA inside: inference, x dense | at least" in page
 
 
 def test_batches_of_like_length_hold_all_examples():

@@ -135,6 +135,7 @@ def test_performance_page_has_every_bench_with_results():
         "level": "Levels",
         "op": "Ops",
         "fold_pack": "Packing weights",
+        "startup": "Start-up",
     }
     for bench in {row["bench"] for row in rows} & set(titles):
         assert f"## {titles[bench]}\n" in page
@@ -158,6 +159,26 @@ def test_op_results_have_a_line_per_setting(tmp_path, monkeypatch):
     assert "| tiny, T=8, float32 | 60% | 2.500 | 1.250 | 50% |" in page
     assert "| tiny, T=16, float32 | 60% | 5.000 |  |  |" in page
     assert "chip, 1 threads, torch 2.9, 2026-01-01, commit abc." in page
+
+
+def test_startup_is_told_of_the_last_run(tmp_path, monkeypatch):
+    stamp = {"commit": "abc", "dirty": False, "threads": 1, "torch": "2.9", "device": "chip"}
+    rows = [
+        {"bench": "startup", "what": what, "seconds": 0.5, "date": date, **more, **stamp}
+        for what, date, more in (
+            ("import", "2026-01-01", {}),
+            ("extension", "2026-01-02", {}),
+            ("first call, cold", "2026-01-02", {"op": "gated_linear"}),
+        )
+    ]
+    (tmp_path / "chip").mkdir()
+    text = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "chip" / "startup.jsonl").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(_results, "RESULTS", tmp_path)
+    page = report.performance_page()
+    assert "| extension |  | 0.500 |" in page
+    assert "| first call, cold | gated_linear | 0.500 |" in page
+    assert "| import |" not in page
 
 
 def test_packing_of_a_layer_says_into_which_memory(tmp_path, monkeypatch):
