@@ -14,7 +14,7 @@ from tiny import tiny_model
 from typer.testing import CliRunner
 
 import gatepack as gp
-from gatepack import timing
+from gatepack import latency_bench, timing
 from gatepack.bench import BenchConfig, page, plan, run
 from gatepack.cli import app
 from gatepack.progress import Log
@@ -108,6 +108,23 @@ def test_gated_is_packed_first_and_dense_is_timed_alone(tmp_path):
     assert report["dense"] is None and report["speed"]["ratios"] is None
     report = run(config_of(dense, tmp_path, dense=dense), QUIET)
     assert report["dense"]["name"] == dense
+
+
+def test_packed_by_rows_and_columns_is_timed_beside_its_dense_twin(tmp_path):
+    model = tiny_model("llama", torch.float32)
+    units = {"units": ("rows", "columns"), "noise": 0.0}
+    gates = gp.attach(model, gp.GateConfig(target=0.9, **units))
+    gates.close("model.layers.0.self_attn.q_proj:rows", range(5))
+    gp.pack(model)
+    gp.save_pretrained(model, tmp_path / "m", letter_tokenizer())
+    report = run(config_of(str(tmp_path / "m"), tmp_path), QUIET)
+    assert report["model"]["state"] == "packed" and report["dense"]["state"] == "dense"
+    assert report["dense"]["kept_fraction"] == 1.0 > report["model"]["kept_fraction"]
+    assert report["speed"]["ratios"].keys() == {"prefill", "decode"} and report["layers"] == []
+    table = config_of(str(tmp_path / "m"), tmp_path)
+    with pytest.raises(ValueError, match="model: expected a dense one, whose layers are cut"):
+        latency_bench.run(table, tmp_path / "table.json", QUIET)
+    assert not (tmp_path / "table.json").exists()
 
 
 def test_plan_times_one_repeat_and_writes_nothing(packed, tmp_path):

@@ -1,5 +1,6 @@
 """Disks and paths as users have them: read-only, full, with spaces, and shared by two processes."""
 
+import errno
 import os
 import resource
 from pathlib import Path
@@ -12,6 +13,7 @@ from tiny import token_ids
 
 import gatepack as gp
 from gatepack import files
+from gatepack.exporters.run import ExportConfig
 from gatepack.models import load_model
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
@@ -128,6 +130,58 @@ def test_mode_of_every_file_follows_the_umask(model, tmp_path):
         os.umask(before)
     for path in (*(tmp_path / "m").iterdir(), tmp_path / "x.safetensors"):
         assert path.stat().st_mode & 0o777 == 0o640, path
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o2775, 0o750])
+def test_permissions_of_a_folder_stay(model, tmp_path, mode, monkeypatch):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    folder.chmod(mode)
+    during = []
+
+    def save(to, *args, **kwargs):
+        during.append(to.stat().st_mode & 0o7777)
+        return type(model).save_pretrained(model, to, *args, **kwargs)
+
+    monkeypatch.setattr(model, "save_pretrained", save)
+    for _ in range(2):
+        write(model, folder, "save")
+        assert folder.stat().st_mode & 0o7777 == mode
+    assert during == [mode | 0o700] * 2
+
+
+def test_a_mount_point_is_refused_before_any_work(model, tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "m")
+    message = "m is a mount point or part of another file system.*a folder in it .--out."
+    with pytest.raises(ValueError, match=message):
+        ExportConfig(model="smollm2", out=tmp_path / "m")
+    for format in ("save", "uniform"):
+        with pytest.raises(ValueError, match=message):
+            write(model, tmp_path / "m", format)
+    write(model, tmp_path / "m" / "inside", "save")
+
+
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.EXDEV])
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_folder_that_the_system_does_not_let_go_is_named(
+    model, tmp_path, code, filled, monkeypatch
+):
+    (tmp_path / "m").mkdir()
+    if filled:
+        (tmp_path / "m" / "notes").write_text("mine")
+    rename = os.rename
+
+    def refuse(source, target):
+        if tmp_path / "m" in (Path(source), Path(target)):
+            raise OSError(code, os.strerror(code))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="what was there is unchanged: .*m is a mount point or part"):
+        write(model, tmp_path / "m", "save")
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["notes"] * filled
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_leftovers_of_a_dead_process_go_and_those_of_a_live_one_stay(model, tmp_path):

@@ -108,6 +108,17 @@ def test_transformers_loads_it_with_its_own_code(tmp_path):
     assert again["block_configs"] == [dict(each) for each in loaded.config.block_configs]
 
 
+@pytest.mark.parametrize("factor", [None, 4.0])
+def test_rope_has_the_names_of_transformers_4_too(tmp_path, factor):
+    scaling = None if factor is None else {"rope_type": "linear", "factor": factor}
+    rope = {"rope_theta": 3000.0, **(scaling or {"rope_type": "default"})}
+    model = decilm_model(rope_parameters=dict(rope))
+    assert gp.export(model, tmp_path / "m", "decilm")["parity"]["max_abs_difference"] == 0
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["rope_theta"] == 3000.0 and config["rope_scaling"] == scaling
+    assert config["rope_parameters"] == rope
+
+
 @given(st.integers(1, 128), st.integers(1, 512))
 def test_widths_survive_rounding(hidden, width):
     hidden, width = hidden * 64, width * 256

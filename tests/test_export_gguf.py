@@ -105,12 +105,14 @@ def test_dtypes(tmp_path, dtype, kind):
     _, _, report = exported(
         tmp_path / "m", sizes=sizes, dtype=dtype, hidden_size=64, num_attention_heads=8
     )
-    _, tensors = read(tmp_path / "m")
+    values, tensors = read(tmp_path / "m")
     assert tensors["blk.0.ffn_up.weight"].tensor_type.name == kind
     assert tensors["blk.0.ffn_norm.weight"].tensor_type.name == "F32"
     odd = [name for name, each in tensors.items() if each.tensor_type.name not in (kind, "F32")]
     assert odd == ([f"blk.{i}.attn_output.weight" for i in (0, 1)] if dtype == "q8_0" else [])
     assert bool(report["notes"]) == bool(odd)
+    version = gguf.GGML_QUANT_VERSION if dtype == "q8_0" else None
+    assert values.get("general.quantization_version") == version
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,31 @@ def test_tokenizers_that_are_refused(tmp_path):
     small = packed_model(**UNEVEN, vocab_size=100)
     with pytest.raises(ValueError, match="the model's embedding has 100 rows"):
         gp.export(small, tmp_path / "m", "gguf", tokenizer=byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "normalizer, prefix, message",
+    [
+        (None, False, None),
+        (normalizers.NFC(), False, None),
+        (normalizers.Lowercase(), False, "prepares text by .*Lowercase.*expected no normalizer"),
+        (normalizers.Sequence([normalizers.NFC()]), False, None),
+        (normalizers.Sequence([normalizers.Strip()]), False, "expected no normalizer, or NFC"),
+        (None, True, "puts a space before a text: expected add_prefix_space=False"),
+    ],
+)
+def test_what_byte_level_tokenizers_do_to_a_text_first(tmp_path, normalizer, prefix, message):
+    model, tokenizer = packed_model(**UNEVEN, vocab_size=VOCABULARY), byte_tokenizer(*MERGES)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    if normalizer is not None:
+        tokenizer.backend_tokenizer.normalizer = normalizer
+    if message is None:
+        notes = gp.export(model, tmp_path / "m", "gguf", tokenizer=tokenizer)["notes"]
+        assert any("NFC" in note for note in notes) == (normalizer is not None)
+        return
+    with pytest.raises(ValueError, match=message):
+        gp.export(model, tmp_path / "m", "gguf", tokenizer=tokenizer)
+    assert not (tmp_path / "m").exists()
 
 
 WORDS = ("the", "gate", "is", "open", "gates", "and", "word", "wörld")

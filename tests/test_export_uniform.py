@@ -48,6 +48,73 @@ def test_plain_transformers_loads_it(tmp_path, model_type):
     assert not list((tmp_path / "m").glob("*.py"))
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+PLAIN = {"rope_type": "default", "rope_theta": 3000.0}
+
+
+def by_layer_type(full, sliding=PLAIN):
+    return {"full_attention": full, "sliding_attention": sliding}
+
+
+@pytest.mark.parametrize(
+    "model_type, rope, expected",
+    [
+        ("llama", PLAIN, {"rope_theta": 3000.0, "rope_scaling": None}),
+        (
+            "llama",
+            {**LLAMA3, "rope_theta": 7000.0},
+            {"rope_theta": 7000.0, "rope_scaling": LLAMA3},
+        ),
+        (
+            "phi",
+            {**PLAIN, "partial_rotary_factor": 0.75},
+            {"rope_theta": 3000.0, "rope_scaling": None, "partial_rotary_factor": 0.75},
+        ),
+        (
+            "gpt_neox",
+            {**PLAIN, "partial_rotary_factor": 0.5},
+            {"rotary_emb_base": 3000.0, "rope_scaling": None, "rotary_pct": 0.5},
+        ),
+        (
+            "gemma3_text",
+            by_layer_type({**LLAMA3, "rope_theta": 7000.0}),
+            {"rope_theta": 7000.0, "rope_scaling": LLAMA3, "rope_local_base_freq": 3000.0},
+        ),
+        (
+            "modernbert",
+            by_layer_type({"rope_type": "default", "rope_theta": 7000.0}),
+            {"global_rope_theta": 7000.0, "local_rope_theta": 3000.0},
+        ),
+        (
+            "olmo3",
+            by_layer_type({**LLAMA3, "rope_theta": 3000.0}),
+            {"rope_theta": 3000.0, "rope_scaling": LLAMA3},
+        ),
+        ("olmo3", by_layer_type({**LLAMA3, "rope_theta": 7000.0}), {}),
+        ("gpt2", None, {}),
+    ],
+)
+def test_rope_has_the_names_of_transformers_4_too(tmp_path, model_type, rope, expected):
+    overrides = {} if rope is None else {"rope_parameters": copy.deepcopy(rope)}
+    model = packed_model(model_type, **CHANNELS, **overrides)
+    gp.export(model, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    names = ("rotary_emb_base", "rotary_pct", "partial_rotary_factor", "rope_scaling")
+    found = {key: config[key] for key in config if key.endswith("_theta") or key in names}
+    found |= {key: config[key] for key in config if key == "rope_local_base_freq"}
+    assert found == expected and config.get("rope_parameters") == rope
+    auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModelForSequenceClassification"
+    loaded = load(tmp_path / "m", auto)
+    assert torch.equal(outputs_of(loaded), outputs_of(model))
+    assert getattr(loaded.config, "rope_parameters", None) == rope
+
+
 class TestLlamaAsMistral:
     @pytest.mark.parametrize(
         "rope",

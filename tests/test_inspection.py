@@ -11,7 +11,7 @@ from torch import nn
 import gatepack as gp
 from gatepack import modules
 from gatepack.gates import GateSet, GateSpec
-from gatepack.inspection import Explained
+from gatepack.inspection import Explained, identify
 
 CONFIG = gp.GateConfig(noise=0.0, target=0.5, width_multiple=4)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -164,6 +164,19 @@ def test_packed_and_gated_again():
     gp.attach(model, gp.GateConfig(units=("channels",), target=0.95, width_multiple=1))
     rows = gp.explain(model).rows
     assert [row.few for row in rows[:7]] == ["packed"] * 4 + ["dense"] * 3
+
+
+def test_model_packed_by_rows_and_columns_is_identified():
+    model = tiny_model("llama")
+    config = gp.GateConfig(units=("rows", "columns"), noise=0.0, target=0.5, width_multiple=1)
+    set_gates(gp.attach(model, config), "mixed")
+    report = gp.pack(model)
+    found = identify(model)
+    assert found["state"] == "packed" and found["widths"] is None
+    assert (
+        found["kept_fraction"] == pytest.approx(report.kept_fraction) and report.kept_fraction < 1
+    )
+    assert identify(tiny_model("llama"))["widths"]["heads"] == [6, 6]
 
 
 def test_any_module():

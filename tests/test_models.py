@@ -2,14 +2,17 @@
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from bpe import byte_tokenizer
 from tiny import tiny_model, token_ids
 from transformers.utils import logging
 
 import gatepack as gp
 from gatepack import models
+from gatepack.gguf_file import check_gguf
 from gatepack.models import load_model, torch_device
 
 
@@ -95,6 +98,66 @@ def test_what_cannot_be_loaded_is_named_in_one_sentence(tmp_path, files, name, m
         load_model(tmp_path / name)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
     assert logging.is_progress_bar_enabled()
+
+
+SCALED = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "lost"),
+    [
+        ("llama", {"rope_parameters": SCALED}, "rope_freqs.weight"),
+        ("llama", {"mlp_bias": True}, "blk.0.ffn_down.bias, .*blk.0.ffn_up.bias and 3 more"),
+        ("qwen2", {}, "blk.0.attn_k.bias, blk.0.attn_q.bias, blk.0.attn_v.bias and 3 more"),
+        ("llama", {}, None),
+        ("llama", {"rope_parameters": {**SCALED, "factor": 1.0}}, None),
+    ],
+)
+def test_what_transformers_would_not_read_of_a_gguf_file_is_refused(
+    tmp_path, model_type, overrides, lost
+):
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    model = tiny_model(model_type, torch.float32, vocab_size=300, **ids, **overrides).eval()
+    gp.export(model, tmp_path / "m", "gguf", tokenizer=byte_tokenizer(("t", "h")))
+    if lost is None:
+        with torch.no_grad():
+            logits = load_model(tmp_path / "m")[0](token_ids()).logits
+            torch.testing.assert_close(logits, model(token_ids()).logits, rtol=0, atol=1e-5)
+        return
+    with pytest.raises(ValueError, match=f"model.gguf has {lost}, which transformers leaves out"):
+        load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "lost"),
+    [
+        ("qwen2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "scaling.factor 4.0"),
+        ("llama", {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ("llama", {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}, None),
+        ("llama", {"rope.scale_linear": 2.0}, "rope.scale_linear 2.0"),
+        ("starcoder2", {"rope.freq_base": 1e6}, "rope.freq_base 1000000.0"),
+        ("llama", {"rope.freq_base": 1e6}, None),
+        ("qwen2", {}, None),
+    ],
+)
+def test_keys_that_transformers_would_not_read_are_refused(tmp_path, family, keys, lost):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", family)
+    for key, value in keys.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(f"{family}.{key}", value)
+    if family == "qwen2":
+        writer.add_tensor("blk.0.attn_q.bias", np.ones(2, np.float32))
+    for write in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{write}_to_file")()
+    writer.close()
+    if lost is None:
+        check_gguf(tmp_path / "a.gguf")
+        return
+    with pytest.raises(ValueError, match=f"a.gguf has {family}.*{lost}, which .* load the check"):
+        check_gguf(tmp_path / "a.gguf")
 
 
 def test_unreachable_hub_is_one_sentence(monkeypatch):

@@ -293,6 +293,26 @@ def test_export_writes_again_what_was_changed_since(tmp_path, text, monkeypatch)
     assert noted == ["write"]  # to the same bytes, which have been compared
 
 
+def test_export_of_a_tokenizer_with_a_subfolder(tmp_path, text, monkeypatch):
+    """transformers writes each of several chat templates to a file in one."""
+    model, tokenizer = packed_model(**EVEN, vocab_size=300), byte_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "rag": "x{{ messages }}"}
+    gp.save_pretrained(model, tmp_path / "packed", tokenizer)
+    out, rag = tmp_path / "out", "additional_chat_templates/rag.jinja"
+    command = ["export", tmp_path / "packed", "--text", text, *SMALL, "-q", "--out", out]
+    with monkeypatch.context() as patch:
+        die_at(patch, exporters, "write_card", 1)
+        killed(*command)
+    kept = out / STATE / "files" / rag
+    noted = events(monkeypatch, (uniform, "write"))
+    kept.write_text("changed")
+    invoke(*command)
+    assert noted == ["write"] and (out / rag).read_text() == "x{{ messages }}"
+    report = gp.export(model, tmp_path / "again", tokenizer=tokenizer)
+    assert report["files"][rag] == len("x{{ messages }}")
+    assert "additional_chat_templates" not in report["files"]
+
+
 def test_an_export_that_is_refused_keeps_nothing(tmp_path, text, monkeypatch):
     out, write = tmp_path / "out", uniform.write
 

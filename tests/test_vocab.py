@@ -5,10 +5,12 @@ import json
 
 import pytest
 import torch
+from bpe import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import RobertaConfig, RobertaForMaskedLM
 
 from gatepack.vocab import (
     VocabPlan,
@@ -16,6 +18,7 @@ from gatepack.vocab import (
     pack_vocab,
     remap_ids,
     shrink_tokenizer,
+    shrink_vocabulary,
     tokenizer_record,
     vocab_closure,
     vocab_pack,
@@ -158,11 +161,14 @@ def test_packed_logits_are_the_full_ones_where_kept():
 
 
 @pytest.mark.parametrize("tied", (False, True))
-def test_a_packed_model_computes_and_reloads(tied, tmp_path):
-    model = tiny_model("llama", torch.float64, tie_word_embeddings=tied).eval()
+@pytest.mark.parametrize("family", ("llama", "qwen2", "gemma2", "gpt2", "opt"))
+def test_a_packed_model_computes_and_reloads(family, tied, tmp_path):
+    model = tiny_model(family, torch.float64, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)  # what Gemma scales embeddings by is rounded as it loads
+    model = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
     size = model.config.vocab_size
-    model.config.bos_token_id = model.generation_config.bos_token_id = 5
-    model.config.eos_token_id = model.generation_config.eos_token_id = [7, 9]
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = 5, [7, 9], 2
     ids = torch.tensor([[5, 8, 11, 9]])
     with torch.no_grad():
         expected = model(input_ids=ids).logits
@@ -171,7 +177,7 @@ def test_a_packed_model_computes_and_reloads(tied, tmp_path):
     plan = pack_vocab(model, [5, 7, 8, 9, 11, 2])
     assert model.config.vocab_size == 6 and plan.size == size
     assert model.generation_config.eos_token_id == [2, 4]
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     with torch.no_grad():
         logits = model(input_ids=plan.remap(ids)).logits
     full = plan.full_logits(logits)
@@ -182,3 +188,69 @@ def test_a_packed_model_computes_and_reloads(tied, tmp_path):
     again = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
     with torch.no_grad():
         assert torch.equal(again(input_ids=plan.remap(ids)).logits, logits)
+
+
+def test_token_ids_in_configs_follow():
+    model = tiny_model("llama", torch.float32)
+    config, generation = model.config, model.generation_config
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 2, 4, -1
+    config.sep_token_id = config.mask_token_id = 8
+    generation.bos_token_id, generation.eos_token_id = 2, [4]
+    generation.forced_bos_token_id, generation.forced_eos_token_id = 6, [4, 8]
+    generation.suppress_tokens, generation.begin_suppress_tokens = [6, 7, 8], [7]
+    generation.bad_words_ids = [[6], [6, 7], [8, 6]]
+    generation.sequence_bias = {(4, 6): -1.0, (7,): 2.0}
+    with pytest.raises(ValueError, match=r"the config's sep_token_id 8 among them"):
+        pack_vocab(model, [2, 4, 6])
+    with pytest.raises(ValueError, match=r"the config's forced_bos_token_id 6 among them"):
+        pack_vocab(model, [2, 4, 8])
+    assert config.bos_token_id == 2 and generation.suppress_tokens == [6, 7, 8]
+    pack_vocab(model, [2, 4, 6, 8])
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 1, -1)
+    assert config.sep_token_id == config.mask_token_id == 3
+    assert (generation.bos_token_id, generation.eos_token_id) == (0, [1])
+    assert (generation.forced_bos_token_id, generation.forced_eos_token_id) == (2, [1, 3])
+    assert (generation.suppress_tokens, generation.begin_suppress_tokens) == ([2, 3], None)
+    assert generation.bad_words_ids == [[2], [3, 2]]
+    assert generation.sequence_bias == [[[1, 2], -1.0]]
+
+
+def test_a_bias_with_two_names_is_packed_once(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = RobertaConfig(num_hidden_layers=1, vocab_size=30, **sizes)
+    model = RobertaForMaskedLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.bias.normal_()
+        ids = torch.tensor([[0, 4, 6, 2]])
+        expected = model(input_ids=ids).logits
+        plan = pack_vocab(model, [1, *range(0, 30, 2)])
+        assert model.lm_head.bias is model.lm_head.decoder.bias
+        logits = model(input_ids=plan.remap(ids)).logits
+        torch.testing.assert_close(logits, expected[..., plan.keep])
+        model.save_pretrained(tmp_path)
+        again = RobertaForMaskedLM.from_pretrained(tmp_path).eval()
+        assert torch.equal(again(input_ids=plan.remap(ids)).logits, logits)
+
+
+def test_a_packed_tokenizer_keeps_its_settings():
+    model = tiny_model("llama", torch.float32, vocab_size=300, bos_token_id=0, eos_token_id=0)
+    tokenizer = byte_tokenizer(("t", "h"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"], "pad_token": "<pad>"})
+    tokenizer.truncation_side = tokenizer.padding_side = "left"
+    tokenizer.model_input_names = ["input_ids"]
+    tokenizer.model_max_length = 12
+    plan, small = shrink_vocabulary(model, tokenizer, [])
+    assert len(small) == plan.keep.numel() < len(tokenizer)
+    for name in (
+        "truncation_side",
+        "padding_side",
+        "model_input_names",
+        "model_max_length",
+        "clean_up_tokenization_spaces",
+        "special_tokens_map",
+        "all_special_tokens",
+    ):
+        assert getattr(small, name) == getattr(tokenizer, name), name
+    ids = small("the <tool> is").input_ids
+    assert small.decode(ids, skip_special_tokens=True) == "the  is"

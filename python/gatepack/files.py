@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,17 +30,23 @@ _STAGING = ".gatepack-tmp"
 _ASIDE = ".old"
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_MOUNTED = (
+    "{} is a mount point or part of another file system, so that no folder can take its place: "
+    "give the result a folder in it (--out)"
+)
 
 
 def refuse_out(out: str | os.PathLike, source: str | os.PathLike | None = None) -> None:
     """ValueError if a folder cannot be put in the place of `out` without loss, OSError of a file.
 
-    That is where this process works in it, and where it is the folder of source, the model that is
-    read: a folder, or a file in one.
+    That is where it is a mount point, where this process works in it, and where it is the folder of
+    source, the model that is read: a folder, or a file in one.
     """
     out = Path(out).resolve()
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is not a folder: name another for the result (--out)")
+    if os.path.ismount(out):
+        raise ValueError(_MOUNTED.format(out))
     if Path.cwd().is_relative_to(out):
         raise ValueError(
             f"{out} is the working directory or holds it, and saving replaces the whole folder: "
@@ -67,8 +74,9 @@ def replaced_folder(directory: str | os.PathLike, superseded: re.Pattern) -> Ite
     """A staging folder, put in the place of `directory` by one rename if all goes well.
 
     Files of `directory` stay, but for those that the new folder has too and those whose names
-    `superseded` matches. Raises OSError, naming the folder, if writing fails; what was there is
-    then unchanged. ValueErrors and FloatingPointErrors pass, as does that of refuse_out.
+    `superseded` matches, and so do its permissions. Raises OSError, naming the folder, if writing
+    fails; what was there is then unchanged. ValueErrors and FloatingPointErrors pass, as does that
+    of refuse_out.
     """
     refuse_out(directory)
     directory = Path(directory).resolve()
@@ -76,6 +84,8 @@ def replaced_folder(directory: str | os.PathLike, superseded: re.Pattern) -> Ite
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             staging = stack.enter_context(_staging(directory))
+            if directory.exists():
+                _take_mode(staging, directory, 0o700)
         except OSError as error:
             raise OSError(f"cannot write beside {directory}: {error}") from error
         try:
@@ -84,6 +94,7 @@ def replaced_folder(directory: str | os.PathLike, superseded: re.Pattern) -> Ite
                 _finish(path)
             if directory.exists():
                 _carry_over(directory, staging, superseded)
+                _take_mode(staging, directory)
             _put(staging, directory)
         except (ValueError, FloatingPointError):
             raise
@@ -245,6 +256,16 @@ def _finish(path: Path) -> None:
     _flush(path)
 
 
+def _take_mode(path: Path, like: Path, also: int = 0) -> None:
+    """Gives a folder the permissions of another, and its owner and group as far as this process
+    may; also: bits to set besides."""
+    found = like.stat()
+    for owner in (-1, found.st_uid):
+        with contextlib.suppress(OSError, AttributeError):
+            os.chown(path, owner, found.st_gid)
+    os.chmod(path, stat.S_IMODE(found.st_mode) | also)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -284,6 +305,17 @@ def link(source: str | Path, target: str | Path) -> None:
 def _put(staging: Path, directory: Path) -> None:
     """Moves staging to directory; what was there goes away, after it."""
     try:
+        _replace(staging, directory)
+    except OSError as error:
+        if error.errno in (errno.EBUSY, errno.EXDEV):
+            raise OSError(_MOUNTED.format(directory)) from error
+        raise
+    with contextlib.suppress(OSError):  # it is in place by now
+        _flush(directory.parent)
+
+
+def _replace(staging: Path, directory: Path) -> None:
+    try:
         os.rename(staging, directory)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -297,8 +329,6 @@ def _put(staging: Path, directory: Path) -> None:
                 os.rename(aside, directory)
                 raise
             shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(OSError):  # it is in place by now
-        _flush(directory.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -1,4 +1,5 @@
-"""Stage 6, save: whether a GGUF file is whole, before readers that trust its numbers get it.
+"""Stage 6, save: whether a GGUF file is whole, before readers that trust its numbers get it, and
+whether transformers reads all that the model computes with.
 
 Layout (little-endian): "GGUF", version u32, counts of tensors and of keys u64; per key a name, a
 type and a value; per tensor a name, dimensions, a type and an offset; then the data. Source:
@@ -12,6 +13,15 @@ from pathlib import Path
 _SCALARS = dict(enumerate("BbHhIif?")) | dict(zip((10, 11, 12), "Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT = "general.alignment"
+_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_QKV = ("attn_q", "attn_k", "attn_v")
+# Architectures of which transformers reads no base of the frequencies.
+_PLAIN_BASE = ("stablelm", "starcoder2")
+# Architectures of which it reads these biases only.
+_BIASES = {
+    **dict.fromkeys(("llama", "deci", "qwen3", "qwen3moe", "phi3", "gemma2", "gemma3"), ()),
+    **dict.fromkeys(("qwen2", "qwen2moe"), _QKV),
+}
 
 
 class _Bytes:
@@ -75,7 +85,8 @@ def check_gguf(path: Path) -> None:
     """ValueError, naming the file and the field, for a file that contradicts its own size.
 
     Every string, array and tensor must lie within the file, and the sizes that the model's
-    parameters follow from must not exceed the parameters that there are.
+    parameters follow from must not exceed the parameters that there are. Nor may there be what
+    transformers leaves out in silence: scaled rotary frequencies, and some biases.
     """
     import gguf
 
@@ -124,6 +135,13 @@ def check_gguf(path: Path) -> None:
                 f"{len(file.data)}"
             )
     _check_sizes(path, keys, len(places), elements)
+    factors = []
+    for name in _FACTORS:
+        offset, size = places.get(name, (0, 0))
+        found = file.data[data + offset : data + offset + size]
+        if found != struct.pack("<f", 1.0) * (size // 4):
+            factors.append(name)
+    _check_kept(path, keys, factors, places)
 
 
 def _check_sizes(path: Path, keys: dict[str, object], tensors: int, elements: int) -> None:
@@ -152,3 +170,30 @@ def _check_sizes(path: Path, keys: dict[str, object], tensors: int, elements: in
                 f"{path}: {family}.{name} is {value}, which does not fit a file of {tensors} "
                 f"tensors with {elements} elements"
             )
+
+
+def _check_kept(path: Path, keys: dict[str, object], factors: list[str], tensors) -> None:
+    """ValueError for what transformers would leave out, which changes what the model computes.
+
+    factors: tensors of rotary factors that are not 1.
+    """
+    family, lost = keys["general.architecture"], list(factors)
+    # As llama.cpp reads them: linear where there is no type, 0 for no factor.
+    kind = keys.get(f"{family}.rope.scaling.type", "linear")
+    for key in ("rope.scaling.factor", "rope.scale_linear"):
+        factor = keys.get(f"{family}.{key}", 1.0)
+        if kind != "none" and factor not in (0.0, 1.0):
+            lost.append(f"{family}.{key} {factor}")
+    base = keys.get(f"{family}.rope.freq_base", 1e4)
+    if family in _PLAIN_BASE and base != 1e4:
+        lost.append(f"{family}.rope.freq_base {base}")
+    if family in _BIASES:
+        biases = (name.split(".") for name in tensors if name.endswith(".bias"))
+        lost += sorted(".".join(name) for name in biases if name[-2] not in _BIASES[family])
+    if lost and family != "gpt-oss":  # of which transformers reads the scaling
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise ValueError(
+            f"{path} has {', '.join(lost[:3])}{more}, which transformers leaves out when it reads "
+            f"a GGUF file of the architecture {family}: load the checkpoint that the file was made "
+            "of instead"
+        )

@@ -133,7 +133,9 @@ def identify(model: nn.Module, name: str = "") -> dict:
     """What a report says of a model: its name, class, dtype, parameters and widths.
 
     kept_fraction: of the blocks' linear weights, against the model that its config describes; for a
-    gated model what its gates leave open. widths: units that each layer has in memory.
+    gated model what its gates leave open. widths: units that each layer has in memory; None for a
+    family that gatepack does not know, and for a model packed by rows and columns, which are of
+    single linears.
     """
     root = hf_model(model)
     gates = getattr(root, GATES_NAME, None)
@@ -151,12 +153,15 @@ def identify(model: nn.Module, name: str = "") -> dict:
         layers = layers_of(root)
     except ValueError:  # a family that gatepack has no row for has no widths to tell
         return {**found, "state": "dense", "kept_fraction": 1.0, "widths": None}
-    found["widths"] = {
-        "heads": [layer.queries for layer in layers],
-        "kv_heads": [layer.kv_heads for layer in layers],
-        "channels": [linear_shape(layer.linear(layer.family.down))[1] for layer in layers],
-    }
-    packed = bool((getattr(root.config, "gatepack", None) or {}).get("kept"))
+    record = getattr(root.config, "gatepack", None) or {}
+    found["widths"] = None
+    if not record.get("linears"):
+        found["widths"] = {
+            "heads": [layer.queries for layer in layers],
+            "kv_heads": [layer.kv_heads for layer in layers],
+            "channels": [linear_shape(layer.linear(layer.family.down))[1] for layer in layers],
+        }
+    packed = bool(record.get("kept") or record.get("linears"))
     kept = _block_weights(layers) / _dense_block_weights(root) if packed else 1.0
     if gates is not None:
         kept *= gates.kept_fraction()

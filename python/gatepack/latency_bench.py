@@ -78,7 +78,7 @@ def _load(config: BenchConfig, log: Log) -> nn.Module:
     log.say(f"loading {config.model}")
     model, _ = load_model(config.model, torch_dtype(config.dtype))
     root = hf_model(model)
-    if "kept" in (getattr(root.config, "gatepack", None) or {}):
+    if {"kept", "linears"} & (getattr(root.config, "gatepack", None) or {}).keys():
         raise ValueError(f"model: expected a dense one, whose layers are cut, got {config.model}")
     return root
 

@@ -115,9 +115,9 @@ def _short(value) -> str:
 
 
 def _digest(folder: Path) -> str:
-    """Of the names and bytes of a folder's files."""
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return sha256_of(f"{path.name} {file_sha256(path)}" for path in files)
+    """Of the names and bytes of a folder's files, at any depth."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return sha256_of(f"{path.relative_to(folder)} {file_sha256(path)}" for path in files)
 
 
 def _read(path: Path) -> dict:

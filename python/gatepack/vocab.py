@@ -219,28 +219,52 @@ def vocab_pack(
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
+def _renamed(config, table: list[int]) -> dict[str, object]:
+    """The settings of a config that hold token ids, with new ones: table[old], -1 for dropped.
+
+    Ids outside of the vocabulary, such as -1 for none, stay. Raises ValueError for a dropped
+    ..._token_id. Lists lose dropped ids and sequences that hold one; an empty one becomes None.
+    """
+
+    def new(ids: Iterable[int]) -> list[int]:
+        return [table[i] if 0 <= i < len(table) else i for i in ids]
+
+    def stays(ids: Iterable[int]) -> bool:
+        return all(table[i] >= 0 for i in ids if 0 <= i < len(table))
+
+    found = {}
+    for name in dict.fromkeys((*_SPECIAL_IDS, *vars(config))):
+        old = getattr(config, name, None) if name.endswith("_token_id") else None
+        if old is not None:
+            ids = old if isinstance(old, list) else [old]
+            if not stays(ids):
+                raise ValueError(f"keep: expected the config's {name} {old} among them")
+            found[name] = new(ids) if isinstance(old, list) else new(ids)[0]
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        if old := getattr(config, name, None):
+            found[name] = new(i for i in old if stays([i])) or None
+    if old := getattr(config, "bad_words_ids", None):
+        found["bad_words_ids"] = [new(ids) for ids in old if stays(ids)] or None
+    if old := getattr(config, "sequence_bias", None):
+        pairs = old.items() if isinstance(old, dict) else old
+        found["sequence_bias"] = [[new(ids), bias] for ids, bias in pairs if stays(ids)] or None
+    return found
+
+
 @torch.no_grad()
 def pack_vocab(model: nn.Module, keep: Iterable[int]) -> VocabPlan:
     """Leaves only the rows of kept ids in a transformers model, in place; returns the plan.
 
-    keep: as vocab_closure returns it. Tied weights stay tied; config.vocab_size and the special ids
-    of the configs follow, so the result is an ordinary checkpoint of its architecture. Raises
-    ValueError where a special id is not kept; then nothing has changed.
+    keep: as vocab_closure returns it. Tied weights stay tied; config.vocab_size and the token ids
+    in the configs follow, so the result is an ordinary checkpoint of its architecture. What
+    generation suppresses, bans or biases goes where its tokens go. Raises ValueError where a
+    special id is not kept; then nothing has changed.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     plan = VocabPlan(torch.tensor(sorted(set(keep)), dtype=torch.int64), embedding.num_embeddings)
     table = plan.table()
     configs = [model.config, getattr(model, "generation_config", None)]
-    renamed = []
-    for config in filter(None, configs):
-        for name in _SPECIAL_IDS:
-            old = getattr(config, name, None)
-            if old is None:
-                continue
-            new = [int(table[i]) for i in (old if isinstance(old, list) else [old])]
-            if -1 in new:
-                raise ValueError(f"keep: expected the config's {name} {old} among them")
-            renamed.append((config, name, new if isinstance(old, list) else new[0]))
+    renamed = [(config, _renamed(config, table.tolist())) for config in filter(None, configs)]
     weight = embedding.weight
     bias = getattr(head, "bias", None)
     small, small_head, small_bias = vocab_pack(
@@ -257,10 +281,15 @@ def pack_vocab(model: nn.Module, keep: Iterable[int]) -> VocabPlan:
         head.weight = embedding.weight if tied else nn.Parameter(small_head, trains)
         head.out_features = plan.keep.numel()
         if bias is not None:
-            head.bias = nn.Parameter(small_bias, bias.requires_grad)
+            small_bias = nn.Parameter(small_bias, bias.requires_grad)
+            for module in model.modules():  # RoBERTa's head holds it twice
+                for name, parameter in module._parameters.items():
+                    if parameter is bias:
+                        module._parameters[name] = small_bias
     model.config.vocab_size = plan.keep.numel()
-    for config, name, new in renamed:
-        setattr(config, name, new)
+    for config, settings in renamed:
+        for name, new in settings.items():
+            setattr(config, name, new)
     return plan
 
 
@@ -303,6 +332,16 @@ def _known_ids(record: Mapping) -> set[int]:
     return {*record["model"]["vocab"].values(), *(t["id"] for t in record["added_tokens"] or ())}
 
 
+_TOKENIZER_SETTINGS = (
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+    "model_input_names",
+    "clean_up_tokenization_spaces",
+    "split_special_tokens",
+)
+
+
 def shrink_vocabulary(model: nn.Module, tokenizer, keep: Iterable[int]) -> tuple[VocabPlan, object]:
     """Leaves kept ids, and what spells the others, in a model and its tokenizer.
 
@@ -318,9 +357,9 @@ def shrink_vocabulary(model: nn.Module, tokenizer, keep: Iterable[int]) -> tuple
     packed = Tokenizer.from_str(json.dumps(shrink_tokenizer(record, ids)))
     small = PreTrainedTokenizerFast(
         tokenizer_object=packed,
-        model_max_length=tokenizer.model_max_length,
-        padding_side=tokenizer.padding_side,
         chat_template=getattr(tokenizer, "chat_template", None),
+        extra_special_tokens=list(tokenizer.extra_special_tokens),
+        **{name: getattr(tokenizer, name) for name in _TOKENIZER_SETTINGS},
         **tokenizer.special_tokens_map,
     )
     return pack_vocab(model, ids), small

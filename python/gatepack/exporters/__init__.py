@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -81,8 +82,7 @@ def export(
             notes, parity = write(folder), check(folder)
         else:
             kept, notes, digest = state.folder_once("files", write)
-            for path in kept.iterdir():
-                link(path, folder / path.name)
+            shutil.copytree(kept, folder, symlinks=True, copy_function=link, dirs_exist_ok=True)
             parity = state.once(f"parity of {digest}", lambda: check(folder))
         report = {
             "format": format,
@@ -119,4 +119,5 @@ def check_options(format: str, dtype: str) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}

@@ -13,7 +13,7 @@ import torch
 
 from gatepack.checkpoint import MODELING_KEYS, write_manifest
 from gatepack.exporters.parity import check_reloaded
-from gatepack.exporters.source import Source
+from gatepack.exporters.source import Source, older_rope
 
 WIDTH_MULTIPLE = 256
 _FILES = ("configuration_decilm.py", "modeling_decilm.py")
@@ -51,6 +51,7 @@ def write(source: Source, folder: Path) -> list[str]:
     for key in ("gatepack", *MODELING_KEYS):
         config.pop(key, None)
     queries, hidden = source.sizes[0].queries, source.config.hidden_size
+    config |= older_rope(source.config)
     config |= {
         "model_type": "nemotron-nas",
         "architectures": ["DeciLMForCausalLM"],

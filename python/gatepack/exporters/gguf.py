@@ -55,6 +55,8 @@ def write(source: Source, folder: Path, dtype: str, progress: Tell) -> list[str]
     try:
         _add_sizes(writer, source, uniform)
         writer.add_file_type(_file_type(gguf, kind))
+        if kind == gguf.GGMLQuantizationType.Q8_0:
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         notes = add_tokenizer(writer, source.tokenizer, vocabulary_size(source.model))
         tensors = _tensors(source)
         kinds = {name: _kind_of(gguf, tensor, kind) for name, tensor in tensors.items()}

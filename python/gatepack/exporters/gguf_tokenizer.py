@@ -17,9 +17,9 @@ def add_tokenizer(writer, tokenizer, vocabulary: int) -> list[str]:
     """Adds tokens, kinds, merges or scores, special ids and the chat template to a GGUFWriter.
 
     vocabulary: rows of the embedding; ids that the tokenizer does not have become unused tokens.
-    Returns what is not carried. Raises ValueError for a tokenizer that is not BPE, that splits or
-    merges words in a way that llama.cpp does not know, or that has more tokens than the embedding
-    has rows.
+    Returns what is not carried. Raises ValueError for a tokenizer that is not BPE, that prepares
+    text or splits or merges words in a way that llama.cpp does not know, or that has more tokens
+    than the embedding has rows.
     """
     import gguf
 
@@ -63,6 +63,8 @@ def add_tokenizer(writer, tokenizer, vocabulary: int) -> list[str]:
     step = backend["pre_tokenizer"] or {}
     if pieces and step.get("prepend_scheme") in ("first", "always"):
         return ["that a text which begins with a space gets no other in front: llama.cpp adds one"]
+    if not pieces and _normalizers(backend):
+        return ["the tokenizer's normalizer, NFC: llama.cpp takes characters as they are"]
     return []
 
 
@@ -135,6 +137,11 @@ def _adds_a_space(backend: dict) -> bool:
     )
 
 
+def _normalizers(backend: dict) -> list[dict]:
+    normalizer = backend["normalizer"]
+    return [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+
+
 def _pre_tokenizer(backend: dict) -> str:
     """llama.cpp's name for how a tokenizer splits text into words."""
     model, step = backend["model"], backend["pre_tokenizer"] or {}
@@ -143,6 +150,17 @@ def _pre_tokenizer(backend: dict) -> str:
         raise ValueError(
             "format 'gguf' needs a byte-level BPE tokenizer, or one with byte fallback, got "
             f"{model['type']} after {[each.get('type') for each in steps]}"
+        )
+    odd = [each for each in _normalizers(backend) if each["type"] != "NFC"]
+    if odd:
+        raise ValueError(
+            f"format 'gguf' has no name for a byte-level tokenizer that prepares text by {odd}: "
+            "expected no normalizer, or NFC"
+        )
+    if any(each.get("add_prefix_space") for each in steps):
+        raise ValueError(
+            "format 'gguf' has no key for a byte-level tokenizer that puts a space before a text: "
+            "expected add_prefix_space=False"
         )
     before = [_describe(each) for each in steps[:-1]]
     if steps[-1]["use_regex"] and before == []:

@@ -15,6 +15,17 @@ from gatepack.modules import linear_shape
 # Families whose layers may differ in a GGUF file.
 UNEVEN_IN_GGUF = ("llama", "mistral", "qwen2")
 _WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")
+# What transformers 4 calls the base and the share of rotary lanes, where it has other names.
+_ROPE_KEYS = {
+    "gpt_neox": ("rotary_emb_base", "rotary_pct"),
+    "modernbert": ("global_rope_theta", "partial_rotary_factor"),
+}
+# Of families that rotate by layer type: what it calls the base of sliding layers.
+_LOCAL_ROPE = {
+    "gemma3_text": "rope_local_base_freq",
+    "modernbert": "local_rope_theta",
+    "olmo3": "rope_theta",
+}
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,33 @@ class Source:
                 f"hidden_size {self.config.hidden_size}: model_type {self.config.model_type!r} has "
                 "no head_dim in its config. Gate its channels only, or export with format='hf'"
             )
+
+
+def older_rope(config) -> dict:
+    """config.rope_parameters under the names that programs on transformers 4 read.
+
+    transformers 5 takes both. Nothing for a model without, or where 4 has no names for it.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    whole = parameters.get("full_attention", parameters)
+    if "rope_theta" not in whole:
+        return {}
+    kind = config.model_type
+    base, share = _ROPE_KEYS.get(kind, ("rope_theta", "partial_rotary_factor"))
+    found = {base: whole["rope_theta"]}
+    if whole is not parameters:
+        local = _LOCAL_ROPE.get(kind)
+        sliding = parameters.get("sliding_attention", whole)["rope_theta"]
+        if local is None or found.get(local, sliding) != sliding:
+            return {}
+        found[local] = sliding
+    if kind != "modernbert":  # which 4 does not scale
+        default = whole["rope_type"] == "default"
+        rest = {k: v for k, v in whole.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        found["rope_scaling"] = None if default else rest
+    if "partial_rotary_factor" in whole:
+        found[share] = whole["partial_rotary_factor"]
+    return found
 
 
 def read_model(model: nn.Module, tokenizer, dtype: torch.dtype | None) -> Source:
