@@ -52,6 +52,24 @@ def test_in_a_trainer(accumulation, tmp_path):
     torch.testing.assert_close(run.model(**batch).logits, before, rtol=1e-4, atol=1e-5)
 
 
+def test_dora_is_merged_and_packed(tmp_path):
+    model = with_lora(use_dora=True)
+    magnitudes = {name: p for name, p in model.named_parameters() if "magnitude" in name}
+    before = {name: parameter.detach().clone() for name, parameter in magnitudes.items()}
+    trainer(tmp_path, model, learning_rate=1e-2).train()
+    assert len(magnitudes) == 6 * model.config.num_hidden_layers + 1  # and the pooler's
+    assert not any(torch.equal(magnitudes[name], tensor) for name, tensor in before.items())
+    batch = labelled(1)[0]
+    expected = model.eval()(**batch).logits
+    with model.disable_adapter():
+        assert not torch.allclose(model(**batch).logits, expected, rtol=1e-2, atol=1e-3)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-5, atol=1e-6)
+    report = gp.pack(merged)
+    assert abs(report.kept_fraction - 0.6) <= 0.005
+    torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("close", "cut"), [(0.5, 2), (0.5, 6), ((0.25, 0.75), 4)])
 @pytest.mark.parametrize("make", [lambda: None, with_lora], ids=["all", "lora"])
 def test_resume_is_bit_exact(make, close, cut, tmp_path):

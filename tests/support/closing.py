@@ -28,8 +28,10 @@ def texts(count, seed=0):
     return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 
-def with_lora(family="bert"):
+def with_lora(family="bert", **fields):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    lora = peft.LoraConfig(r=2, target_modules="all-linear", modules_to_save=["classifier"])
+    lora = peft.LoraConfig(
+        r=2, target_modules="all-linear", modules_to_save=["classifier"], **fields
+    )
     return peft.get_peft_model(tiny_model(family, torch.float32), lora)

@@ -3,6 +3,8 @@
 import functools
 import gc
 import os
+import sys
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,16 @@ from gatepack.modules import base_linear
 
 STEPS = 6
 WHOLE = StateDictOptions(full_state_dict=True)
+FINE_GATES = gp.methods.FineGates(
+    budget=0.6, learning_rate=0.05, weighting="kurtosis", kurtosis_every=2, trains="all"
+)
+# Of a rank that two processes share unevenly.
+ATP = gp.methods.ATP(lora_rank=3, lora_dropout=0.0, generator_rate=1e-2)
+CLOSING = gp.methods.CloseAndRepair(
+    gp.GateConfig(target=0.6, noise=0.0, width_multiple=4, equal_layers=False),
+    close=(0.25, 0.5),
+    bars=False,
+)
 
 
 def gates_training(model):
@@ -40,24 +52,17 @@ def distilled(model):
 
 
 def fine_gates(model):
-    method = gp.methods.FineGates(
-        budget=0.6, learning_rate=0.05, weighting="kurtosis", kurtosis_every=2, trains="all"
-    )
-    return method.start(model, STEPS)
+    return FINE_GATES.start(model, STEPS)
 
 
 def atp(model, **fields):
-    # Of a rank that two processes share unevenly.
-    method = gp.methods.ATP(lora_rank=3, lora_dropout=0.0, generator_rate=1e-2, **fields)
-    return method.start(model, STEPS, [token_ids(2, 6, seed=50)])
+    return replace(ATP, **fields).start(model, STEPS, [token_ids(2, 6, seed=50)])
 
 
 def close_and_repair(model):
     # Of other batches on each rank, of which the first decides.
     rank = dist.get_rank() if dist.is_initialized() else 0
-    gates = gp.GateConfig(target=0.6, noise=0.0, width_multiple=4, equal_layers=False)
-    method = gp.methods.CloseAndRepair(gates, close=(0.25, 0.5), bars=False)
-    return method.start(model, STEPS, [token_ids(4, 6, seed=50 + rank)])
+    return CLOSING.start(model, STEPS, [token_ids(4, 6, seed=50 + rank)])
 
 
 def proximal(model):
@@ -246,13 +251,32 @@ def loads_before_sharding(rank: int) -> None:
         raise AssertionError("a projection was lost")
 
 
-def trainer(rank: int, port: int, folder: str, ranks: int, resume: str | None, stop: int) -> None:
-    """A Trainer with gates that close, on `ranks` ranks; rank 0 leaves its last state."""
+# What a Trainer trains gates by, and what it distils from.
+TRAINED = {
+    "gates": (gp.GateConfig(target=0.6, width_multiple=4, noise=0.0), gp.Distillation()),
+    "fine_gates": (FINE_GATES, None),
+    "atp": (ATP, None),
+    "close_and_repair": (CLOSING, None),
+}
+
+
+def trainer(
+    rank: int, port: int, folder: str, ranks: int, resume: str | None, stop: int, name="gates"
+) -> None:
+    """A Trainer with gates that close, on `ranks` ranks, each of which leaves its last state."""
+    if ranks > 1:
+        as_torchrun_does(rank, ranks, port)
+    trained(name, folder, resume, stop)
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+def trained(name: str, folder: str, resume: str | None, stop: int) -> None:
+    """What trainer does, on the rank that torchrun's environment names."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     torch.set_num_threads(1)
-    if ranks > 1:
-        as_torchrun_does(rank, ranks, port)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -266,8 +290,9 @@ def trainer(rank: int, port: int, folder: str, ranks: int, resume: str | None, s
             if state.global_step == STEPS:
                 super().on_train_end(args, state, control)
 
-    config = gp.GateConfig(target=0.6, width_multiple=4, noise=0.0)
-    callback = NoFinish(config, distillation=gp.Distillation(), resume_from=resume)
+    method, distillation = TRAINED[name]
+    batches = [token_ids(4, 6, seed=50)]
+    callback = NoFinish(method, None, batches, resume, distillation)
     arguments = TrainingArguments(
         folder, max_steps=STEPS, per_device_train_batch_size=4 // ranks, save_strategy="no",
         report_to=[], use_cpu=True, disable_tqdm=True, seed=5, optim="sgd", learning_rate=0.05,
@@ -280,5 +305,8 @@ def trainer(rank: int, port: int, folder: str, ranks: int, resume: str | None, s
     run.train(resume_from_checkpoint=resume)
     state = {"model": model.state_dict(), "training": callback.training.state_dict()}
     torch.save(state, f"{folder}/{rank}.pt")
-    if ranks > 1:
-        dist.destroy_process_group()
+
+
+if __name__ == "__main__":  # torchrun ranks.py NAME FOLDER CHECKPOINT STOP
+    trained(*sys.argv[1:4], int(sys.argv[4]))
+    dist.destroy_process_group()
