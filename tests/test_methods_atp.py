@@ -1,4 +1,4 @@
-"""ATP: formulas against literal fp64 transcriptions, and what the steps touch."""
+"""ATP: regularisers against literal fp64 transcriptions, what the steps touch, what is refused."""
 
 import math
 
@@ -17,8 +17,8 @@ from gatepack.functional import FoldedLinear
 from gatepack.layers import layers_of
 from gatepack.methods import ATP, atp
 from gatepack.methods.group_lasso import lasso, proximal
-from gatepack.methods.masked_lora import mask_linears, merge_adapters, unmask_linears
-from gatepack.modules import base_linear, operands_of, weight_matrix
+from gatepack.methods.masked_lora import mask_linears, unmask_linears
+from gatepack.modules import operands_of
 
 pytest.importorskip("peft")
 # GLM, GLM-4 and Phi turn neighbouring lanes, or the first of them only; the others have no RoPE.
@@ -28,92 +28,9 @@ ROTATED_HALVES = set(
     "seed_oss".split()
 )
 
-# Every order in which the linears of a layer hold their rows.
-LAYOUTS = ["llama", "glm", "phi3", "gpt_neox", "gpt2", "bert", "modernbert"]
-
 
 def float64(values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("family", LAYOUTS)
-def test_kept_fraction_counts_what_packing_keeps(family):
-    model, training = started(family, torch.float32, final="sample")
-    expected = float(training.decisions.layout.kept_fraction(training.decisions.hard.double()))
-    assert training.finish() == pytest.approx(expected)
-    assert gp.pack(model).kept_fraction == pytest.approx(expected)
-
-
-def literal_linear(module, place, x, m, tunes: bool):
-    """Both published formulas for one linear, row by row; m [rows] or [columns]."""
-    operands = operands_of(module)
-    (adapter,) = operands.adapters
-    if place.columns is not None and not tunes and place.power:
-        x = x * m**place.power
-    rows = []
-    for n in range(len(operands.w)):
-        frozen = (x * operands.w[n]).sum(-1)
-        frozen = frozen if operands.bias is None else frozen + operands.bias[n]
-        low = sum((x * adapter.a[r]).sum(-1) * adapter.b[n, r] for r in range(len(adapter.a)))
-        if place.rows is None:
-            rows.append(frozen + low)
-        elif tunes:
-            rows.append(m[n] * frozen + low)
-        else:
-            rows.append(m[n] * (frozen + low) if place.masks_output else frozen + low)
-    return torch.stack(rows, -1)
-
-
-@pytest.mark.parametrize("family", LAYOUTS)
-@pytest.mark.parametrize("tunes", [True, False])
-def test_linears_are_the_published_formulas(family, tunes):
-    model, training = started(family)
-    model.train(tunes)
-    decisions = training.decisions
-    for place in decisions.layout.places[: len(decisions.layout.places) // 2]:
-        module = model.get_submodule(place.name)
-        x = torch.randn(5, weight_matrix(base_linear(module)).shape[1], dtype=torch.float64)
-        x.requires_grad_()
-        factors = [(a.a, a.b) for a in operands_of(module).adapters][0]
-        m = decisions.hard[decisions.index[place.name]].double()
-        expected = literal_linear(module, place, x, m, tunes)
-        ours = module(x)
-        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
-        upstream = torch.randn_like(ours)
-        found = torch.autograd.grad(ours, (x, *factors), upstream)
-        for a, b in zip(found, torch.autograd.grad(expected, (x, *factors), upstream), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize("family", LAYOUTS)
-def test_soft_decisions_have_the_gradient_of_the_evaluation_formula(family):
-    model, training = started(family)
-    decisions = training.decisions
-    values = float64([0.0, 0.3, 1.0])[torch.randint(3, decisions.hard.shape)].requires_grad_()
-    ids = token_ids()
-    model.eval()
-    with decisions.softened(values):
-        ours = model(ids).logits
-    upstream = torch.randn_like(ours)
-    (found,) = torch.autograd.grad(ours, values, upstream)
-    unmask_linears(model, decisions)
-    merge_adapters(model, decisions)
-    literal = values.detach().clone().requires_grad_()
-    for place in decisions.layout.places:
-        module, index = model.get_submodule(place.name), decisions.index[place.name]
-        if place.masks_output:
-            module.register_forward_hook(lambda m, args, y, i=index: y * literal[i])
-        elif place.columns is not None and place.power:
-
-            def before(m, args, i=index, power=place.power):
-                return (args[0] * literal[i] ** power,)
-
-            module.register_forward_pre_hook(before)
-    theirs = model(ids).logits
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    (expected,) = torch.autograd.grad(theirs, literal, upstream)
-    scale = float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * scale)
 
 
 def test_kernels_compute_both_formulas(monkeypatch):
@@ -374,6 +291,42 @@ def test_generator_step_pays_for_no_lora_gradient():
     assert all(not torch.equal(a, b) for a, b in moved)
 
 
+def test_hard_loss_is_that_of_the_packed_model(monkeypatch):
+    model, training = started("llama", offset=0.5, hard_loss=True)
+    losses, drawn, real = [], [], atp.gumbel_sigmoid
+    monkeypatch.setattr(atp, "gumbel_sigmoid", lambda *a: drawn.append(real(*a)) or drawn[-1])
+    handle = model.register_forward_hook(lambda m, args, output: losses.append(output.loss))
+    training._generator_step()
+    handle.remove()
+    training.decisions.set(drawn[0] >= 0.5)
+    assert 0.3 < float(training.decisions.hard.double().mean()) < 0.9
+    training.frozen = True
+    training.finish()
+    gp.pack(model)
+    ids = generator_batches()[0]
+    expected = model.eval()(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(losses[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_decisions_cross_to_the_host_once(monkeypatch):
+    """For all linears together, and only where a path asks which rows are kept."""
+    model, training = started("llama", torch.float32)
+    model(token_ids())
+    decisions, crossed, real = training.decisions, [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: crossed.append(x) or real(x))
+    decisions.set(~decisions.hard)
+    assert not crossed
+    for _ in range(2):
+        model(token_ids())
+    assert len(crossed) == 1 and crossed[0] is decisions.hard
+    for place in decisions.layout.places:
+        rows = decisions.open_rows(place)
+        if place.rows is None:
+            assert rows is None
+        else:
+            assert torch.equal(rows, decisions.hard[place.rows].nonzero().squeeze(1))
+
+
 def test_pruned_rows_of_the_frozen_path_are_not_computed(folded, monkeypatch):
     widths = []
     real = FoldedLinear.apply
@@ -418,6 +371,45 @@ class TestErrors:
         model = peft.get_peft_model(tiny_model("llama", torch.float32), lora)
         with pytest.raises(ValueError, match="k_proj has no LoRA, which ATP trains on every"):
             ATP().start(model, 4, generator_batches())
+
+    @pytest.mark.parametrize("wrapped", [False, True])
+    def test_dora(self, wrapped):
+        import peft
+
+        model = tiny_model("llama", torch.float32)
+        lora = peft.LoraConfig(r=2, target_modules="all-linear", use_dora=True)
+        if wrapped:
+            model = peft.get_peft_model(model, lora)
+        else:
+            peft.inject_adapter_in_model(lora, model)
+        classes = [type(module) for module in model.modules()]
+        message = (
+            r"layers\.0\.self_attn\.q_proj cannot be masked by decisions: adapter 'default' is a "
+            r"DoraLinearVariant; ATP trains plain LoRA \(LoraConfig without use_dora"
+        )
+        method = ATP(**FAST)
+        for refused in (
+            lambda: method.prepare(model),
+            lambda: method.start(model, 4, generator_batches()),
+        ):
+            with pytest.raises(ValueError, match=message):
+                refused()
+        assert [type(module) for module in model.modules()] == classes
+        assert model(input_ids=token_ids()).logits.isfinite().all()
+
+    def test_quantized_weights(self):
+        class Quantized(torch.Tensor):
+            pass
+
+        model = tiny_model("llama", torch.float32)
+        down = model.model.layers[1].mlp.down_proj
+        down.weight = torch.nn.Parameter(down.weight.detach().as_subclass(Quantized))
+        before = model.state_dict().keys()
+        with pytest.raises(
+            ValueError, match=r"1\.mlp\.down_proj cannot .* weight is a Quantized; "
+        ):
+            ATP().prepare(model)
+        assert model.state_dict().keys() == before
 
     def test_gates(self):
         model = tiny_model("llama", torch.float32)

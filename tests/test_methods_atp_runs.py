@@ -67,10 +67,10 @@ def test_resumes_bit_for_bit(regulariser):
             assert torch.equal(a, b), name
 
 
-def trainer(folder, callback, callbacks=(), **arguments):
+def trainer(folder, callback, callbacks=(), model=None, **arguments):
     rows = [{"input_ids": row, "labels": row} for row in token_ids(24, 6)]
     return Trainer(
-        tiny_model("llama", torch.float32),
+        tiny_model("llama", torch.float32) if model is None else model,
         TrainingArguments(
             output_dir=str(folder), per_device_train_batch_size=2, report_to=[], use_cpu=True,
             disable_tqdm=True, save_strategy="no", logging_steps=2, seed=5,
@@ -81,18 +81,46 @@ def trainer(folder, callback, callbacks=(), **arguments):
     )  # fmt: skip
 
 
-def test_in_a_trainer_with_resume(tmp_path):
-    method = ATP(**{**FAST, "lora_dropout": 0.1})
-    whole = trainer(tmp_path / "whole", gp.GateCallback(method, batches=generator_batches()))
+def with_own_adapters():
+    import peft
+
+    torch.manual_seed(7)
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1)
+    return peft.get_peft_model(tiny_model("llama", torch.float32), lora)
+
+
+@pytest.mark.parametrize(
+    ("cut", "regulariser", "accumulation", "brings_adapters"),
+    [
+        (3, "lasso", 1, False),
+        (3, "proximal", 2, True),
+        (4, "lasso", 2, True),  # decisions are fixed by step 4
+        (4, "proximal", 1, False),
+        (6, "lasso", 2, False),
+        (6, "proximal", 1, True),
+    ],
+)
+def test_in_a_trainer_with_resume(cut, regulariser, accumulation, brings_adapters, tmp_path):
+    fields = {"lora_dropout": 0.1, "regulariser": regulariser, "proximal_rate": 1e-7}
+    method = ATP(**{**FAST, **fields})
+
+    def run(folder, callback, *callbacks):
+        model = with_own_adapters() if brings_adapters else None
+        callback = callback(method, batches=generator_batches())
+        arguments = {"gradient_accumulation_steps": accumulation, "learning_rate": 1e-3}
+        return trainer(tmp_path / folder, callback, callbacks, model, **arguments)
+
+    whole = run("whole", gp.GateCallback)
     whole.train()
     assert any("gates/budget_loss" in entry for entry in whole.state.log_history)
-    trainer(tmp_path / "cut", NoFinish(method, batches=generator_batches()), [StopAt(3)]).train()
-    second = trainer(tmp_path / "cut", gp.GateCallback(method, batches=generator_batches()))
+    run("cut", NoFinish, StopAt(cut)).train()
+    second = run("cut", gp.GateCallback)
     second.train(resume_from_checkpoint=True)
     ours = second.model.state_dict()
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(ours[name], tensor), name
-    assert abs(gp.pack(second.model).kept_fraction - 0.6) <= 0.005
+    model = second.model.merge_and_unload() if brings_adapters else second.model
+    assert abs(gp.pack(model).kept_fraction - 0.6) <= 0.005
 
 
 class Scaled(TrainerCallback):

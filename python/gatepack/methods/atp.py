@@ -22,7 +22,13 @@ from gatepack.methods.decisions import (
     straight_through,
 )
 from gatepack.methods.group_lasso import lasso, proximal
-from gatepack.methods.masked_lora import Decisions, mask_linears, merge_adapters, unmask_linears
+from gatepack.methods.masked_lora import (
+    Decisions,
+    mask_linears,
+    merge_adapters,
+    refuse_linears,
+    unmask_linears,
+)
 from gatepack.modules import linear_shape
 from gatepack.quality import input_device
 from gatepack.row_column import QUERY_KEY, attach_rows_columns
@@ -51,9 +57,11 @@ class ATP:
     costs nearest to target, with channels in multiples of width_multiple where that fits
     (final="budget", ours), or the last sample (final="sample", published).
 
-    target: kept fraction of the weights of the blocks' linears. per_head: own lanes for each
-    key/value head, not the same ones for all. tie_pairs: lanes j and j + head_dim / 2 of q and k go
-    together, so that what is pruned is still 0 when RoPE has turned these pairs; None where it
+    target: kept fraction of the weights of the blocks' linears. hard_loss: the generator's loss,
+    too, is under m, straight-through, so that it sees what is packed; where a lane is closed, its
+    products in q and k are 0 * 0, without a gradient. False is published. per_head: own lanes for
+    each key/value head, not the same ones for all. tie_pairs: lanes j and j + head_dim / 2 of q and
+    k go together, so that what is pruned is still 0 when RoPE has turned these pairs; None where it
     does (in GLM, GLM-4 and Phi it turns others, or part of the lanes), False is published. In
     either case weights and their products shrink, while attention and its cache see dense widths,
     with zeros. lora_rank, lora_dropout: of the LoRA put on every linear of the blocks, with scale 1
@@ -69,6 +77,7 @@ class ATP:
     offset: float = 3.0
     budget_weight: float = 5.0
     clip: float = 3.0
+    hard_loss: bool = False
     regulariser: str = "lasso"
     lasso_weight: float = 0.03
     last_weight: float = 100.0
@@ -108,12 +117,20 @@ class ATP:
                 )
 
     def prepare(self, model: nn.Module, batches: Iterable[Batch] = ()) -> None:
-        """Puts LoRA on every linear of the blocks, in place, unless model is a PEFT model."""
+        """Puts LoRA on every linear of the blocks, in place, unless model is a PEFT model.
+
+        Raises ValueError for linears that cannot be masked, of quantized weights or with DoRA, say,
+        before anything has changed.
+        """
         root = hf_model(model)
         refuse_clipping(root)
-        if model is not root or _has_adapters(root):
+        adapted = model is not root or _has_adapters(root)
+        if not adapted:
+            remedy = "call prepare or start before fully_shard"
+            refuse_sharded(root, "LoRA cannot be put on it", remedy)
+        refuse_linears(root, adapted)
+        if adapted:
             return
-        refuse_sharded(root, "LoRA cannot be put on it", "call prepare or start before fully_shard")
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
@@ -181,7 +198,7 @@ class ATPTraining:
         self.frozen = False
         self.owes_projection = False
         self._begun = False
-        self.budget_loss = float("nan")
+        self.budget_loss = torch.tensor(math.nan)
         self._handles: list = []
         self._watch()
         self._draw()
@@ -241,18 +258,18 @@ class ATPTraining:
                 factor.grad = grad if factor.grad is None else factor.grad + grad
 
     def _generator_step(self) -> None:
-        """One step on loss(s) + budget_weight * budget; no other parameter gets a gradient."""
+        """One step on the loss + budget_weight * budget; no other parameter gets a gradient."""
         method = self.method
         inputs = with_labels(
             self.root, inputs_of(self.batches[self.done % len(self.batches)], self._device)
         )
         soft = self._soft(train=True)
-        kept = self.decisions.layout.kept_fraction(straight_through(soft))
-        budget = budget_loss(kept, method.target)
+        hard = straight_through(soft)
+        budget = budget_loss(self.decisions.layout.kept_fraction(hard), method.target)
         lowered = self.decisions.autocast
         with (
             frozen(self.root),
-            self.decisions.softened(soft),
+            self.decisions.softened(hard if method.hard_loss else soft, not method.hard_loss),
             torch.autocast(self._device.type, lowered, enabled=lowered is not None),
         ):
             loss = self.model(**inputs).loss
@@ -263,7 +280,7 @@ class ATPTraining:
         nn.utils.clip_grad_norm_(parameters, method.clip, error_if_nonfinite=True)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.budget_loss = float(budget.detach())
+        self.budget_loss = budget.detach()
 
     @property
     def _device(self) -> torch.device:
@@ -365,13 +382,13 @@ class ATPTraining:
         With LoRA sharded over ranks, every rank must ask.
         """
         pushed = 0.0
-        if not hasattr(self.root, GATES_NAME):
+        if self in at_work(self.root._forward_pre_hooks, ATPTraining):
             with torch.no_grad():
                 pushed = float(lasso(self.root, self.decisions))
         kept = self.decisions.layout.kept_fraction(self.decisions.hard.double())
         return {
             "gates/kept_fraction": round(float(kept), 4),
-            "gates/budget_loss": round(self.budget_loss, 6),
+            "gates/budget_loss": round(float(self.budget_loss), 6),
             "gates/pruned_lora": round(pushed, 6),
         }
 
@@ -382,7 +399,7 @@ class ATPTraining:
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"adam.{place}.{name}"] = value
         state["decisions"] = self.decisions.hard
-        state["budget_loss"] = torch.tensor(self.budget_loss, dtype=torch.float64)
+        state["budget_loss"] = self.budget_loss.double()
         for name in ("done", "frozen", "owes_projection"):
             state[name] = torch.tensor(getattr(self, name))
         return state
@@ -393,7 +410,7 @@ class ATPTraining:
         for place, parameter in enumerate(self.generator.parameters()):
             load_moments(self.optimizer, parameter, under(f"adam.{place}.", state))
         self.decisions.set(state["decisions"].to(self._device, copy=True))
-        self.budget_loss = float(state["budget_loss"])
+        self.budget_loss = state["budget_loss"]
         self.done = int(state["done"])
         self.frozen, self.owes_projection = bool(state["frozen"]), bool(state["owes_projection"])
         self._watch()

@@ -12,9 +12,11 @@ from torch import nn
 from gatepack.adopt import adopt, derived
 from gatepack.functional import spread_lanes
 from gatepack.in_place import folded_linear, tokens_in_place
+from gatepack.layers import layers_of
 from gatepack.methods.decisions import Layout, Place
-from gatepack.modules import Operands, operands_of
+from gatepack.modules import Operands, adapters_of, base_linear, operands_of
 from gatepack.paths import choose_path
+from gatepack.sharding import is_sharded
 
 
 class Decisions:
@@ -22,12 +24,14 @@ class Decisions:
 
     width: of the model's residual stream, by which gatepack.paths chooses.
 
-    Which rows run is found once for all linears, with one copy to the host, when decisions change.
+    Which rows run is found once for all linears after decisions change, with one copy to the host
+    and one back, when a forward first asks: where all linears take "triton", none does.
     """
 
     def __init__(self, layout: Layout, width: int, device: torch.device):
         self.layout, self.width = replace(layout, costs=layout.costs.to(device)), width
         self.soft: torch.Tensor | None = None
+        self.fractional = False  # whether soft decisions are other than 0 and 1
         self.index = {
             place.name: (place.columns if place.rows is None else place.rows).to(device)
             for place in layout.places
@@ -37,18 +41,24 @@ class Decisions:
 
     def set(self, hard: torch.Tensor) -> None:
         """New hard decisions, bool [N]."""
-        self.hard = hard
-        on_host = hard.cpu()
-        self._rows = {}
-        for place in self.layout.places:
-            if place.rows is not None:
-                open_rows = on_host[place.rows]
-                rows = None if bool(open_rows.all()) else open_rows.nonzero().squeeze(1)
-                self._rows[place.name] = rows if rows is None else rows.to(hard.device)
+        self.hard, self._rows = hard, None
 
     def open_rows(self, place: Place) -> torch.Tensor | None:
         """The rows of a linear that are kept, sorted int64, or None for all."""
+        if self._rows is None:
+            self._rows = self._find_rows()
         return self._rows.get(place.name)
+
+    def _find_rows(self) -> dict[str, torch.Tensor]:
+        """The kept rows of each linear that lacks some."""
+        on_host = self.hard.cpu()
+        masks = {p.name: on_host[p.rows] for p in self.layout.places if p.rows is not None}
+        found = {name: m.nonzero().squeeze(1) for name, m in masks.items() if not m.all()}
+        if not found:
+            return found
+        rows = torch.cat(list(found.values())).to(self.hard.device)
+        parts = rows.split([len(part) for part in found.values()])
+        return dict(zip(found, parts, strict=True))
 
     def values(self, place: Place, dtype: torch.dtype) -> torch.Tensor:
         """The present decision of each row or column of a linear."""
@@ -56,13 +66,17 @@ class Decisions:
         return flat[self.index[place.name]]
 
     @contextmanager
-    def softened(self, soft: torch.Tensor) -> Iterator[None]:
-        """Linears take soft decisions, fp32 [N] with gradient, in the evaluation formula."""
-        self.soft = soft
+    def softened(self, soft: torch.Tensor, fractional: bool = True) -> Iterator[None]:
+        """Linears take soft decisions, fp32 [N] with gradient, in the evaluation formula.
+
+        Not fractional: these are 0 and 1, straight-through. Then m^2 is m, and gets the gradient
+        of m, without which a channel that is closed would have none.
+        """
+        self.soft, self.fractional = soft, fractional
         try:
             yield
         finally:
-            self.soft = None
+            self.soft, self.fractional = None, False
 
 
 def masked_forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +97,8 @@ def masked_forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if tunes:
         decisions.autocast = x.dtype if lowered else None
     if place.columns is not None and place.power and not tunes:
-        x = x * decisions.values(place, x.dtype).pow(place.power)
+        power = place.power if decisions.fractional else 1
+        x = x * decisions.values(place, x.dtype).pow(power)
     masks = place.rows is not None and (tunes or place.masks_output)
     y = _frozen(operands, x, decisions, place if masks else None, tunes)
     for adapter in operands.adapters:
@@ -101,7 +116,7 @@ def _frozen(
     if place is None:
         return F.linear(x, w.to(x.dtype), _cast(bias, x.dtype))
     tokens = x.numel() // max(x.shape[-1], 1)
-    rows = decisions.open_rows(place)
+    rows = decisions.open_rows(place) if x.device.type == "cpu" else None
     kept = 1.0 if rows is None else len(rows) / len(w)
     path = choose_path(tokens, decisions.width, x.device, kept, tokens_in_place(w)).path
     if path == "triton":
@@ -112,6 +127,8 @@ def _frozen(
         return gated_linear_fn(
             x, w.to(x.dtype), _cast(bias, x.dtype), z_out=m, closed_grad=closed_grad
         )
+    if tunes:
+        rows = decisions.open_rows(place)
     if not tunes or rows is None or path == "dense":
         y = F.linear(x, w.to(x.dtype), _cast(bias, x.dtype))
         return y if tunes and rows is None else y * decisions.values(place, y.dtype)
@@ -134,15 +151,33 @@ def _masked_class(dense: type) -> type:
     return derived("Masked", dense, members, _masked_class)
 
 
+def refuse_linears(root: nn.Module, adapted: bool) -> None:
+    """ValueError for a linear of the blocks that masked_forward could not compute.
+
+    adapted: whether all must have their LoRA already.
+    """
+    for layer in layers_of(root):
+        for path in layer.family.linears:
+            module = layer.module.get_submodule(path)
+            if adapted and not hasattr(module, "lora_A"):
+                raise ValueError(
+                    f"{layer.name}.{path} has no LoRA, which ATP trains on every linear of the "
+                    "blocks; leave the adapters to ATP, or target all of them"
+                )
+            sharded = is_sharded(base_linear(module).weight)
+            reason = adapters_of(module) if sharded else operands_of(module)
+            if isinstance(reason, str):
+                raise ValueError(
+                    f"{layer.name}.{path} cannot be masked by decisions: {reason}; ATP trains "
+                    "plain LoRA (LoraConfig without use_dora and lora_bias) on weights that are "
+                    "not quantized"
+                )
+
+
 def mask_linears(root: nn.Module, decisions: Decisions) -> None:
     """Puts every LoRA layer that decisions act on under them, by swapping children."""
     for place in decisions.layout.places:
         module = root.get_submodule(place.name)
-        if not hasattr(module, "lora_A"):
-            raise ValueError(
-                f"{place.name} has no LoRA, which ATP trains on every linear of the blocks; leave "
-                "the adapters to ATP, or target all of them"
-            )
         masked = adopt(module, _masked_class(type(module)))
         masked.atp_decisions, masked.atp_place = decisions, place
         root.set_submodule(place.name, masked)
