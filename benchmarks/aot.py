@@ -3,9 +3,10 @@
     python benchmarks/aot.py [--json FILE] [--targets sm_90 gfx942] [--ops gated_linear] [--jobs N]
 
 The AOT cases in benchmarks/ops/ call public ops on bf16 tensors of a model shape, forward and
-backward. Instead of launching, the kernels record the arguments that the launcher really passes;
-each distinct record is then compiled for each target with the tiles that `choose_config` gives that
-target. Needs triton and its bundled ptxas and cuobjdump; no GPU.
+backward; gated_attention's on fp32 ones, too. Instead of launching, the kernels record the
+arguments that the launcher really passes; each distinct record is then compiled for each target
+with the tiles that `choose_config` gives that target. Needs triton and its bundled ptxas and
+cuobjdump; no GPU.
 
 Columns: registers per thread, spill bytes per thread (NVIDIA: stack), shared memory in bytes per
 block, how many blocks of it fit on a multiprocessor at once (NVIDIA), whether the matrix
@@ -44,6 +45,7 @@ class Chip:
 
 CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), r"mma\.sync", 163 * 1024),
+    "sm_86": Chip(GPUTarget("cuda", 86, 32), r"mma\.sync", 99 * 1024),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), r"wgmma\.mma_async", 227 * 1024),
     "sm_100": Chip(GPUTarget("cuda", 100, 32), r"tcgen05\.mma", 227 * 1024),
     "sm_120": Chip(GPUTarget("cuda", 120, 32), r"mma\.sync", 99 * 1024),
@@ -194,6 +196,7 @@ def narrow_products(ttir: str) -> list[str]:
 # Registers, shared memory in bytes and warps of a multiprocessor.
 _MULTIPROCESSOR = {
     "sm_80": (65536, 164 * 1024, 64),
+    "sm_86": (65536, 100 * 1024, 48),
     "sm_90": (65536, 228 * 1024, 64),
     "sm_100": (65536, 228 * 1024, 64),
     "sm_120": (65536, 100 * 1024, 48),
@@ -228,6 +231,7 @@ def compile_launch(op: str, case: str, arch: str, kernel, args, kwargs, blocks: 
         "kernel": kernel.__name__,
         "tile": {k: v for k, v in kwargs.items() if k.startswith("BLOCK")},
         "has_dot": "tt.dot" in ttir,
+        "has_fp32_dot": bool(re.search(r"tt\.dot .* : tensor<[\dx]+xf32> \*", ttir)),
         "arch": arch,
         "registers": registers,
         "spill_bytes": spill,

@@ -41,8 +41,16 @@ POINTER_MATMULS = {
 GATHERED_MATMULS = {("channels", "sm_90"), ("channels", "sm_120")}
 GATHERED_MATMULS |= {("masked+drop", "sm_90"), ("masked+drop", "sm_120")}
 
+# Kernels whose fp32 products of head_dim 256 do not fit the registers: kernel -> chips
+FP32_SPILLS = {
+    "_gated_attention_fwd_kernel": ("gfx942",),
+    "_gated_attention_bwd_dq_kernel": ("sm_80", "sm_90", "sm_100", "sm_120"),
+    "_gated_attention_bwd_dkv_kernel": ("gfx942",),
+}
+
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+SMALLER = "sm_86"  # and sm_89: as sm_80, but for less shared memory
 
 
 def compiled(file, *options, **variables):
@@ -59,7 +67,7 @@ def compiled(file, *options, **variables):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     file = tmp_path_factory.mktemp("aot") / "rows.json"
-    return compiled(file, "--jobs", str(os.cpu_count()), "--targets", *TARGETS)
+    return compiled(file, "--jobs", str(os.cpu_count()), "--targets", *TARGETS, SMALLER)
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -78,17 +86,25 @@ def test_every_kernel_is_compiled(rows):
 
 
 def test_nothing_spills(rows):
-    spills = {label(row): row["spill_bytes"] for row in rows if row["spill_bytes"]}
+    spills = {
+        label(row): row["spill_bytes"]
+        for row in rows
+        if row["spill_bytes"]
+        and not (row["has_fp32_dot"] and row["arch"] in FP32_SPILLS.get(row["kernel"], ()))
+    }
     assert not spills
 
 
-def test_shared_memory_fits_the_chip(rows):
+@pytest.mark.parametrize("arch", (*TARGETS, SMALLER))
+def test_shared_memory_fits_the_chip(arch, report):
+    rows = [row for row in report if row["arch"] == arch]
     over = {label(r): r["shared_bytes"] for r in rows if r["shared_bytes"] > r["shared_limit"]}
-    assert not over
+    assert rows and not over
 
 
 def test_matmuls_use_the_matrix_units(rows):
-    matmuls = [row for row in rows if row["has_dot"]]
+    """In 16 bit: NVIDIA's have no exact fp32 products."""
+    matmuls = [row for row in rows if row["has_dot"] and not row["has_fp32_dot"]]
     assert matmuls
     scalar = [label(row) for row in matmuls if not row["matrix_instruction"]]
     assert not scalar

@@ -127,6 +127,20 @@ def test_tiny_gates_keep_their_gradient_in_fp16(device):
     check(inputs, device)
 
 
+def test_tiny_frozen_gates_keep_the_other_gradients_in_fp16(device):
+    inputs = to(make_inputs(torch.float16), device)
+    do, z = 100 * upstream(inputs).to(device), 1e-6 * inputs.pop("z")
+    expected = run(gated_attention_fn, inputs | {"z": z}, do, config=SMALL_TILES)
+    frozen = run(gated_attention_fn, inputs, do, z=z, config=SMALL_TILES)
+    for name, got in frozen.items():
+        assert torch.equal(got, expected[name]), name
+    for name in ("q", "k"):
+        alone = {name: inputs[name]}
+        others = {n: t for n, t in inputs.items() if n != name} | {"z": z}
+        (got,) = list(run(gated_attention_fn, alone, do, config=SMALL_TILES, **others).values())[1:]
+        assert torch.equal(got, expected[f"d{name}"]), name
+
+
 def test_default_tiles(device):
     check(make_inputs(torch.bfloat16, 40, 40), device, config=None)
 

@@ -78,6 +78,20 @@ def test_sequences_without_padding(lengths_q, lengths_k, causal, device):
     torch.testing.assert_close(dz, ours["dz"])
 
 
+def test_sequences_from_a_table_of_begins_and_ends(device):
+    """cu_seqlens that are a column of it are not contiguous."""
+    inputs, cuts = make_varlen(torch.float32, (5, 18), (9, 14), device)
+    inputs, do = to(inputs, device), upstream(inputs).to(device)
+    expected = run(gated_attention_fn, inputs, do, config=SMALL_TILES, **cuts)
+    columns = {
+        name: torch.stack([t, t + 1], 1)[:, 0] if name.startswith("cu_") else t
+        for name, t in cuts.items()
+    }
+    got = run(gated_attention_fn, inputs, do, config=SMALL_TILES, **columns)
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+
+
 def test_sequences_without_padding_in_low_precision(device):
     inputs, cuts = make_varlen(torch.bfloat16, (9, 18), (9, 18), device)
     check(inputs, device, **cuts)

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from tune import neighbours
 
 from gatepack.kernels import GatedLinearConfig, Tile, choose_config
 
@@ -23,6 +24,14 @@ def test_consumer_chips_get_tiles_that_fit_99_kB():
     assert (tile.block_m + tile.block_n) * tile.block_k * 2 * tile.num_stages <= 99 * 1024
 
 
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_120", "sm_121"])
+def test_fp32_attention_fits_99_kB(arch):
+    """dk and dv hold q, do, k, v and the scores of one step in shared memory."""
+    tile = choose_config("gated_attention", (4096, 4096, 256, 256), torch.float32, arch).dkv
+    queries, keys = tile.block_q, tile.block_k
+    assert 4 * (2 * (queries + keys) * 256 + queries * keys) <= 99 * 1024
+
+
 def test_integers_round_trip():
     config = choose_config("gated_linear", (64, 128, 256), torch.float16, "sm_90")
     assert GatedLinearConfig.from_ints(config.to_ints()) == config
@@ -32,12 +41,25 @@ def test_integers_round_trip():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("block_m", 8), ("block_n", 48), ("num_warps", 3), ("num_stages", 0), ("persistent", -1)],
+    [
+        ("block_m", 8),
+        ("block_n", 48),
+        ("block_k", 512),
+        ("num_warps", 3),
+        ("num_stages", 0),
+        ("persistent", -1),
+    ],
 )
 def test_tile_refuses(field, value):
     tile = Tile(16, 16, 16, num_warps=4, num_stages=2)
     with pytest.raises(ValueError, match=f"{field}: expected .* got {value}"):
         dataclasses.replace(tile, **{field: value})
+
+
+def test_tuning_tries_no_tile_that_is_too_wide():
+    tried = list(neighbours(Tile(256, 256, 128, num_warps=4, num_stages=2)))
+    assert {tile.block_k for tile in tried} == {64, 128, 256}
+    assert all(max(tile.block_m, tile.block_n) <= 256 for tile in tried)
 
 
 def test_unknown_op_is_refused():

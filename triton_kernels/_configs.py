@@ -9,6 +9,8 @@ import dataclasses
 
 import torch
 
+WIDEST = 256  # of a Tile's blocks: tensors over slots are filled to a multiple of it
+
 
 class _Config:
     """What the frozen dataclasses below share: a flat form for operator schemas, and checks."""
@@ -54,7 +56,8 @@ class _Config:
 
 @dataclasses.dataclass(frozen=True)
 class Tile(_Config):
-    """One matmul tile. block_m, block_n: output rows and columns; block_k: reduction step.
+    """One matmul tile. block_m, block_n: output rows and columns; block_k: reduction step. Each is
+    at most WIDEST.
 
     persistent: programs per multiprocessor that loop over the tiles and fetch operands by
     descriptor where they can (_tma.py); 0: one program for each tile, and pointers.
@@ -71,6 +74,8 @@ class Tile(_Config):
     def __post_init__(self):
         for name in ("block_m", "block_n", "block_k"):
             self._expect_power_of_two(name, 16)
+            if getattr(self, name) > WIDEST:
+                raise ValueError(f"{name}: expected at most {WIDEST}, got {getattr(self, name)}")
         self._expect_warps()
         for name, least in (("num_stages", 1), ("group_m", 1), ("persistent", 0)):
             self._expect_at_least(name, least)
@@ -212,11 +217,16 @@ _ATTENTION = {
         256: ((128, 32, 4, 2), (64, 32, 4, 1), (16, 64, 4, 1)),
     },
 }
-# The same for fp32 operands, on every chip: registers are what is short.
+# The same for fp32 operands, on every chip: registers are what is short, and beyond head_dim 128
+# they do not suffice (tests/test_aot.py).
 _ATTENTION_FP32 = {
     64: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
     128: ((32, 32, 8, 1), (32, 32, 4, 2), (32, 32, 8, 1)),
     256: ((32, 32, 8, 1), (16, 32, 4, 1), (32, 32, 8, 1)),
+}
+# Where a block has 99 KiB of shared memory, dkv of 32 queries (132 KiB) cannot be launched.
+_ATTENTION_FP32_IN_99_KIB = _ATTENTION_FP32 | {
+    256: (*_ATTENTION_FP32[256][:2], (16, 32, 8, 1)),
 }
 
 
@@ -227,6 +237,11 @@ def _family(arch: str) -> str:
     if 100 <= number < 120:
         return "sm_100"
     return "sm_90" if number == 90 else "sm_80"
+
+
+def _has_99_kib(arch: str) -> bool:
+    """Whether a block has 99 KiB of shared memory only, unlike on the large chips of its family."""
+    return arch in ("sm_86", "sm_89") or arch.startswith("sm_12")
 
 
 def _pow2_between(low: int, value: int, high: int) -> int:
@@ -322,7 +337,10 @@ def _gated_attention(shape: tuple[int, ...], dtype: torch.dtype, arch: str) -> G
         block_k = _pow2_between(16, keys, tile.block_k)
         return dataclasses.replace(tile, block_q=block_q, block_k=block_k)
 
-    choices = _ATTENTION[_family(arch)] if dtype.itemsize == 2 else _ATTENTION_FP32
+    if dtype.itemsize == 2:
+        choices = _ATTENTION[_family(arch)]
+    else:
+        choices = _ATTENTION_FP32_IN_99_KIB if _has_99_kib(arch) else _ATTENTION_FP32
     return GatedAttentionConfig(*(fit(AttentionTile(*sizes)) for sizes in choices[width]))
 
 

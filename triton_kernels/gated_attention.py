@@ -165,6 +165,8 @@ def _tiles(config, q, v, queries, keys):
 
 def _masks(key_mask, cu_seqlens_q, cu_seqlens_k):
     """The mask's bytes, the range of keys outside of which it hides all, sequences; the strides."""
+    if cu_seqlens_q is not None:
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     if key_mask is None:
         return (None, None, cu_seqlens_q, cu_seqlens_k), (0, 0)
     key_mask = key_mask.view(torch.uint8)
@@ -357,18 +359,17 @@ def gated_attention_fn(
     longest lengths or more. The values are not checked: that would make the host wait.
 
     Gradients flow to q, k, v, z; dk and dv sum over the open heads of a group, dz is fp32, 0 for
-    closed heads. o is kept for them (for fp16 with a gradient of z, a second tensor of its size):
-    do not change it in place. fp32 products follow torch.get_float32_matmul_precision(). config
-    None takes the tiles of choose_config.
+    closed heads. o is kept for them (for fp16 with gates and a gradient of q, k or z, a second
+    tensor of its size): do not change it in place. fp32 products follow
+    torch.get_float32_matmul_precision(). config None takes the tiles of choose_config.
 
     Refuses, with ValueError: shapes, dtypes or devices that do not fit, a head_dim beyond 256, a
     scale that is not positive, a window without causal, key_mask beside cu_seqlens, cu_seqlens
     without their max_seqlen, CPU tensors outside Triton's interpreter. RuntimeError: a second
     derivative.
     """
-    keep_h = (
-        q.dtype == torch.float16 and z is not None and z.requires_grad and torch.is_grad_enabled()
-    )
+    reads_h = q.dtype == torch.float16 and z is not None and torch.is_grad_enabled()
+    keep_h = reads_h and any(t.requires_grad for t in (q, k, z))
     ints = [] if config is None else config.to_ints()
     return torch.ops.gatepack.gated_attention(
         q, k, v, z, key_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,

@@ -16,7 +16,6 @@ Source: FineGates, arXiv 2412.12951 (gates); GLU variants, arXiv 2002.05202 (MLP
 """
 
 import torch
-import torch.nn.functional as F
 
 from ._common import check_device, expect, refuse_second_derivative, rows_of
 from ._configs import GatedMLPConfig
@@ -76,8 +75,13 @@ def _down(h, branch, slots, tiles):
     """(y [T, K], s A h or None) of the down projection."""
     p = slots_times(h, branch.lora_a, slots, tiles.low, branch.scale) if branch.rank else None
     if slots.open_set is None:
-        y = F.linear(h, branch.w, branch.bias)
-        return y if p is None else torch.addmm(y, p, branch.lora_b.t()), p
+        # Into a given tensor, as in scaled_mm.
+        y, w = h.new_empty(h.shape[0], branch.w.shape[0]), branch.w.t()
+        if branch.bias is None:
+            torch.mm(h, w, out=y)
+        else:
+            torch.addmm(branch.bias, h, w, out=y)
+        return y if p is None else y.addmm_(p, branch.lora_b.t()), p
     y, *_ = gated_matmul(
         h, branch.w, slots.axis, Axis(branch.w.shape[0]), tiles.down, bias=branch.bias, u=p,
         up=branch.lora_b if branch.rank else None,

@@ -30,7 +30,7 @@ from ._common import (
 )
 from ._configs import GatedMLPConfig
 from .glu_backward import glu_dx, glu_gradients
-from .glu_common import Branch, Slots, project, slots_outer, slots_times
+from .glu_common import Branch, Slots, joined, project, slots_outer, slots_times
 from .glu_forward import glu_forward
 from .open_sets import open_set
 
@@ -157,7 +157,7 @@ def branch_gradients(grads, needs, a, u, x, p, slots, tiles):
                 grads[f"d{name}"], branch.lora_b.t(), slots, tiles.low, branch.scale
             )
     if "dx" in needs:
-        both = torch.cat(list(v.values()), 1) if len(v) == 2 else next(iter(v.values()), None)
+        both = joined(list(v.values()), dim=1)
         grads["dx"] = glu_dx(grads["da"], grads["du"], a, u, slots, both, tiles.dx)
     first = 0
     for name, branch in (("a", a), ("u", u)):

@@ -20,6 +20,7 @@ from .glu_common import (
     add_low_rank,
     by_descriptor,
     column_part,
+    joined,
     load_tile,
     open_slots,
     slack_tiles,
@@ -335,7 +336,7 @@ def glu_dx(da, du, a, u, slots, v, tile):
     tiles_m, tiles_n = triton.cdiv(t, tile.block_m), triton.cdiv(k, tile.block_n)
     if tiles_m * tiles_n:
         factors = [branch.lora_a for branch in (a, u) if branch.rank]
-        lora_a = torch.cat(factors) if factors[1:] else factors[0] if factors else None
+        lora_a = joined(factors)
         (das, dus), x_tma = by_descriptor([da, du], tile, tile.block_m, tile.block_k)
         ws, w_tma = [a.w, u.w], False
         if slots.open_set is None:

@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 
 from ._common import dot, offsets
+from ._configs import WIDEST
 from ._tma import descriptor
 from .gated_matmul import gated_matmul, gated_outer
 from .open_sets import Axis
 
-SLACK = tl.constexpr(256)  # no tile of slots is wider
+SLACK = tl.constexpr(WIDEST)  # no tile of slots is wider
 
 
 class Branch(NamedTuple):
@@ -203,15 +204,23 @@ def project(x, branches):
     if not used:
         return None
     if len({branch.scale for branch in used}) == 1:
-        stacked = torch.cat([branch.lora_a for branch in used]) if used[1:] else used[0].lora_a
-        return scaled_mm(x, stacked.t(), used[0].scale)
-    return torch.cat([scaled_mm(x, b.lora_a.t(), b.scale) for b in used], dim=1)
+        return scaled_mm(x, joined([b.lora_a for b in used]).t(), used[0].scale)
+    return joined([scaled_mm(x, b.lora_a.t(), b.scale) for b in used], dim=1)
+
+
+def joined(parts, dim=0):
+    """torch.cat of matrices, or None. Autocast refuses one of 16-bit parts in another dtype than
+    its own, and leaves one into a given tensor alone."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return torch.cat(parts, dim, out=parts[0].new_empty(0))
 
 
 def scaled_mm(left, right, scale):
-    """scale * left right, scaled before the rounding."""
+    """scale * left right, scaled before the rounding; in a tensor of its own: autocast, which would
+    round the operands of a product, leaves one into a given tensor alone."""
     out = left.new_empty(left.shape[0], right.shape[1])
-    return torch.addmm(out, left, right, beta=0, alpha=scale)
+    return out.addmm_(left, right, beta=0, alpha=scale)
 
 
 def slots_times(d, w, slots, tile, alpha=1.0):

@@ -7,11 +7,13 @@ from _suite import Case, Contender, Work, bf16
 SEQUENCE = 2048  # tokens
 
 
-def _call(batch, tokens, heads, kv_heads, lanes, *, gated=True, varlen=False, **settings):
+def _call(
+    batch, tokens, heads, kv_heads, lanes, *, gated=True, varlen=False, make=bf16, **settings
+):
     from gatepack.kernels import gated_attention_fn
 
     sizes = (batch * tokens,) if varlen else (batch, tokens)
-    q, k, v = (bf16(*sizes, count, lanes) for count in (heads, kv_heads, kv_heads))
+    q, k, v = (make(*sizes, count, lanes) for count in (heads, kv_heads, kv_heads))
     if varlen:
         starts = torch.zeros(batch + 1, dtype=torch.int32)
         settings |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
@@ -21,8 +23,13 @@ def _call(batch, tokens, heads, kv_heads, lanes, *, gated=True, varlen=False, **
     torch.autograd.grad(o, leaves, torch.empty_like(o))
 
 
-def _padded(batch, tokens, *sizes):
-    _call(batch, tokens, *sizes, key_mask=torch.ones(batch, tokens, dtype=torch.bool))
+def _padded(batch, tokens, *sizes, **settings):
+    mask = torch.ones(batch, tokens, dtype=torch.bool)
+    _call(batch, tokens, *sizes, key_mask=mask, **settings)
+
+
+def _fp32(*shape):
+    return bf16(*shape).detach().float().requires_grad_()
 
 
 AOT = {
@@ -33,6 +40,8 @@ AOT = {
     "padded": lambda: _padded(2, 4096, 32, 8, 128),
     "varlen": lambda: _call(2, 4096, 32, 8, 128, varlen=True),
     "window": lambda: _call(2, 4096, 32, 8, 128, window=1024),
+    "fp32 256": lambda: _call(1, 256, 4, 2, 256, make=_fp32),
+    "fp32 padded": lambda: _padded(1, 256, 4, 2, 256, make=_fp32, causal=False),
 }
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gatepack import _build, _env
 from gatepack._fakes import (
@@ -321,6 +322,16 @@ def _refuse_gate_gradient(op: str, z_out: Tensor | None, z_in: Tensor | None) ->
             )
 
 
+def _refuse_tangents(op: str, **operands: Tensor | None) -> None:
+    """Torch drops tangents at a custom op: unless it is said here, derivatives would be zeros."""
+    for name, x in operands.items():
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError(
+                f"{op}: {name} must not have a tangent, the op has no forward-mode derivative; "
+                "take it by reverse mode, or index and multiply in plain torch"
+            )
+
+
 class refusals:
     """Around calls of ops: what gatepack._C refuses is a ValueError, as in plain torch.
 
@@ -388,12 +399,15 @@ def fold_pack(
     every backend. stream: on an x86 CPU with several threads, write past the caches; faster where
     matmuls on all threads read the result and its memory is written again, slower otherwise.
 
-    Differentiable in w; refused: gates that require grad, other dtypes, strides, index orders. On
-    CUDA the indices are not read by the host: out of range traps on the device, order is trusted.
+    Differentiable in w, by reverse mode; refused: gates that require grad, forward-mode tangents,
+    other dtypes, strides, index orders. On CUDA the indices are not read by the host: out of range
+    traps on the device, order is trusted.
     """
     tracing = _is_dynamo_compiling()
     if tracing or _backend is None:  # torch 2.9 has no guard for what _load sets
         _load()
+    if forward_ad._current_level >= 0:
+        _refuse_tangents("fold_pack", w=w, z_out=z_out, z_in=z_in)
     # Rows alone, without a gradient, have an op of their own with less to hand over: 1.7 us a call
     # instead of 2.7 us. Tracers, fakes and other modes see fold_pack.
     if (
@@ -447,4 +461,6 @@ def fold_pack_adjoint(
         _load()
     if z_out is not None or z_in is not None:
         _refuse_gate_gradient("fold_pack_adjoint", z_out, z_in)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents("fold_pack_adjoint", g=g, z_out=z_out, z_in=z_in)
     return _call(_ops.fold_pack_adjoint.default, g, rows, cols, z_out, z_in, O, I, dtype)

@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from gatepack import _ext
@@ -26,12 +27,14 @@ _is_tracing = torch.jit.is_tracing
 
 
 def has_cpu_passes(x: torch.Tensor) -> bool:
-    """Whether gatepack._C computes on x now: on a CPU, outside of tracing."""
+    """Whether gatepack._C computes on x now: on a CPU, outside of tracing and of forward-mode
+    differentiation, whose tangents torch does not hand on through custom ops."""
     return (
         x.is_cpu
         and type(x) in PLAIN
         and not _is_compiling()
         and not _is_tracing()
+        and forward_ad._current_level < 0
         and _ext.backend().name != "torch"
     )
 
