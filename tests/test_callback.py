@@ -10,7 +10,8 @@ from tiny import tiny_model, token_ids
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import gatepack as gp
-from gatepack.callback import FILE, GateCallback
+from gatepack.callback import BESIDE, FILE, GateCallback
+from gatepack.files import read_safetensors
 from gatepack.gate_training import GateSchedule
 
 CONFIG = gp.GateConfig(noise=0.1, target=0.5, width_multiple=4, seed=3)
@@ -116,6 +117,77 @@ def test_lora_beside_gates(tmp_path):
     up = model.get_base_model().model.layers[0].mlp.up_proj
     assert torch.equal(up.base_layer.weight, frozen)
     assert up.lora_B["default"].weight.abs().max() > 0
+
+
+def partly_trained_lora(*targets):
+    """LoRA on a model of which a norm and two weights train, one of them repaired by closings."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=2, target_modules=list(targets))
+    model = peft.get_peft_model(tiny_model("llama", torch.float32), lora)
+    layer = model.get_base_model().model.layers[0]
+    down = getattr(layer.mlp.down_proj, "base_layer", layer.mlp.down_proj)
+    for part in (down, layer.mlp.up_proj, layer.input_layernorm):
+        part.weight.requires_grad_(True)
+    return model
+
+
+CLOSING = gp.methods.CloseAndRepair(
+    gp.GateConfig(noise=0.0, target=0.6, width_multiple=4, equal_layers=False),
+    close=(0.25, 0.5), bars=False,
+)  # fmt: skip
+PRUNING = gp.methods.FLAP(
+    gates=gp.GateConfig(noise=0.0, target=0.7, width_multiple=2, equal_layers=False)
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "distillation", "targets"),
+    [
+        (CONFIG, None, ("q_proj", "down_proj")),
+        (CONFIG, gp.Distillation(), ("q_proj", "down_proj")),
+        (CLOSING, None, ("q_proj", "down_proj")),
+        (CLOSING, gp.Distillation(), ("q_proj", "down_proj")),
+        (PRUNING, None, ("lm_head",)),
+    ],
+    ids=["gates", "gates-distilled", "closing", "closing-distilled", "pruning"],
+)
+def test_what_trains_beside_lora_is_resumed(method, distillation, targets, tmp_path):
+    inputs = {
+        "batches": [{"input_ids": ids, "labels": ids} for ids in (token_ids(4, 9),)],
+        "distillation": distillation,
+    }
+    whole = trainer(
+        tmp_path / "whole", GateCallback(method, **inputs), partly_trained_lora(*targets)
+    )
+    whole.train()
+    cut = NoFinish(method, **inputs)
+    trainer(tmp_path / "cut", cut, partly_trained_lora(*targets), [StopAt(7)]).train()
+    kept, _ = read_safetensors(tmp_path / "cut" / "checkpoint-7" / FILE)
+    beside = sorted(key for key in kept if key.startswith(BESIDE))
+    parts = [f"layers.0.{name}." for name in ("input_layernorm", "mlp.down_proj", "mlp.up_proj")]
+    assert all(sum(part in key for part in parts) == 1 for key in beside)
+    assert len(beside) == (5 if method is PRUNING else 3)  # FLAP adds two biases
+    assert "closed.model.layers.0.mlp.down_proj" not in kept  # it trains, and is kept once
+    second = trainer(
+        tmp_path / "cut", GateCallback(method, **inputs), partly_trained_lora(*targets)
+    )
+    second.train(resume_from_checkpoint=True)
+    ours, theirs = second.model.state_dict(), whole.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_gates_of_a_frozen_model(tmp_path):
+    model = tiny_model("llama", torch.float32).requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    callback = GateCallback(CONFIG, GateSchedule(freeze=1.0))
+    trainer(tmp_path, callback, model, weight_decay=0.5, learning_rate=0.5).train()
+    assert abs(gp.gates_of(model).kept_fraction() - 0.5) <= 0.005
+    found = model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 class TestTRL:

@@ -7,6 +7,7 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import trainer_ranks
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
@@ -132,3 +133,27 @@ def test_a_trainers_checkpoint_of_two_ranks_goes_on_with_one_and_back(tmp_path):
     for name, count, resume in (("one", 1, of_two), ("two", 2, of_one), ("both", 2, of_two)):
         state, _ = run(name, count, resume)
         close(state["model"], whole["model"])
+
+
+def test_gates_train_alone_in_a_trainer_on_two_ranks(tmp_path):
+    """DistributedDataParallel refuses a model in which nothing trains when it wraps it."""
+    mp.spawn(trainer_ranks.alone_worker, (free_port(), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
+    assert all(torch.equal(first[0][key], tensor) for key, tensor in first[1].items())
+    assert all(torch.equal(first[0][key], tensor) for key, tensor in first[3].items())
+    for place, name in ((0, "fine_gates"), (2, "gates")):
+        close(first[place], trainer_ranks.trained_alone(str(tmp_path / name), name))
+    of_two = str(tmp_path / "cut" / "checkpoint-2")
+    # That it goes on: transformers 5.1 takes the batch size, which is halved, from the checkpoint.
+    one = trainer_ranks.trained_alone(str(tmp_path / "one"), "fine_gates", resume=of_two)
+    assert int(one["done"]) == ranks.STEPS
+
+
+@slow
+def test_what_trains_beside_lora_is_kept_whole_of_a_sharded_model(tmp_path):
+    pytest.importorskip("peft")
+    (tmp_path / "checkpoint-2").mkdir()
+    mp.spawn(trainer_ranks.beside_worker, (free_port(), str(tmp_path)), nprocs=2)

@@ -186,6 +186,9 @@ class FineGates:
             inside = {id(p) for p in root.base_model.parameters()}
             output = root.get_output_embeddings()
             inside |= {id(p) for p in output.parameters()} if output is not None else set()
+            for module in root.modules():  # what PEFT's modules_to_save trains a copy of
+                original = getattr(module, "original_module", None)
+                inside |= {id(p) for p in original.parameters()} if original is not None else set()
             for parameter in root.parameters():
                 if id(parameter) not in inside:
                     parameter.requires_grad_(True)
