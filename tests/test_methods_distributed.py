@@ -1,13 +1,11 @@
 """Two processes, DDP and FSDP2 (also accelerate's): the same gates on every rank."""
 
-import socket
-
 import pytest
 import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import trainer_ranks
+from ranks import without_key_bias
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
@@ -28,34 +26,17 @@ CASES = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
-
-
 def on_two(name, folder, **options):
-    """The whole state after a run on two ranks, which both agree on."""
+    """The whole state after a run on two ranks."""
     folder.mkdir()
-    mp.spawn(ranks.worker, (free_port(), name, str(folder), options), nprocs=2)
-    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    for part in ("model", "training"):
-        assert first[part].keys() == second[part].keys()
-        for key, tensor in first[part].items():
-            assert torch.equal(tensor, second[part][key]), key
-    return first
+    ranks.spawn(ranks.worker, name, str(folder), options)
+    return ranks.states_in(folder)
 
 
 def close(found, expected):
     assert found.keys() == expected.keys()
     for key, tensor in found.items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4, msg=key)
-
-
-def without_key_bias(state):
-    """What adds to all keys alike moves no softmax: its gradient is rounding, enlarged by Adam."""
-    biases = {key: torch.cat(t.chunk(3)[::2]) for key, t in state.items() if "in_proj_bias" in key}
-    return {**state, **biases}
 
 
 def merged(state):
@@ -106,38 +87,17 @@ def test_a_checkpoint_of_two_goes_on_with_one_and_back(wrap, name, tmp_path):
 
 @slow
 def test_sharded_logits_are_refused():
-    mp.spawn(ranks.forgets_to_ignore, (free_port(),), nprocs=2)
+    ranks.spawn(ranks.forgets_to_ignore)
 
 
 @slow
 def test_a_projection_that_would_be_lost_is_refused():
-    mp.spawn(ranks.loads_before_sharding, (free_port(),), nprocs=2)
-
-
-@slow
-def test_a_trainers_checkpoint_of_two_ranks_goes_on_with_one_and_back(tmp_path):
-    def run(name, count, resume=None, stop=ranks.STEPS):
-        folder = tmp_path / name
-        folder.mkdir()
-        arguments = (free_port(), str(folder), count, resume and str(resume), stop)
-        mp.spawn(ranks.trainer, arguments, nprocs=count)
-        states = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
-        for state in states[1:]:
-            for part in ("model", "training"):
-                assert all(torch.equal(t, state[part][k]) for k, t in states[0][part].items())
-        return states[0], folder / f"checkpoint-{stop}"
-
-    whole, _ = run("whole", 1)
-    _, of_two = run("cut", 2, stop=2)
-    _, of_one = run("alone", 1, stop=2)
-    for name, count, resume in (("one", 1, of_two), ("two", 2, of_one), ("both", 2, of_two)):
-        state, _ = run(name, count, resume)
-        close(state["model"], whole["model"])
+    ranks.spawn(ranks.loads_before_sharding)
 
 
 def test_gates_train_alone_in_a_trainer_on_two_ranks(tmp_path):
     """DistributedDataParallel refuses a model in which nothing trains when it wraps it."""
-    mp.spawn(trainer_ranks.alone_worker, (free_port(), str(tmp_path)), nprocs=2)
+    ranks.spawn(trainer_ranks.alone_worker, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for ours, theirs in zip(first, second, strict=True):
         assert ours.keys() == theirs.keys()
@@ -156,4 +116,4 @@ def test_gates_train_alone_in_a_trainer_on_two_ranks(tmp_path):
 def test_what_trains_beside_lora_is_kept_whole_of_a_sharded_model(tmp_path):
     pytest.importorskip("peft")
     (tmp_path / "checkpoint-2").mkdir()
-    mp.spawn(trainer_ranks.beside_worker, (free_port(), str(tmp_path)), nprocs=2)
+    ranks.spawn(trainer_ranks.beside_worker, str(tmp_path))

@@ -1,7 +1,6 @@
 """Checkpoints of so many ranks that go on with another number of them, by every kind of method."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import states_in, without_key_bias
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
@@ -25,23 +24,6 @@ def as_many_threads():
     torch.set_num_threads(threads)
 
 
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
-
-
-def states_in(folder, count):
-    """What every one of so many ranks has left, which all agree on."""
-    first, *others = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count))
-    for other in others:
-        for part in ("model", "training"):
-            assert first[part].keys() == other[part].keys()
-            for key, tensor in first[part].items():
-                assert torch.equal(tensor, other[part][key]), key
-    return first
-
-
 def close(found, expected):
     assert found.keys() == expected.keys()
     for key, tensor in found.items():
@@ -54,12 +36,6 @@ def agrees(found, expected):
     close(without_key_bias(found["training"]), without_key_bias(expected["training"]))
 
 
-def without_key_bias(state):
-    """What adds to all keys alike moves no softmax: its gradient is rounding, enlarged by Adam."""
-    biases = {key: torch.cat(t.chunk(3)[::2]) for key, t in state.items() if "in_proj_bias" in key}
-    return {**state, **biases}
-
-
 class TestLoop:
     """A loop of one's own, with DistributedDataParallel on two ranks and without it on one."""
 
@@ -70,7 +46,7 @@ class TestLoop:
             return {"model": model.state_dict(), "training": training.state_dict()}
         folder.mkdir()
         options = {"wrap": "ddp", **options}
-        mp.spawn(ranks.worker, (free_port(), name, str(folder), options), nprocs=count)
+        ranks.spawn(ranks.worker, name, str(folder), options, count=count)
         return states_in(folder, count)
 
     @pytest.mark.parametrize(
@@ -99,13 +75,21 @@ class TestTrainer:
         if count == 1:
             ranks.trained(name, str(folder), resume, stop)
         else:
-            arguments = (free_port(), str(folder), count, resume, stop, name)
-            mp.spawn(ranks.trainer, arguments, nprocs=count)
+            ranks.spawn(ranks.trainer, str(folder), count, resume, stop, name, count=count)
         return states_in(folder, count), folder / f"checkpoint-{stop}"
 
     @slow
-    @pytest.mark.parametrize("name", ["fine_gates", "atp", "close_and_repair"])
-    @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+    @pytest.mark.parametrize(
+        ("name", "before", "after"),
+        [
+            ("gates", 2, 2),
+            *(
+                (name, before, 3 - before)
+                for name in ("gates", "fine_gates", "atp", "close_and_repair")
+                for before in (1, 2)
+            ),
+        ],
+    )
     def test_goes_on_with_another_number(self, name, before, after, tmp_path):
         whole, _ = self.run(name, 1, tmp_path / "whole")
         cut, checkpoint = self.run(name, before, tmp_path / "cut", stop=2)

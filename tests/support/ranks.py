@@ -3,12 +3,14 @@
 import functools
 import gc
 import os
+import socket
 import sys
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
 from tiny import tiny_model, token_ids
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -161,6 +163,31 @@ def _load(folder: str, model, training, optimizer) -> None:
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
     training.load_state_dict(state["training"])
+
+
+def spawn(job, *arguments, count: int = 2) -> None:
+    """job(rank, port, *arguments) in so many processes."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    mp.spawn(job, (port, *arguments), nprocs=count)
+
+
+def states_in(folder, count: int = 2) -> dict:
+    """What every one of so many ranks has left there, which all agree on."""
+    first, *others = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count))
+    for other in others:
+        for part in ("model", "training"):
+            assert first[part].keys() == other[part].keys()
+            for key, tensor in first[part].items():
+                assert torch.equal(tensor, other[part][key]), key
+    return first
+
+
+def without_key_bias(state: dict) -> dict:
+    """What adds to all keys alike moves no softmax: its gradient is rounding, enlarged by Adam."""
+    biases = {key: torch.cat(t.chunk(3)[::2]) for key, t in state.items() if "in_proj_bias" in key}
+    return {**state, **biases}
 
 
 def as_torchrun_does(rank: int, ranks: int, port: int) -> None:
