@@ -277,20 +277,29 @@ def plan(
             choices = [_limited(choice, within) for choice in choices]
         if not all(choice.options for choice in choices):
             return {}, math.inf
-        found = None
-        for above in (0.0, _EDGE):  # more than the target only where nothing is right below it
+
+        def between(below: float, above: float) -> tuple[dict[str, torch.Tensor], float]:
+            """The most valuable that keep target - below to target + above, if anything does."""
             allowance = (target + above) * costs.total - costs.fixed
-            picks = solve(choices, allowance, (_EDGE + above) * costs.total)
+            picks = solve(choices, allowance, (below + above) * costs.total)
             masks = {
                 name: _mask(costs.specs[name].size, units)
                 for choice, pick in zip(choices, picks, strict=True)
                 for name, units in choice.options[pick].items()
             }
-            kept = costs.kept_fraction(masks)
-            if found is None or abs(kept - target) < abs(found[1] - target):
-                found = masks, kept
-            if meets(kept, target):
+            return masks, costs.kept_fraction(masks)
+
+        def gap(found: tuple[dict[str, torch.Tensor], float]) -> float:
+            return abs(found[1] - target)
+
+        found = between(_EDGE, 0.0)
+        if not meets(found[1], target):  # more than the target only where nothing is right below it
+            found = min(found, between(_EDGE, _EDGE), key=gap)
+        while multiple == 1 and not meets(found[1], target):  # what is nearest, for the error
+            nearer = between(*[gap(found) * (1 - 1e-6)] * 2)
+            if gap(nearer) >= gap(found):
                 break
+            found = nearer
         return found
 
     ways = ["Choose that", "gate more units"]
