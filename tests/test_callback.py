@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from interrupted import NoFinish, StopAt
+from interrupted import NoFinish, StopAt, same
 from letters import letter_tokenizer
 from tiny import tiny_model, token_ids
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -85,9 +85,7 @@ def test_resume_is_bit_exact(cut, tmp_path):
     assert (tmp_path / "cut" / f"checkpoint-{cut}" / FILE).is_file()
     second = trainer(tmp_path / "cut")
     second.train(resume_from_checkpoint=True)
-    ours, theirs = second.model.state_dict(), whole.model.state_dict()
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
+    same(second.model.state_dict(), whole.model.state_dict())
 
 
 def test_resume_without_the_file_says_how(tmp_path):
@@ -173,10 +171,7 @@ def test_what_trains_beside_lora_is_resumed(method, distillation, targets, tmp_p
         tmp_path / "cut", GateCallback(method, **inputs), partly_trained_lora(*targets)
     )
     second.train(resume_from_checkpoint=True)
-    ours, theirs = second.model.state_dict(), whole.model.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
+    same(second.model.state_dict(), whole.model.state_dict())
 
 
 def test_gates_of_a_frozen_model(tmp_path):

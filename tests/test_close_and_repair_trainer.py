@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from closing import METHOD, labelled, with_lora
-from interrupted import NoFinish, StopAt
+from interrupted import NoFinish, StopAt, same
 from tiny import tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -79,10 +79,7 @@ def test_resume_is_bit_exact(make, close, cut, tmp_path):
     trainer(tmp_path / "cut", make(), NoFinish, [StopAt(cut)], method=method).train()
     second = trainer(tmp_path / "cut", make(), method=method)
     second.train(resume_from_checkpoint=True)
-    ours, theirs = second.model.state_dict(), whole.model.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
+    same(second.model.state_dict(), whole.model.state_dict())
 
 
 def test_a_trainers_checkpoint_leaves_trained_weights_to_the_trainer(tmp_path):

@@ -141,6 +141,15 @@ def test_performance_page_has_every_bench_with_results():
         assert f"## {titles[bench]}\n" in page
 
 
+def page_of(bench, rows, folder, monkeypatch):
+    """The performance page of results of one bench on one device."""
+    (folder / "chip").mkdir()
+    text = "\n".join(json.dumps(row) for row in rows)
+    (folder / "chip" / f"{bench}.jsonl").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(_results, "RESULTS", folder)
+    return report.performance_page()
+
+
 def test_op_results_have_a_line_per_setting(tmp_path, monkeypatch):
     stamp = {"commit": "abc", "dirty": False, "date": "2026-01-01", "threads": 1, "torch": "2.9"}
     setting = {"bench": "op", "op": "gated_mlp", "model": "tiny", "dtype": "float32", "open": 0.6}
@@ -150,11 +159,7 @@ def test_op_results_have_a_line_per_setting(tmp_path, monkeypatch):
     ]
     roof = {"bench": "ceilings", **dict.fromkeys(("flops", "bytes", "copy", "read"), 1.6e9)}
     rows.append({**roof, "device": "chip"})
-    (tmp_path / "chip").mkdir()
-    lines = [json.dumps(setting | stamp | row) for row in rows]
-    (tmp_path / "chip" / "ops.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    monkeypatch.setattr(_results, "RESULTS", tmp_path)
-    page = report.performance_page()
+    page = page_of("ops", [setting | stamp | row for row in rows], tmp_path, monkeypatch)
     assert "| shape | open | masked, ms | ours, ms | ours, of roofline |" in page
     assert "| tiny, T=8, float32 | 60% | 2.500 | 1.250 | 50% |" in page
     assert "| tiny, T=16, float32 | 60% | 5.000 |  |  |" in page
@@ -171,11 +176,7 @@ def test_startup_is_told_of_the_last_run(tmp_path, monkeypatch):
             ("first call, cold", "2026-01-02", {"op": "gated_linear"}),
         )
     ]
-    (tmp_path / "chip").mkdir()
-    text = "\n".join(json.dumps(row) for row in rows)
-    (tmp_path / "chip" / "startup.jsonl").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(_results, "RESULTS", tmp_path)
-    page = report.performance_page()
+    page = page_of("startup", rows, tmp_path, monkeypatch)
     assert "| extension |  | 0.500 |" in page
     assert "| first call, cold | gated_linear | 0.500 |" in page
     assert "| import |" not in page
@@ -189,11 +190,7 @@ def test_packing_of_a_layer_says_into_which_memory(tmp_path, monkeypatch):
         {**row, "memory": memory, "ms": ms, "of_copy": of_copy}
         for memory, ms, of_copy in (("fresh", 42.0, 1.5), ("mapped", 9.0, 0.94))
     ]
-    (tmp_path / "chip").mkdir()
-    text = "\n".join(json.dumps(row) for row in rows)
-    (tmp_path / "chip" / "pack_tensors.jsonl").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(_results, "RESULTS", tmp_path)
-    page = report.performance_page()
+    page = page_of("pack_tensors", rows, tmp_path, monkeypatch)
     assert "| pack, rows | tiny, bfloat16, 60% kept | fresh | 42.00 | 40.0 | 150% |" in page
     assert "| pack, rows | tiny, bfloat16, 60% kept | mapped | 9.00 | 40.0 | 94% |" in page
 

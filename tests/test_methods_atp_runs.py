@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from atp_training import FAST, STEPS, batches_of, generator_batches, started, train
-from interrupted import NoFinish, StopAt
+from interrupted import NoFinish, StopAt, same
 from tiny import tiny_model, token_ids
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -116,9 +116,7 @@ def test_in_a_trainer_with_resume(cut, regulariser, accumulation, brings_adapter
     run("cut", NoFinish, StopAt(cut)).train()
     second = run("cut", gp.GateCallback)
     second.train(resume_from_checkpoint=True)
-    ours = second.model.state_dict()
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(ours[name], tensor), name
+    same(second.model.state_dict(), whole.model.state_dict())
     model = second.model.merge_and_unload() if brings_adapters else second.model
     assert abs(gp.pack(model).kept_fraction - 0.6) <= 0.005
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from interrupted import NoFinish, StopAt
+from interrupted import NoFinish, StopAt, same
 from tiny import tiny_model, token_ids
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -53,12 +53,6 @@ def trainer(folder, model, callback, callbacks=(), **arguments):
         eval_dataset=rows[:4],
         callbacks=[callback, *callbacks],
     )
-
-
-def same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("cut", [3, 7])

@@ -1,5 +1,6 @@
 """Trainer runs that are cut off, as the tests of resuming need them."""
 
+import torch
 from transformers import TrainerCallback
 
 from gatepack.callback import GateCallback
@@ -20,3 +21,10 @@ class NoFinish(GateCallback):
 
     def on_train_end(self, args, state, control, **_):
         pass
+
+
+def same(found, expected):
+    """Two state dicts are equal, bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from interrupted import NoFinish, StopAt, same
 from tiny import tiny_model, token_ids
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -178,9 +179,7 @@ def states_in(folder, count: int = 2) -> dict:
     first, *others = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count))
     for other in others:
         for part in ("model", "training"):
-            assert first[part].keys() == other[part].keys()
-            for key, tensor in first[part].items():
-                assert torch.equal(tensor, other[part][key]), key
+            same(other[part], first[part])
     return first
 
 
@@ -300,26 +299,15 @@ def trainer(
 
 def trained(name: str, folder: str, resume: str | None, stop: int) -> None:
     """What trainer does, on the rank that torchrun's environment names."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
     torch.set_num_threads(1)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step == stop:
-                control.should_save = control.should_training_stop = True
-
-    class NoFinish(gp.GateCallback):
-        """A run that is cut off never sees on_train_end."""
-
-        def on_train_end(self, args, state, control, **_):
-            if state.global_step == STEPS:
-                super().on_train_end(args, state, control)
-
     method, distillation = TRAINED[name]
     batches = [token_ids(4, 6, seed=50)]
-    callback = NoFinish(method, None, batches, resume, distillation)
+    kind = gp.GateCallback if stop == STEPS else NoFinish
+    callback = kind(method, None, batches, resume, distillation)
     arguments = TrainingArguments(
         folder, max_steps=STEPS, per_device_train_batch_size=4 // ranks, save_strategy="no",
         report_to=[], use_cpu=True, disable_tqdm=True, seed=5, optim="sgd", learning_rate=0.05,
@@ -328,7 +316,7 @@ def trained(name: str, folder: str, resume: str | None, stop: int) -> None:
     rows = token_ids(4 * STEPS, 6)
     data = [{"input_ids": row, "labels": row} for row in rows]
     model = tiny_model("llama", torch.float32)
-    run = Trainer(model, arguments, train_dataset=data, callbacks=[callback, Stop()])
+    run = Trainer(model, arguments, train_dataset=data, callbacks=[callback, StopAt(stop)])
     run.train(resume_from_checkpoint=resume)
     state = {"model": model.state_dict(), "training": callback.training.state_dict()}
     torch.save(state, f"{folder}/{rank}.pt")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from closing import GATES
-from interrupted import NoFinish, StopAt
+from interrupted import NoFinish, StopAt, same
 from tiny import tiny_model, token_ids
 from transformers import Trainer, TrainingArguments
 
@@ -51,13 +51,6 @@ def trainer(name, folder, kind=GateCallback, callbacks=(), **arguments):
 def training_of(trainer):
     callbacks = trainer.callback_handler.callbacks
     return next(each for each in callbacks if isinstance(each, GateCallback)).training
-
-
-def same(first, second):
-    """Two state dicts are equal, bit for bit."""
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
 
 
 def cut_off_and_resumed(make, folder):
