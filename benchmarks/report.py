@@ -155,19 +155,18 @@ def startup_sections() -> list[str]:
     """One section for each device: the last run of bench_startup.py."""
     rows = rows_of("startup")
     last = {row["device"]: row["date"] for row in rows}
-    sections = []
-    for device in sorted(last):
-        own = [row for row in rows if (row["device"], row["date"]) == (device, last[device])]
-        lines = [[row["what"], row.get("op", ""), f"{row['seconds']:.3f}"] for row in own]
-        text = (
-            "Imports: beyond torch, and that of `attach` beyond transformers. Extension: its load, "
-            "after the import. First call: of a kernel, with Triton's cache empty (cold) and with "
-            "what that left (warm); without a GPU, the compile of it alone, for sm_90. Medians of "
-            "fresh processes; cold and warm are one process each."
-        )
-        parts = [text, table(["what", "kernel", "seconds"], lines), f"{conditions(own[-1])}."]
-        sections.append("\n\n".join(parts))
-    return sections
+    text = (
+        "Imports: beyond torch, and that of `attach` beyond transformers. Extension: its load, "
+        "after the import. First call: of a kernel, with Triton's cache empty (cold) and with "
+        "what that left (warm); without a GPU, the compile of it alone, for sm_90. Medians of "
+        "fresh processes; cold and warm are one process each."
+    )
+    sections = sections_by_device(
+        [row for row in rows if row["date"] == last[row["device"]]],
+        ["what", "kernel", "seconds"],
+        lambda row: [row["what"], row.get("op", ""), f"{row['seconds']:.3f}"],
+    )
+    return [f"{text}\n\n{section}" for section in sections]
 
 
 def sections_by_device(

@@ -52,6 +52,15 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
+def product(left, right, bias=None):
+    """left right + bias [N, M], in the dtype of left: autocast, which would round the operands of a
+    product, leaves one into a given tensor alone."""
+    out = left.new_empty(left.shape[0], right.shape[1])
+    if bias is None:
+        return torch.mm(left, right, out=out)
+    return torch.addmm(bias, left, right, out=out)
+
+
 def expect(name, tensor, shape, dtypes, like, of="x"):
     """ValueError unless a tensor is None, or of this shape, a dtype of these, and like's device.
 

@@ -17,7 +17,7 @@ Source: FineGates, arXiv 2412.12951 (gates); GLU variants, arXiv 2002.05202 (MLP
 
 import torch
 
-from ._common import check_device, expect, refuse_second_derivative, rows_of
+from ._common import check_device, expect, product, refuse_second_derivative, rows_of
 from ._configs import GatedMLPConfig
 from .column_sums import column_sums
 from .gated_matmul import gated_matmul
@@ -75,12 +75,7 @@ def _down(h, branch, slots, tiles):
     """(y [T, K], s A h or None) of the down projection."""
     p = slots_times(h, branch.lora_a, slots, tiles.low, branch.scale) if branch.rank else None
     if slots.open_set is None:
-        # Into a given tensor, as in scaled_mm.
-        y, w = h.new_empty(h.shape[0], branch.w.shape[0]), branch.w.t()
-        if branch.bias is None:
-            torch.mm(h, w, out=y)
-        else:
-            torch.addmm(branch.bias, h, w, out=y)
+        y = product(h, branch.w.t(), branch.bias)
         return y if p is None else y.addmm_(p, branch.lora_b.t()), p
     y, *_ = gated_matmul(
         h, branch.w, slots.axis, Axis(branch.w.shape[0]), tiles.down, bias=branch.bias, u=p,

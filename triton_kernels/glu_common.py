@@ -217,8 +217,7 @@ def joined(parts, dim=0):
 
 
 def scaled_mm(left, right, scale):
-    """scale * left right, scaled before the rounding; in a tensor of its own: autocast, which would
-    round the operands of a product, leaves one into a given tensor alone."""
+    """scale * left right, scaled before the rounding; autocast leaves it alone, as product."""
     out = left.new_empty(left.shape[0], right.shape[1])
     return out.addmm_(left, right, beta=0, alpha=scale)
 

@@ -36,6 +36,7 @@ from ._common import (
     expect_operand,
     fp32_precision,
     offsets,
+    product,
     refuse_second_derivative,
     round_to,
     rows_of,
@@ -300,17 +301,16 @@ def _packed_linear_backward(dy, x, w, rows, cols, in_features, needs):
     need_x, need_w, need_bias = needs
     d = rows_of(dy) if rows is None else rows_of(dy).index_select(1, rows)
     grads = []
-    # Products go into given tensors and the sum names its dtype: autocast leaves both alone.
     if need_x:
-        dx = torch.mm(d, w, out=d.new_empty(d.shape[0], w.shape[1]))
+        dx = product(d, w)
         if cols is not None:
             dx = dx.new_zeros(dx.shape[0], in_features).index_copy_(1, cols.long(), dx)
         grads.append(dx.view(*dy.shape[:-1], in_features))
     if need_w:
         kept = rows_of(x) if cols is None else rows_of(x).index_select(1, cols)
-        grads.append(torch.mm(d.t(), kept, out=d.new_empty(d.shape[1], kept.shape[1])))
+        grads.append(product(d.t(), kept))
     if need_bias:
-        grads.append(d.sum(0, dtype=d.dtype))
+        grads.append(d.sum(0, dtype=d.dtype))  # else autocast's
     return grads
 
 

@@ -13,6 +13,7 @@ from gatepack.functional import sampled_values
 from gatepack.gates import Gate, GateSet
 from gatepack.head_counts import head_counts, set_head_counts, write_head_counts
 from gatepack.layers import GATES_NAME, Layer
+from gatepack.masks import record_of
 from gatepack.mlp import GatedMLP, ungate_mlp
 from gatepack.modules import gate_linear, is_gated, most_in_place, ungate_linear
 from gatepack.paths import choose_path, has_kernels
@@ -58,7 +59,7 @@ class Attachment:
     def record(self) -> None:
         """Says in the model's config, of which save_pretrained makes config.json, what gates it has
         and whether they are frozen, which no tensor of theirs says."""
-        record = dict(getattr(self.root.config, "gatepack", None) or {})
+        record = record_of(self.root.config)
         record.pop("frozen", None)
         record["gates"] = self.gates.config.to_dict()
         if self.gates.frozen:

@@ -271,6 +271,9 @@ def plan(
     target = config.target if target is None else target
     wanted = config.width_multiple if width_multiple is None else width_multiple
 
+    def gap(found: tuple[dict[str, torch.Tensor], float]) -> float:
+        return abs(found[1] - target)
+
     def find(multiple: int) -> tuple[dict[str, torch.Tensor], float]:
         choices = _choices(costs, scores, config, multiple)
         if within is not None:
@@ -278,25 +281,12 @@ def plan(
         if not all(choice.options for choice in choices):
             return {}, math.inf
 
-        def between(below: float, above: float) -> tuple[dict[str, torch.Tensor], float]:
-            """The most valuable that keep target - below to target + above, if anything does."""
-            allowance = (target + above) * costs.total - costs.fixed
-            picks = solve(choices, allowance, (below + above) * costs.total)
-            masks = {
-                name: _mask(costs.specs[name].size, units)
-                for choice, pick in zip(choices, picks, strict=True)
-                for name, units in choice.options[pick].items()
-            }
-            return masks, costs.kept_fraction(masks)
-
-        def gap(found: tuple[dict[str, torch.Tensor], float]) -> float:
-            return abs(found[1] - target)
-
-        found = between(_EDGE, 0.0)
+        found = _between(costs, choices, target - _EDGE, target)
         if not meets(found[1], target):  # more than the target only where nothing is right below it
-            found = min(found, between(_EDGE, _EDGE), key=gap)
+            found = min(found, _between(costs, choices, target - _EDGE, target + _EDGE), key=gap)
         while multiple == 1 and not meets(found[1], target):  # what is nearest, for the error
-            nearer = between(*[gap(found) * (1 - 1e-6)] * 2)
+            reach = gap(found) * (1 - 1e-6)
+            nearer = _between(costs, choices, target - reach, target + reach)
             if gap(nearer) >= gap(found):
                 break
             found = nearer
@@ -307,6 +297,20 @@ def plan(
     ways += ["set tp_divisor=1"] if config.tp_divisor > 1 else []
     advice = " or ".join([", ".join(ways[:-1]), ways[-1]])
     return plan_in_multiples(find, target, wanted, config.target_of, advice)
+
+
+def _between(
+    costs: Costs, choices: list[Choice], low: float, high: float
+) -> tuple[dict[str, torch.Tensor], float]:
+    """(masks, kept fraction) of the most valuable units that keep low to high of the cost, if any
+    do."""
+    picks = solve(choices, high * costs.total - costs.fixed, (high - low) * costs.total)
+    masks = {
+        name: _mask(costs.specs[name].size, units)
+        for choice, pick in zip(choices, picks, strict=True)
+        for name, units in choice.options[pick].items()
+    }
+    return masks, costs.kept_fraction(masks)
 
 
 def _last(scores: torch.Tensor, units: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from gatepack.config import GateConfig
 from gatepack.distillation import Distillation, trained
 from gatepack.files import read_safetensors, write_safetensors
-from gatepack.gate_training import GateRecipe, GateSchedule, check_shapes
+from gatepack.gate_training import GateRecipe, GateSchedule, check_shapes, under
 from gatepack.layers import GATES_NAME, hf_model
 from gatepack.sharding import replicated, whole
 
@@ -125,11 +125,11 @@ class GateCallback(TrainerCallback):
     @torch.no_grad()
     def _load_beside(self, kept: dict[str, torch.Tensor], folder: Path) -> None:
         """Writes what on_save kept of the model into it."""
-        beside = {f"{BESIDE}{name}": parameter for name, parameter in self._beside.items()}
-        shapes = {name: parameter.shape for name, parameter in beside.items()}
-        check_shapes(kept, shapes, f"{folder / FILE}: ")
-        for name, parameter in beside.items():
-            parameter.copy_(replicated(kept[name].to(parameter.device), parameter))
+        beside = under(BESIDE, kept)
+        shapes = {name: parameter.shape for name, parameter in self._beside.items()}
+        check_shapes(beside, shapes, f"{folder / FILE}: {BESIDE}")
+        for name, parameter in self._beside.items():
+            parameter.copy_(replicated(beside[name].to(parameter.device), parameter))
 
     def on_step_begin(self, args, state, control, optimizer=None, **_):
         if hasattr(self.training, "begin_step"):

@@ -1,6 +1,7 @@
 """Stage 5, pack: removes closed units while training goes on, from weights and moments alike."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -138,9 +139,8 @@ def _follow(cut: Cut, new: nn.Parameter, optimizers: list[torch.optim.Optimizer]
 
 def _part(cut: Cut, key: str, value: torch.Tensor) -> torch.Tensor:
     dimensions = _dimensions(key, value, cut.parameter)
-    return Cut(cut.parameter, tuple(None if d is None else cut.kept[d] for d in dimensions)).of(
-        value
-    )
+    kept = tuple(None if d is None else cut.kept[d] for d in dimensions)
+    return replace(cut, kept=kept).of(value)
 
 
 def _dimensions(key: str, value: torch.Tensor, of: nn.Parameter) -> list[int | None] | None:

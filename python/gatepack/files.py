@@ -114,6 +114,11 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(folder / path.name, path)
 
 
+def files_in(folder: Path) -> list[Path]:
+    """The files of a folder, at any depth, sorted; none where there is no folder."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def write_json(path: Path, value) -> None:
     """Writes the file whole or not at all."""
     with replacing(path) as staging:

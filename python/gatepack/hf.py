@@ -13,7 +13,7 @@ from gatepack.config import GateConfig
 from gatepack.gates import GateSet, GateSpec
 from gatepack.latency import LatencyCosts, LatencyTable
 from gatepack.layers import GATES_NAME, Layer, has_path, hf_model, layers_of
-from gatepack.masks import decode_mask
+from gatepack.masks import decode_mask, record_of
 from gatepack.modules import linear_shape
 from gatepack.sharding import refuse_sharded
 
@@ -45,7 +45,7 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     refuse_sharded(root, "its linears cannot be replaced", "attach before fully_shard")
     if hasattr(root, GATES_NAME):
         raise ValueError("model already has gates; take them off with gatepack.detach(model) first")
-    if "linears" in (getattr(root.config, "gatepack", None) or {}):
+    if "linears" in record_of(root.config):
         raise ValueError(
             "model is packed by rows and columns; put it back with gatepack.unpack(model) first"
         )
@@ -61,7 +61,7 @@ def attach(model: nn.Module, config: GateConfig | None = None) -> GateSet:
     check_targets(config, [name for layer in layers for name in _gated_names(layer, config)])
     gates = GateSet(config, specs)
     gates.costs = _costs(root, layers, specs, config)
-    record = getattr(root.config, "gatepack", None) or {}
+    record = record_of(root.config)
     if "total" in record:
         # Units were removed while these gates trained: budget and noise are those of before.
         gates.costs.total = record["total"]
@@ -165,7 +165,7 @@ def _costs(
     """What config.target_of counts, over all blocks."""
     if config.target_of == "latency":
         table = LatencyTable.from_dict(config.latency_table)
-        removed = "total" in (getattr(root.config, "gatepack", None) or {})
+        removed = "total" in record_of(root.config)
         return LatencyCosts(table, config.latency_phase, specs, len(layers), removed)
     total = sum(
         layer.linear(path).weight.numel() for layer in layers for path in layer.family.linears

@@ -10,6 +10,7 @@ from torch import nn
 from gatepack import _ext
 from gatepack.in_place import tokens_decoded
 from gatepack.layers import GATES_NAME, hf_model, layers_of
+from gatepack.masks import is_packed, record_of
 from gatepack.mlp import GatedMLP
 from gatepack.modules import (
     PackedLinear,
@@ -97,7 +98,7 @@ def _packed_linears(model: nn.Module) -> set[int]:
         return packed
     if hasattr(root, GATES_NAME):
         getattr(root, GATES_NAME).attachment.bind()
-    kept = (getattr(root.config, "gatepack", None) or {}).get("kept", {})
+    kept = record_of(root.config).get("kept", {})
     for layer in layers_of(root) if kept else ():
         family = layer.family
         paths = []
@@ -153,7 +154,7 @@ def identify(model: nn.Module, name: str = "") -> dict:
         layers = layers_of(root)
     except ValueError:  # a family that gatepack has no row for has no widths to tell
         return {**found, "state": "dense", "kept_fraction": 1.0, "widths": None}
-    record = getattr(root.config, "gatepack", None) or {}
+    record = record_of(root.config)
     found["widths"] = None
     if not record.get("linears"):
         found["widths"] = {
@@ -161,7 +162,7 @@ def identify(model: nn.Module, name: str = "") -> dict:
             "kv_heads": [layer.kv_heads for layer in layers],
             "channels": [linear_shape(layer.linear(layer.family.down))[1] for layer in layers],
         }
-    packed = bool(record.get("kept") or record.get("linears"))
+    packed = is_packed(root.config)
     kept = _block_weights(layers) / _dense_block_weights(root) if packed else 1.0
     if gates is not None:
         kept *= gates.kept_fraction()

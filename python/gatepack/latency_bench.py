@@ -15,7 +15,7 @@ from gatepack.files import plain, refuse_folder, write_json
 from gatepack.inspection import identify
 from gatepack.latency import PHASES, LatencyTable, device_label
 from gatepack.layers import hf_model, layers_of
-from gatepack.masks import encode_mask
+from gatepack.masks import encode_mask, is_packed
 from gatepack.models import load_model, torch_device, torch_dtype
 from gatepack.modules import linear_shape
 from gatepack.packing import shrink
@@ -78,7 +78,7 @@ def _load(config: BenchConfig, log: Log) -> nn.Module:
     log.say(f"loading {config.model}")
     model, _ = load_model(config.model, torch_dtype(config.dtype))
     root = hf_model(model)
-    if {"kept", "linears"} & (getattr(root.config, "gatepack", None) or {}).keys():
+    if is_packed(root.config):
         raise ValueError(f"model: expected a dense one, whose layers are cut, got {config.model}")
     return root
 

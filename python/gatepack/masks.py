@@ -28,6 +28,17 @@ def physical_mask(kind: str, shared_size: int, mask: torch.Tensor) -> torch.Tens
     return grid.reshape(-1)
 
 
+def record_of(config) -> dict:
+    """What a model's config says of gates and of units that are gone, as a dict of its own."""
+    return dict(getattr(config, "gatepack", None) or {})
+
+
+def is_packed(config) -> bool:
+    """Whether the model that a config describes lacks units, or rows and columns."""
+    record = record_of(config)
+    return bool(record.get("kept") or record.get("linears"))
+
+
 def encode_mask(mask: torch.Tensor) -> dict:
     """bool [size] -> {"size", "kept", "bits"}: bits are packed little-endian, base64."""
     bits = np.packbits(mask.cpu().numpy(), bitorder="little").tobytes()

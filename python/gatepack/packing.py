@@ -12,7 +12,7 @@ from gatepack.gates import GateSpec
 from gatepack.head_counts import set_head_counts
 from gatepack.hf import detach, gates_of
 from gatepack.layers import GATES_NAME, Layer, hf_model, layers_of
-from gatepack.masks import decode_mask, encode_mask, physical_mask
+from gatepack.masks import decode_mask, encode_mask, physical_mask, record_of
 from gatepack.modules import (
     PackedLinear,
     base_linear,
@@ -139,7 +139,7 @@ def pack(model: nn.Module) -> PackReport:
     record = kept_record(root.config, masks)
     apply_masks(layers, specs, masks, values)
     leave_modeling_file(root)
-    root.config.gatepack = {**(getattr(root.config, "gatepack", None) or {}), **record}
+    root.config.gatepack = {**record_of(root.config), **record}
     return report_of(rows, before, sizes_of(root, layers, None), padded)
 
 
@@ -150,7 +150,7 @@ def report_of(rows: list, before: tuple, after: tuple, padded: int) -> PackRepor
 
 def kept_record(config, masks: Mapping[str, torch.Tensor]) -> dict:
     """What config.gatepack says of a packed model; a second pack is told in units of the first."""
-    kept = dict((getattr(config, "gatepack", None) or {}).get("kept", {}))
+    kept = dict(record_of(config).get("kept", {}))
     for name, mask in masks.items():
         if name in kept:
             whole = decode_mask(kept[name])
@@ -425,7 +425,7 @@ def unpack(model: nn.Module) -> dict[str, torch.Tensor]:
     root = hf_model(model)
     if hasattr(root, GATES_NAME):
         raise ValueError("model has gates: pack or detach them first")
-    record = dict(getattr(root.config, "gatepack", None) or {})
+    record = record_of(root.config)
     if "linears" in record:
         from gatepack.row_column_packing import unpack_rows_columns
 

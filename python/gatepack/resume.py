@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gatepack.checkpoint import file_sha256
-from gatepack.files import read_json, replaced_folder, write_json
+from gatepack.files import files_in, read_json, replaced_folder, write_json
 from gatepack.progress import Log
 from gatepack.texts import sha256_of
 
@@ -116,8 +116,7 @@ def _short(value) -> str:
 
 def _digest(folder: Path) -> str:
     """Of the names and bytes of a folder's files, at any depth."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return sha256_of(f"{path.relative_to(folder)} {file_sha256(path)}" for path in files)
+    return sha256_of(f"{p.relative_to(folder)} {file_sha256(p)}" for p in files_in(folder))
 
 
 def _read(path: Path) -> dict:

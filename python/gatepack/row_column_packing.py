@@ -12,7 +12,7 @@ from gatepack.adopt import adopt, derived
 from gatepack.functional import spread_lanes, take_lanes
 from gatepack.hf import detach
 from gatepack.layers import Layer, layers_of
-from gatepack.masks import decode_mask, encode_mask
+from gatepack.masks import decode_mask, encode_mask, record_of
 from gatepack.modules import PackedLinear, base_linear, is_conv1d, linear_shape, weight_matrix
 from gatepack.packing import FORMAT_VERSION
 from gatepack.row_column import RowColumnGateSet
@@ -167,7 +167,7 @@ def pack_rows_columns(root: nn.Module, gates: RowColumnGateSet) -> list[tuple[st
     }
     _replace(root, masks, folded)
     root.config.gatepack = {
-        **(getattr(root.config, "gatepack", None) or {}),
+        **record_of(root.config),
         "format": FORMAT_VERSION,
         "linears": {
             name: {

@@ -262,9 +262,9 @@ def pack_vocab(model: nn.Module, keep: Iterable[int]) -> VocabPlan:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     plan = VocabPlan(torch.tensor(sorted(set(keep)), dtype=torch.int64), embedding.num_embeddings)
-    table = plan.table()
+    table = plan.table().tolist()
     configs = [model.config, getattr(model, "generation_config", None)]
-    renamed = [(config, _renamed(config, table.tolist())) for config in filter(None, configs)]
+    renamed = [(config, _renamed(config, table)) for config in filter(None, configs)]
     weight = embedding.weight
     bias = getattr(head, "bias", None)
     small, small_head, small_bias = vocab_pack(
@@ -274,7 +274,7 @@ def pack_vocab(model: nn.Module, keep: Iterable[int]) -> VocabPlan:
     embedding.weight = nn.Parameter(small, weight.requires_grad)
     embedding.num_embeddings = plan.keep.numel()
     if embedding.padding_idx is not None:
-        padding = int(table[embedding.padding_idx])
+        padding = table[embedding.padding_idx]
         embedding.padding_idx = None if padding < 0 else padding
     if head is not None:
         trains = head.weight.requires_grad

@@ -13,7 +13,7 @@ from gatepack.checkpoint import SUPERSEDED
 from gatepack.exporters.card import write_card
 from gatepack.exporters.parity import default_windows
 from gatepack.exporters.source import Source, read_model
-from gatepack.files import link, refuse_out, replaced_folder
+from gatepack.files import files_in, link, refuse_out, replaced_folder
 from gatepack.inspection import identify
 from gatepack.models import DTYPES
 from gatepack.progress import Log
@@ -119,5 +119,4 @@ def check_options(format: str, dtype: str) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in files_in(folder)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from gatepack.exporters.source import Source
 from gatepack.inspection import identify
 from gatepack.layers import layers_of
+from gatepack.masks import record_of
 
 _TITLES = {
     "uniform": "Loads with plain transformers, and with every engine that takes its model_type.",
@@ -62,7 +63,7 @@ def _removed(source: Source, facts: dict, base: str, data: str) -> Sequence[str]
 
 def _dense_sizes(source: Source) -> list[tuple[int, int, int]]:
     """(query heads, key/value heads, channels) of each layer before packing."""
-    kept = (getattr(source.config, "gatepack", None) or {}).get("kept", {})
+    kept = record_of(source.config).get("kept", {})
     config, found = source.config, []
     for layer, sizes in zip(layers_of(source.model), source.sizes, strict=True):
         heads = kept.get(f"{layer.heads_name}:heads")

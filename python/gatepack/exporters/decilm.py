@@ -5,7 +5,6 @@ ffn_mult, its MLP width, a multiple of 256. Query heads are equally many in ever
 no biases. Field names: vLLM, model_executor/models/nemotron_nas.py.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 
 from gatepack.checkpoint import MODELING_KEYS, write_manifest
 from gatepack.exporters.parity import check_reloaded
-from gatepack.exporters.source import Source, older_rope
+from gatepack.exporters.source import Source, edited_config, older_rope
 
 WIDTH_MULTIPLE = 256
 _FILES = ("configuration_decilm.py", "modeling_decilm.py")
@@ -46,26 +45,24 @@ def refuse(source: Source) -> None:
 def write(source: Source, folder: Path) -> list[str]:
     """Writes the checkpoint with its two files of code; returns what it does not carry."""
     source.model.save_pretrained(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("gatepack", *MODELING_KEYS):
-        config.pop(key, None)
     queries, hidden = source.sizes[0].queries, source.config.hidden_size
-    config |= older_rope(source.config)
-    config |= {
-        "model_type": "nemotron-nas",
-        "architectures": ["DeciLMForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_decilm.DeciLMConfig",
-            "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
-        },
-        "num_attention_heads": queries,
-        "num_key_value_heads": max(sizes.kv_heads for sizes in source.sizes),
-        "head_dim": source.head_dim,
-        "intermediate_size": max(sizes.width for sizes in source.sizes),
-        "block_configs": [_block(sizes, hidden) for sizes in source.sizes],
-    }
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with edited_config(folder) as config:
+        for key in ("gatepack", *MODELING_KEYS):
+            config.pop(key, None)
+        config |= older_rope(source.config)
+        config |= {
+            "model_type": "nemotron-nas",
+            "architectures": ["DeciLMForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "configuration_decilm.DeciLMConfig",
+                "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
+            },
+            "num_attention_heads": queries,
+            "num_key_value_heads": max(sizes.kv_heads for sizes in source.sizes),
+            "head_dim": source.head_dim,
+            "intermediate_size": max(sizes.width for sizes in source.sizes),
+            "block_configs": [_block(sizes, hidden) for sizes in source.sizes],
+        }
     for name in _FILES:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     write_manifest(folder)

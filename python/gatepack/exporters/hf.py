@@ -6,7 +6,6 @@ AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), and with
 gatepack.from_pretrained, which runs no code of the folder.
 """
 
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from gatepack.checkpoint import write_manifest
 from gatepack.exporters.parity import auto_class, check_reloaded
-from gatepack.exporters.source import Source
+from gatepack.exporters.source import Source, edited_config
 
 MODELING = "modeling_gatepack"
 _CLASSIFIERS = ("SequenceClassification", "TokenClassification")
@@ -30,21 +29,19 @@ def write(source: Source, folder: Path) -> list[str]:
     """Writes the checkpoint with its modelling file; returns what it does not carry."""
     name = source.stock_class().__name__
     source.model.save_pretrained(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
     digits = len(str(len(source.sizes) - 1))
-    config["per_layer_config"] = {
-        str(index).zfill(digits): source.config_sizes(sizes)
-        for index, sizes in enumerate(source.sizes)
-    }
-    config["allow_global_per_layer_attribute_access"] = True
-    config["gatepack_layout"] = {
-        **asdict(source.layers[0].family),
-        "width_key": source.width_key,
-    }
-    config["architectures"] = [f"Packed{name}"]
-    config["auto_map"] = _auto_map(source, name)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with edited_config(folder) as config:
+        config["per_layer_config"] = {
+            str(index).zfill(digits): source.config_sizes(sizes)
+            for index, sizes in enumerate(source.sizes)
+        }
+        config["allow_global_per_layer_attribute_access"] = True
+        config["gatepack_layout"] = {
+            **asdict(source.layers[0].family),
+            "width_key": source.width_key,
+        }
+        config["architectures"] = [f"Packed{name}"]
+        config["auto_map"] = _auto_map(source, name)
     shutil.copyfile(Path(__file__).with_name(f"{MODELING}.py"), folder / f"{MODELING}.py")
     write_manifest(folder)
     return []

@@ -1,8 +1,11 @@
 """Stage 6, export: what every format reads of the model that it writes."""
 
 import copy
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
@@ -10,6 +13,7 @@ from torch import nn
 
 from gatepack.checkpoint import refuse_adapters
 from gatepack.layers import GATES_NAME, Layer, hf_model, layers_of
+from gatepack.masks import record_of
 from gatepack.modules import linear_shape
 
 # Families whose layers may differ in a GGUF file.
@@ -100,6 +104,15 @@ class Source:
             )
 
 
+@contextmanager
+def edited_config(folder: Path) -> Iterator[dict]:
+    """What is in a folder's config.json, written back as it is at the end."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    yield config
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def older_rope(config) -> dict:
     """config.rope_parameters under the names that programs on transformers 4 read.
 
@@ -136,7 +149,7 @@ def read_model(model: nn.Module, tokenizer, dtype: torch.dtype | None) -> Source
     if hasattr(root, GATES_NAME):
         raise ValueError("model has gates: pack it first (gatepack.pack(model))")
     refuse_adapters(root)
-    if "linears" in (getattr(root.config, "gatepack", None) or {}):
+    if "linears" in record_of(root.config):
         raise ValueError(
             "model is packed by rows and columns of single linears, which no format but gatepack's "
             "own carries: save it with gatepack.save_pretrained"

@@ -5,7 +5,6 @@ all layers. Some configs refuse head counts that do not divide hidden_size; such
 as Mistral, whose forward is the same without biases.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ import transformers
 
 from gatepack.checkpoint import MODELING_KEYS
 from gatepack.exporters.parity import check_reloaded
-from gatepack.exporters.source import Source, older_rope
+from gatepack.exporters.source import Source, edited_config, older_rope
 
 _DIVIDING = ("llama", "gemma2", "gemma3_text")  # heads must divide hidden_size
 _LLAMA_ONLY = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp")
@@ -32,9 +31,8 @@ def write(source: Source, folder: Path) -> list[str]:
     if source.model.can_generate():
         stock.generation_config = source.model.generation_config
     stock.save_pretrained(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | older_rope(stock.config)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with edited_config(folder) as config:
+        config |= older_rope(stock.config)
     return [*notes, "which units of the dense model these are (gatepack.save_pretrained does)"]
 
 
