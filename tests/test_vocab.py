@@ -190,6 +190,28 @@ def test_a_packed_model_computes_and_reloads(family, tied, tmp_path):
         assert torch.equal(again(input_ids=plan.remap(ids)).logits, logits)
 
 
+@pytest.mark.parametrize(
+    "settings, found",
+    (
+        ({"target_modules": ["embed_tokens"]}, "Embedding"),
+        ({"target_modules": ["lm_head"]}, "Linear"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "ModulesToSaveWrapper"),
+    ),
+)
+def test_adapters_on_the_vocabulary_are_merged_first(settings, found):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, **settings)
+    model = peft.get_peft_model(tiny_model("llama", torch.float32), config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"its vocabulary is in a {found}, .* merge adapters"):
+        pack_vocab(model, [1, 2, 4, 6])
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    model = model.merge_and_unload()
+    pack_vocab(model, [1, 2, 4, 6])
+    assert model.config.vocab_size == 4
+
+
 def test_token_ids_in_configs_follow():
     model = tiny_model("llama", torch.float32)
     config, generation = model.config, model.generation_config

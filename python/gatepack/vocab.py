@@ -258,9 +258,15 @@ def pack_vocab(model: nn.Module, keep: Iterable[int]) -> VocabPlan:
     keep: as vocab_closure returns it. Tied weights stay tied; config.vocab_size and the token ids
     in the configs follow, so the result is an ordinary checkpoint of its architecture. What
     generation suppresses, bans or biases goes where its tokens go. Raises ValueError where a
-    special id is not kept; then nothing has changed.
+    special id is not kept, or adapters are on the embeddings; then nothing has changed.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for module in filter(None, (embedding, head)):
+        if "weight" not in module._parameters:
+            raise ValueError(
+                f"model: its vocabulary is in a {type(module).__name__}, expected a plain "
+                "Embedding or Linear: merge adapters first (model.merge_and_unload())"
+            )
     plan = VocabPlan(torch.tensor(sorted(set(keep)), dtype=torch.int64), embedding.num_embeddings)
     table = plan.table().tolist()
     configs = [model.config, getattr(model, "generation_config", None)]
