@@ -8,7 +8,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as the page's hook loads it by path
 
-from _results import RESULTS, conditions, spread, table
+from _results import RESULTS, cells_of, conditions, level_rows, measured_on, spread, table
 
 LANGUAGE_METHODS = {
     "dense": "LoRA, nothing removed",
@@ -311,6 +311,40 @@ def _goal(what: str, bound: float, found: float, form: str, at_most: bool = Fals
     return [what, limit, form.format(found), "pass" if passed else "short"]
 
 
+def step_section(rows: list[dict]) -> tuple[list[list[str]], str]:
+    """(goals, section) of the level train_step: ours beside masks and dense."""
+    goals, lines = [], []
+    for (model, batch, tokens, lora, dtype, share), by in sorted(cells_of(rows).items()):
+        if not {"ours", "masked", "dense"} <= by.keys():
+            continue
+        ours = by["ours"]
+        times = [by[name]["ms"] / ours["ms"] for name in ("masked", "dense")]
+        memory = [ours["peak_bytes"] / by[name]["peak_bytes"] for name in ("masked", "dense")]
+        lines.append(
+            [
+                f"{model}, {batch} x {tokens}, {dtype}",
+                str(lora) if lora else "none",
+                f"{share:.0%}",
+                *map("{:.2f}".format, times),
+                *map("{:.0%}".format, memory),
+            ]
+        )
+        if lora and share == 0.6:
+            what = f"{model}, {batch} x {tokens}, LoRA, 40% closed: step, x masked"
+            goals.append(_goal(what, STEP_AT_40, times[0], "{:.2f}"))
+    header = ["a step of", "LoRA", "open", "time, x masked", "x dense", "memory, of masked"]
+    parts = [
+        "## What a training step costs",
+        "Gates on heads and channels train, and LoRA of that rank; the base is frozen. Forward, "
+        "backward and optimizer, beside the same gates multiplied in at full width, and beside "
+        "the model without gates. Time: theirs over ours. Memory: our peak beyond the weights as "
+        "a part of theirs.",
+        table([*header, "of dense"], lines),
+        measured_on(rows),
+    ]
+    return goals, "\n\n".join(parts)
+
+
 def quality_page() -> str:
     """All of it, as Markdown."""
     parts = [
@@ -329,6 +363,11 @@ def quality_page() -> str:
             own = [row for row in rows if row[key] == name]
             lines += goals(name, own)
             sections.append(section(name, own))
+    steps = [row for row in level_rows() if row["level"] == "train_step" and row.get("threads")]
+    if timed := [row for row in steps if "ms" in row]:
+        goals, section = step_section(timed)
+        lines += goals
+        sections.append(section)
     if lines:
         parts += ["## Goals", table(["goal", "bound", "reached", ""], lines), TRIED]
     parts += sections

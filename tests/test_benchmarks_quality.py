@@ -262,6 +262,32 @@ def test_page_gives_the_spread_over_seeds(tmp_path, monkeypatch):
     assert "| qnli, 40% removed by FineGates, LoRA inside: inference, x dense | at least" in page
 
 
+def test_page_sets_a_step_beside_masks():
+    shared = {"level": "train_step", "model": "tiny", "batch": 1, "tokens": 8, "dtype": "float32"}
+    shared |= {"device": "chip", "torch": "2.9", "date": "2026-01-01", "commit": "abc"}
+    shared["dirty"] = False
+    times = {"ours": (2.0, 30), "masked": (3.0, 60), "dense": (2.5, 40), "oracle": (1.0, 10)}
+    rows = [
+        {
+            **shared,
+            "lora": lora,
+            "open": 0.6,
+            "contender": name,
+            "ms": ms + lora,
+            "peak_bytes": size,
+        }
+        for lora in (0, 4)
+        for name, (ms, size) in times.items()
+    ]
+    rows.append({**rows[0], "open": 0.3})  # alone, so not in the table
+    goals, section = report_quality.step_section(rows)
+    goal = "tiny, 1 x 8, LoRA, 40% closed: step, x masked"
+    assert goals == [[goal, "at least 1.30", "1.17", "short"]]
+    assert "| tiny, 1 x 8, float32 | none | 60% | 1.50 | 1.25 | 50% | 75% |" in section
+    assert "| tiny, 1 x 8, float32 | 4 | 60% | 1.17 | 1.08 | 50% | 75% |" in section
+    assert "30%" not in section and section.endswith("chip, torch 2.9, 2026-01-01, commit abc.")
+
+
 def test_batches_of_like_length_hold_all_examples():
     lengths = torch.randint(1, 60, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     encoded = {"input_ids": [[0] * length for length in lengths]}
