@@ -315,7 +315,7 @@ def _goal(what: str, bound: float, found: float, form: str, at_most: bool = Fals
 
 
 def step_section(rows: list[dict]) -> tuple[list[list[str]], str]:
-    """(goals, section) of the level train_step: ours beside masks and dense."""
+    """(goals, section) of the level train_step on one device: ours beside masks and dense."""
     goals, lines = [], []
     for (model, batch, tokens, lora, dtype, share), by in sorted(cells_of(rows).items()):
         if not {"ours", "masked", "dense"} <= by.keys():
@@ -337,7 +337,7 @@ def step_section(rows: list[dict]) -> tuple[list[list[str]], str]:
             goals.append(_goal(what, STEP_AT_40, times[0], "{:.2f}"))
     header = ["a step of", "LoRA", "open", "time, x masked", "x dense", "memory, of masked"]
     parts = [
-        "## What a training step costs",
+        f"## What a training step costs, {rows[0]['device']}",
         "Gates on heads and channels train, and LoRA of that rank; the base is frozen. Forward, "
         "backward and optimizer, beside the same gates multiplied in at full width, and beside "
         "the model without gates. Time: theirs over ours. Memory: our peak beyond the weights as "
@@ -367,8 +367,9 @@ def quality_page() -> str:
             lines += goals(name, own)
             sections.append(section(name, own))
     steps = [row for row in level_rows() if row["level"] == "train_step" and row.get("threads")]
-    if timed := [row for row in steps if "ms" in row]:
-        goals, section = step_section(timed)
+    timed = [row for row in steps if "ms" in row]
+    for device in sorted({row["device"] for row in timed}):
+        goals, section = step_section([row for row in timed if row["device"] == device])
         lines += goals
         sections.append(section)
     if lines:
