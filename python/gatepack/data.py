@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gatepack.files import parse_json
+from gatepack.files import files_in, parse_json
 
 BLOCK_CHARACTERS = 2000
 _SUFFIXES = (".txt", ".jsonl")
@@ -88,11 +88,10 @@ def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.is_dir():
-        below = [file for file in path.rglob("*") if file.is_file()]
-        files = [file for file in below if _usable(file.relative_to(path))]
+        files = [file for file in files_in(path) if _usable(file.relative_to(path))]
         if not files:
             raise ValueError(f"{path} is a folder without .txt or .jsonl files")
-        return sorted(files, key=lambda file: file.parts)
+        return files
     if path.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"{path} must end in .txt or .jsonl")
     return [path]
